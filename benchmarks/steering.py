@@ -1,0 +1,256 @@
+"""Steering sweeps: pvec in one pass beside the reference way, and what steering costs a step.
+
+    python benchmarks/steering.py                 # the whole comparison, bundled model
+    python benchmarks/steering.py --rollouts 1    # a fifth of it
+
+Both ways run in this process, on the same weights and the same points: 5 layers x 5 coefficients,
+the same with a random vector, the unsteered baseline and two prompt baselines; 20 questions each.
+
+The reference way is written out below: one point after another, batches of 20 prompts padded on the
+left, a hook registered anew for each point, ``model.generate`` with sampling. Its own process and
+model load per point are left out, in its favour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from pvec.backends.base import Backend
+from pvec.core.chat import prompt_ids, spans_from_ids
+from pvec.core.layers import find_decoder
+from pvec.io.traits import Trait, load_trait
+from pvec.settings import Settings
+from pvec.settings.tree import ModelSettings
+from pvec.types import Instruction, Request, Sampling
+from pvec.workflows.engine import Engine
+from pvec.workflows.generating import derive_seed, question_messages
+from pvec.workflows.sweep import Grid, Source, random_like, steered_conditions
+
+COEFS = (-1.0, -0.5, 0.5, 1.0, 1.5)
+LAYERS = 5
+REFERENCE_BATCH = 20
+TRAIT = "evil"
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""``cpu`` counts the seconds of all threads together: compare it with ``--threads 1``."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--rollouts", type=int, default=5)
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
+    parser.add_argument("--every", type=int, default=1, help="only every so many points")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a busy machine")
+    options = parser.parse_args()
+    clock = CLOCKS[options.clock]
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    settings = Settings(model=ModelSettings(id=options.model))
+    with Engine(settings) as engine:
+        backend, trait = engine.backend, load_trait(TRAIT)
+        print(f"{engine.facts.id}: {backend.info.dtype} on {backend.info.device}, "
+              f"{torch.get_num_threads()} threads")  # fmt: skip
+        source = class_difference(backend, trait)
+        points = sweep(backend, trait, source)
+        sizes = {"rollouts": options.rollouts, "max_tokens": options.max_tokens}
+        compare_sweeps(backend, points[:: options.every], clock=clock, **sizes)
+        compare_steps(backend, trait, source, clock=clock)
+
+
+Point = tuple[tuple[Instruction, ...], list[tuple[int, ...]]]
+"""What steers, and the prompts of the 20 questions."""
+
+
+def class_difference(backend: Backend, trait: Trait) -> Source:
+    """Make a vector without a judge: mean response under positive minus negative instructions."""
+    sums = {}
+    for sign in ("pos", "neg"):
+        requests = [
+            Request(
+                id=f"{number}",
+                prompt_ids=prompt_ids(
+                    backend.tokenizer,
+                    question_messages(question, system=trait.system_prompt(sign, number % 5)),
+                ),
+                sampling=Sampling(max_tokens=64, seed=number),
+            )
+            for number, question in enumerate(trait.extract_questions)
+        ]
+        prompts = {request.id: request.prompt_ids for request in requests}
+        spans = [
+            spans_from_ids(one.id, prompt_ids=prompts[one.id], answer_ids=one.token_ids)
+            for one in backend.generate(requests)
+            if one.token_ids
+        ]
+        sums[sign] = np.mean([m.means["response"] for m in backend.capture(spans)], axis=0)
+    return Source(label=trait.name, rows=(sums["pos"] - sums["neg"]).astype(np.float32))
+
+
+def sweep(backend: Backend, trait: Trait, source: Source) -> list[Point]:
+    """Return every point of the sweep: baseline, prompt baselines, vector and random control."""
+    depth = backend.info.num_layers
+    layers = sorted({max(1, round(depth * (i + 1) / LAYERS)) for i in range(LAYERS)})
+    grid = Grid(layers=tuple((layer,) for layer in layers), coefs=COEFS)
+
+    def prompts(system: str | None) -> list[tuple[int, ...]]:
+        return [
+            prompt_ids(backend.tokenizer, question_messages(question, system=system))
+            for question in trait.eval_questions
+        ]
+
+    plain = prompts(None)
+    points: list[Point] = [((), plain)]
+    points += [((), prompts(trait.system_prompt(sign, 0))) for sign in ("pos", "neg")]
+    for one in (source, random_like(source, seed=0)):
+        points += [(condition.steering, plain) for condition in steered_conditions([one], grid)]
+    return points
+
+
+def compare_sweeps(
+    backend: Backend, points: Sequence[Point], *, rollouts: int, max_tokens: int, clock: Clock
+) -> None:
+    answers = sum(len(prompts) for _, prompts in points) * rollouts
+    print(f"\nsweep: {len(points)} points, {answers:,} answers of up to {max_tokens} tokens")
+    sizes = {"rollouts": rollouts, "max_tokens": max_tokens}
+    ours, our_tokens = timed(pvec_way(backend, points, **sizes), clock)
+    report("pvec, one pass", answers, our_tokens, ours)
+    theirs, their_tokens = timed(reference_way(backend, points, **sizes), clock)
+    report("reference way", answers, their_tokens, theirs)
+    speed = (our_tokens / ours) / (their_tokens / theirs)
+    print(f"  ratio: {theirs / ours:.1f} x in time, {speed:.1f} x in tokens per second")
+
+
+def pvec_way(
+    backend: Backend, points: Sequence[Point], *, rollouts: int, max_tokens: int
+) -> Iterator[int]:
+    """Yield the token counts of all answers, from one call of ``generate``."""
+    requests = [
+        Request(
+            id=f"{p}-{q}-{r}",
+            prompt_ids=ids,
+            sampling=Sampling(max_tokens=max_tokens, seed=derive_seed(0, q, r)),
+            steering=steering,
+        )
+        for p, (steering, prompts) in enumerate(points)
+        for q, ids in enumerate(prompts)
+        for r in range(rollouts)
+    ]
+    for generation in backend.generate(requests):
+        yield len(generation.token_ids)
+
+
+def reference_way(
+    backend: Any, points: Sequence[Point], *, rollouts: int, max_tokens: int
+) -> Iterator[int]:
+    """Yield the token counts of all answers, point by point in batches of 20."""
+    model, tokenizer = backend.model, backend.tokenizer
+    blocks = find_decoder(model).blocks
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    torch.manual_seed(0)
+    for steering, prompts in points:
+        handle = None
+        if steering:
+            (instruction,) = steering
+            added = torch.from_numpy(instruction.coef * instruction.vector).to(model.device)
+            block = blocks[instruction.layer - 1]
+            handle = block.register_forward_hook(_add_to_last(added.to(model.dtype)))
+        queue = [ids for ids in prompts for _ in range(rollouts)]
+        for start in range(0, len(queue), REFERENCE_BATCH):
+            batch = queue[start : start + REFERENCE_BATCH]
+            width = max(map(len, batch))
+            ids = torch.tensor([[pad] * (width - len(one)) + list(one) for one in batch])
+            mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in batch])
+            with torch.no_grad():
+                output = model.generate(
+                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+                    do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
+                    max_new_tokens=max_tokens, pad_token_id=pad, use_cache=True,
+                )  # fmt: skip
+            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            assert len(texts) == len(batch)
+            for row in output[:, width:].tolist():
+                yield len(row) - row.count(pad)
+        if handle is not None:
+            handle.remove()
+
+
+def _add_to_last(added: torch.Tensor) -> Any:
+    def hook(_module: Any, _args: Any, output: Any) -> Any:
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        hidden[:, -1, :] += added
+        return output
+
+    return hook
+
+
+def compare_steps(backend: Backend, trait: Trait, source: Source, *, clock: Clock) -> None:
+    """Time the same tokens steered and not: a dose too small to change any choice of a token.
+
+    Every row has a prompt of its own, so that none shares its prefill and only steering differs.
+    """
+    prompts = [
+        prompt_ids(backend.tokenizer, question_messages(question, system=system))
+        for index in range(4)
+        for system in (trait.system_prompt("pos", index), trait.system_prompt("neg", index))
+        for question in trait.eval_questions
+    ]
+    sampling = Sampling(temperature=0.0, max_tokens=48)
+    layer = max(1, round(0.55 * backend.info.num_layers))
+    vector = np.ascontiguousarray(source.rows[layer])
+    tiny = [
+        Instruction(vector=vector, layer=layer, coef=1e-7 * (1 + n / 16), name=f"v{n}")
+        for n in range(16)
+    ]
+
+    def requests(steering: Sequence[Instruction]) -> list[Request]:
+        return [
+            Request(
+                id=f"{n}",
+                prompt_ids=prompts[n],
+                sampling=replace(sampling, seed=n),
+                steering=(steering[n % len(steering)],) if steering else (),
+            )
+            for n in range(128)
+        ]
+
+    kinds = {"unsteered": [], "one instruction": tiny[:1], "16 instructions": tiny}
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    texts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for _ in range(7):  # alternating, so that a slow moment of the machine meets all alike
+        for name, steering in kinds.items():
+            started = clock()
+            texts[name] = {one.id: one.token_ids for one in backend.generate(requests(steering))}
+            seconds[name].append(clock() - started)
+    print("\nsteering's own cost: 128 rows, the same tokens, best of 7 alternating rounds")
+    base = min(seconds["unsteered"])
+    for name, times in seconds.items():
+        same = sum(texts[name][key] == texts["unsteered"][key] for key in texts[name])
+        print(
+            f"  {name:16} best {min(times):.3f} s, median {statistics.median(times):.3f} s, "
+            f"{min(times) / base - 1:+.1%} over unsteered, {same} of 128 texts the same"
+        )
+
+
+def timed(counts: Iterator[int], clock: Clock) -> tuple[float, int]:
+    started = clock()
+    tokens = sum(counts)
+    return clock() - started, tokens
+
+
+def report(name: str, answers: int, tokens: int, seconds: float) -> None:
+    print(f"  {name:16} {seconds:8.1f} s   {answers / seconds:8.1f} answers/s   "
+          f"{tokens / seconds:8.0f} tokens/s")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Attention for one new token per row, without copying the keys of grouped heads.
+
+With a padding mask transformers repeats every key and value head for the query heads that share it,
+for every new token. Here the query heads of a group take the place of the query's length instead:
+the same sums, no copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+_NAME = "pvec_grouped"
+_NOT_PLAIN = ("position_bias", "s_aux", "softcap", "cache")
+"""Arguments with which attention is more than a softmax over the keys."""
+
+
+@contextmanager
+def grouped_decoding(config: Any) -> Iterator[None]:
+    """Let a model whose attention is ``sdpa`` use grouped attention inside the context."""
+    if config._attn_implementation != "sdpa":  # noqa: SLF001 - transformers' own name for it
+        yield
+        return
+    config._attn_implementation = _NAME  # noqa: SLF001
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"  # noqa: SLF001
+
+
+def _grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend from ``query`` ``[R, heads, 1, D]`` to ``key`` ``[R, groups, K, D]``."""
+    rows, heads, length, width = query.shape
+    groups = key.shape[1]
+    if length != 1 or heads == groups or any(kwargs.get(name) is not None for name in _NOT_PLAIN):
+        output: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return output
+    folded = query.reshape(rows, groups, heads // groups, width)
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        folded,
+        key,
+        value,
+        attn_mask=attention_mask,  # [R, 1, 1, K]: the same for every head
+        scale=scaling,
+    )
+    return attended.reshape(rows, 1, heads, attended.shape[-1]), None
+
+
+AttentionInterface.register(_NAME, _grouped_attention)
+AttentionMaskInterface.register(_NAME, sdpa_mask)

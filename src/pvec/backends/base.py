@@ -1,0 +1,99 @@
+"""The contract between pvec and whatever runs the model.
+
+A backend is a context manager around one loaded model. Both backends mean the same by every field
+of the types in ``pvec.types``; a parity test says so.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from pvec.types import Generation, ModelInfo, Piece, Progress, Request, SpanMeans, TokenSpans
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+    from pvec.backends.loading import ModelFacts
+    from pvec.backends.modelfiles import ModelSpec
+    from pvec.settings import Settings
+
+
+class Backend(ABC):
+    """One loaded model that can generate, capture and score continuations.
+
+    Every method streams: results come as they finish, in any order, each with the id of what asked
+    for it. A caller that stops iterating early leaves the model usable and without hooks.
+    """
+
+    info: ModelInfo
+    tokenizer: PreTrainedTokenizerBase
+    on_progress: Callable[[Progress], None] = staticmethod(lambda _progress: None)
+    """Hears of a running ``generate``: answers done; under ``extra`` the ``tokens`` sampled so far
+    and the ``rows`` running."""
+
+    @classmethod
+    @abstractmethod
+    def from_settings(
+        cls,
+        spec: ModelSpec,
+        settings: Settings,
+        *,
+        facts: ModelFacts | None = None,
+        on_note: Callable[[str], None] | None = None,
+    ) -> Self:
+        """Load the model ``spec`` names, with the engine options of ``settings``.
+
+        ``facts`` saves looking at its files twice; ``on_note`` gets a sentence whenever something
+        is done for the user on the way.
+        """
+
+    @abstractmethod
+    def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
+        """Yield one ``Generation`` per request as it finishes.
+
+        Raises ``SteeringError`` when the positions touched are not those asked for, and
+        ``ModelError`` for a prompt that leaves no room in the model's context.
+        """
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Piece]:
+        """Yield a ``Piece`` for every new token of a few requests that run side by side.
+
+        The last piece of each carries its ``Generation``. A backend that cannot stream yields that
+        one alone. Raises as ``generate`` does.
+        """
+        for generation in self.generate(requests):
+            yield Piece(id=generation.id, token_ids=generation.token_ids, finished=generation)
+
+    @abstractmethod
+    def capture(
+        self, sequences: Iterable[TokenSpans], *, layers: Sequence[int] | None = None
+    ) -> Iterator[SpanMeans]:
+        """Yield the span means of each sequence for ``layers`` (default: all, 0 … num_layers)."""
+
+    @abstractmethod
+    def continuation_logprobs(
+        self, prompts: Sequence[tuple[int, ...]], continuations: Sequence[tuple[int, ...]]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield ``(prompt index, logprobs)`` with ``logprobs[c] = log P(continuation c | prompt)``.
+
+        float32 ``[len(continuations)]``, exact over the full vocabulary, temperature 1.
+        The local judge walks its digit tree with this.
+        """
+
+    def close(self) -> None:  # noqa: B027 (a working default)
+        """Free the model. Called once, on leaving the context."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,157 @@
+"""A key-value cache whose rows come and go.
+
+transformers' own dynamic cache copies everything for each new token and cannot be merged. This one
+keeps spare columns, fills the places of rows that left with others, repeats rows, joins batches
+(the shorter is padded on the left) and takes back a half-done step. It holds full-length keys for
+sliding-window layers too: the model's mask hides what is out of the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+_SPARE_COLUMNS = 64
+
+
+class RowCache(Cache):
+    """Keys and values of a left-padded batch, ``[rows, heads, columns, head_dim]`` per layer."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=GrowingLayer)
+
+    @property
+    def columns(self) -> int:
+        """Number of cached positions, padding included (0 before the first forward pass)."""
+        layers = self._growing()
+        return layers[0].get_seq_length() if layers else 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Make row ``k`` what row ``rows[k]`` was; repeats and gaps are allowed.
+
+        Cheap when the rows that move come from behind the first ``len(rows)``.
+        """
+        for layer in self._growing():
+            layer.apply(lambda arena: arena.keep(rows))
+
+    def drop_columns(self, count: int) -> None:
+        """Forget the first ``count`` columns (padding in every row)."""
+        for layer in self._growing():
+            layer.apply(lambda arena: arena.drop_columns(count))
+
+    def join(self, other: RowCache, *, room: int = 0) -> None:
+        """Append the rows of ``other``, and make room for ``room`` rows if it must grow."""
+        for mine, theirs in zip(self._growing(), other._growing(), strict=True):
+            mine.join(theirs, room=room)
+
+    def copy(self) -> RowCache:
+        """Return a cache with its own storage and the same content."""
+        twin = RowCache()
+        for index, layer in enumerate(self._growing()):
+            twin.update(layer.keys, layer.values, index)
+        return twin
+
+    def _growing(self) -> list[GrowingLayer]:
+        return [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """One layer's keys and values: views of arenas that are larger than they need to be."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Start empty, with the shapes of the first states."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._arenas = (_Arena(key_states), _Arena(value_states))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the states of the new tokens and return all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        for arena, states in zip(self._arenas, (key_states, value_states), strict=True):
+            arena.append(states)
+        self._show()
+        return self.keys, self.values
+
+    def apply(self, change: Any) -> None:
+        """Call ``change`` on the keys' and the values' arena."""
+        for arena in self._arenas:
+            change(arena)
+        self._show()
+
+    def join(self, other: GrowingLayer, *, room: int) -> None:
+        """Append the rows of ``other``."""
+        for arena, states in zip(self._arenas, (other.keys, other.values), strict=True):
+            arena.join(states, room=room)
+        self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = (arena.view for arena in self._arenas)
+
+
+class _Arena:
+    """A buffer of which the first rows and a run of columns are in use."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._buffer = like[:, :, :0]
+        self._rows = like.shape[0]
+        self._first = self._last = 0
+
+    @property
+    def view(self) -> torch.Tensor:
+        """What is in use, ``[rows, heads, columns, width]``."""
+        return self._buffer[: self._rows, :, self._first : self._last]
+
+    def append(self, states: torch.Tensor) -> None:
+        """Write new columns behind those in use."""
+        count = states.shape[2]
+        if self._last + count > self._buffer.shape[2]:
+            self._move(rows=self._rows, columns=self._last - self._first, more=count)
+        self._buffer[: self._rows, :, self._last : self._last + count] = states
+        self._last += count
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Make row ``k`` what row ``rows[k]`` was."""
+        moves = [(to, source) for to, source in enumerate(rows) if to != source]
+        if all(source >= len(rows) for _, source in moves) and 2 * len(rows) > self._rows:
+            if moves:
+                to, source = torch.tensor(moves, device=self._buffer.device).unbind(dim=1)
+                self._buffer[to, :, self._first : self._last] = self.view[source]
+        else:
+            self._buffer = self.view[torch.tensor(rows, device=self._buffer.device)]
+            self._first, self._last = 0, self._buffer.shape[2]
+        self._rows = len(rows)
+
+    def drop_columns(self, count: int) -> None:
+        """Forget the first ``count`` columns."""
+        self._first += count
+
+    def join(self, states: torch.Tensor, *, room: int) -> None:
+        """Append rows; the shorter of the two is padded with zeros on the left."""
+        count, _, width, _ = states.shape
+        total = self._rows + count
+        columns = max(width, self._last - self._first)
+        if total > self._buffer.shape[0] or width > self._last - self._first:
+            self._move(rows=max(total, room), columns=columns, more=1)
+        place = self._buffer[self._rows : total, :, self._first : self._last]
+        place[:, :, : columns - width] = 0
+        place[:, :, columns - width :] = states
+        self._rows = total
+
+    def _move(self, *, rows: int, columns: int, more: int) -> None:
+        """Copy to a larger buffer; old columns go to the right end of the ``columns`` in use."""
+        old = self.view
+        spare = more + _SPARE_COLUMNS + columns // 8
+        self._buffer = old.new_empty(rows, old.shape[1], columns + spare, old.shape[3])
+        padding = columns - old.shape[2]
+        self._buffer[: self._rows, :, :padding] = 0
+        self._buffer[: self._rows, :, padding:columns] = old
+        self._first, self._last = 0, columns

@@ -1,0 +1,76 @@
+"""Which backends there are, by name; their modules are imported when one is used."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from pvec.backends.base import Backend
+from pvec.errors import InputError, did_you_mean
+
+BackendName = Literal["hf", "vllm"]
+
+_CLASSES: dict[BackendName, str] = {
+    "hf": "pvec.backends.hf:HFBackend",
+    "vllm": "pvec.backends.vllm.engine:VLLMBackend",
+}
+
+_VLLM_INSTALL = "pip install 'pvec[vllm]'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendChoice:
+    """A backend and why it was taken, for people."""
+
+    name: BackendName
+    reason: str
+
+
+def choose_backend(wanted: str = "auto", *, bundled: bool = False) -> BackendChoice:
+    """Return the backend for ``auto``, ``hf`` or ``vllm``; ``InputError`` for anything else.
+
+    ``auto`` takes vLLM when it is installed and there is a CUDA GPU, except for the bundled model,
+    which is too small to be worth an engine's start. Naming vLLM without having it is an error.
+    """
+    if wanted == "auto":
+        return _choose_for_user(bundled=bundled)
+    if wanted not in get_args(BackendName):
+        known = ["auto", *get_args(BackendName)]
+        raise InputError(
+            f"There is no backend {wanted!r}: use {', '.join(known)}.{did_you_mean(wanted, known)}"
+        )
+    if wanted == "vllm" and not _installed("vllm"):
+        raise InputError(
+            f"The vllm backend needs vLLM, which is not installed: {_VLLM_INSTALL}, "
+            f"or --backend hf."
+        )
+    return BackendChoice(name="vllm" if wanted == "vllm" else "hf", reason="as asked")
+
+
+def backend_class(name: BackendName) -> type[Backend]:
+    """Import and return the class of a backend (heavy: torch, perhaps vLLM)."""
+    module, _, attribute = _CLASSES[name].partition(":")
+    found: type[Backend] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def _choose_for_user(*, bundled: bool) -> BackendChoice:
+    if bundled:
+        return BackendChoice(name="hf", reason="the bundled model needs no engine")
+    if not _installed("vllm"):
+        return BackendChoice(name="hf", reason="vLLM is not installed")
+    if not _has_cuda():
+        return BackendChoice(name="hf", reason="vLLM is installed but there is no CUDA GPU")
+    return BackendChoice(name="vllm", reason="vLLM is installed and there is a CUDA GPU")
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

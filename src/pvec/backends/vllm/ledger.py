@@ -1,0 +1,167 @@
+"""Which token of a step belongs to which request, what it is to steering, and where it is summed.
+
+Every step of the engine is a row of tokens from many requests. The ledger turns (request, first
+position, number of tokens) into two integers per token: its row in the steering tables and its row
+in the accumulators. Positions decide, never the kind of step: a chunk of a prompt, a resumed
+request and a single new token are all the same. Row 0 is nobody's in both.
+
+Pure numpy: no vLLM here, and no loop over tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pvec.backends.vllm.tables import ROLES
+
+NUM_EDGES = 6
+"""Three spans have at most six ends."""
+
+OPEN_END = 2**31 - 1
+"""The stop of a span that runs as long as the request does."""
+
+_NOBODY = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ticket:
+    """What a request carries into the engine.
+
+    ``slot`` numbers its steering (0: none); ``prompt`` counts its prompt tokens; a token at
+    position p is summed into ``rows[k]``, where k is the number of ``edges`` that are <= p.
+    """
+
+    key: int
+    slot: int
+    prompt: int
+    edges: tuple[int, ...] = ()
+    rows: tuple[int, ...] = (0,)
+
+    def as_args(self) -> dict[str, Any]:
+        """Return the form that travels in ``SamplingParams.extra_args``."""
+        return {
+            "key": self.key,
+            "slot": self.slot,
+            "prompt": self.prompt,
+            "edges": list(self.edges),
+            "rows": list(self.rows),
+        }
+
+    @classmethod
+    def from_args(cls, args: Mapping[str, Any]) -> Ticket:
+        """Return the ticket that ``as_args`` described."""
+        return cls(
+            key=int(args["key"]),
+            slot=int(args["slot"]),
+            prompt=int(args["prompt"]),
+            edges=tuple(args["edges"]),
+            rows=tuple(args["rows"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """What a finished request's tokens went through.
+
+    ``cached`` tokens were read from the prefix cache and never computed; positions up to ``high``
+    were; ``gaps`` counts positions that were skipped in between (always 0 in a right engine).
+    """
+
+    cached: int
+    high: int
+    gaps: int
+
+
+class Ledger:
+    """The books of one worker. ``capacity`` is the number of requests it starts out with."""
+
+    def __init__(self, *, capacity: int = 64) -> None:
+        self._index: dict[str, int] = {}
+        self._of_key: dict[int, tuple[int, str]] = {}
+        self._free: list[int] = []
+        self._size = 0
+        self._base = np.zeros(0, dtype=np.int32)  # first steering row, 0 for none
+        self._last = np.zeros(0, dtype=np.int64)  # position of the last prompt token
+        self._edges = np.zeros((0, NUM_EDGES), dtype=np.int64)
+        self._rows = np.zeros((0, NUM_EDGES + 1), dtype=np.int32)
+        self._books = np.zeros((0, 3), dtype=np.int64)  # cached (-1: not begun), high, gaps
+        self._grow(max(capacity, 1) + 1)
+        self._free.remove(_NOBODY)  # the record of every request without a ticket
+
+    def open(self, request: str, ticket: Ticket) -> None:
+        """Enter a request of the engine. One that comes back after preemption keeps its books."""
+        known = self._of_key.get(ticket.key)
+        if known is not None:
+            self._index.pop(known[1], None)
+            self._index[request] = known[0]
+            self._of_key[ticket.key] = (known[0], request)
+            return
+        if not self._free:
+            self._grow(self._size)
+        record = self._free.pop()
+        self._index[request] = record
+        self._of_key[ticket.key] = (record, request)
+        self._base[record] = 1 + len(ROLES) * (ticket.slot - 1) if ticket.slot else 0
+        self._last[record] = ticket.prompt - 1
+        self._edges[record] = OPEN_END
+        self._edges[record, : len(ticket.edges)] = ticket.edges
+        self._rows[record] = 0
+        self._rows[record, : len(ticket.rows)] = ticket.rows
+        self._books[record] = (-1, 0, 0)
+
+    def step(
+        self, requests: Sequence[str], first: np.ndarray, counts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return (steering row, accumulator row) of every token of a step, int32 ``[N]`` each.
+
+        Request r has ``counts[r]`` tokens from position ``first[r]`` on; tokens lie request by
+        request. A position that was computed before (preemption) is steered again, summed never.
+        """
+        index = self._index
+        record = np.fromiter((index.get(r, _NOBODY) for r in requests), np.int64, len(requests))
+        first, counts = first.astype(np.int64), counts.astype(np.int64)
+        starts = np.cumsum(counts) - counts
+        token = np.repeat(record, counts)  # [N]
+        place = np.arange(len(token)) + np.repeat(first - starts, counts)  # [N] position
+        last, base = self._last[token], self._base[token]
+        role = (place >= last).astype(np.int32) + (place > last)
+        steering = np.where(base > 0, base + role, 0).astype(np.int32)
+        segment = (place[:, None] >= self._edges[token]).sum(axis=1)
+        fresh = place >= self._books[token, 1]
+        summed = np.where(fresh, self._rows[token, segment], 0).astype(np.int32)
+        self._enter(record, first, counts)
+        return steering, summed
+
+    def close(self, key: int) -> Account | None:
+        """Forget a request and return its account; None when it never reached this worker."""
+        known = self._of_key.pop(key, None)
+        if known is None:
+            return None
+        record, request = known
+        self._index.pop(request, None)
+        self._free.append(record)
+        cached, high, gaps = self._books[record].tolist()
+        return Account(cached=max(cached, 0), high=high, gaps=gaps)
+
+    def _enter(self, record: np.ndarray, first: np.ndarray, counts: np.ndarray) -> None:
+        books = self._books[record]
+        new = books[:, 0] < 0
+        books[new, 0] = first[new]
+        books[new, 1] = first[new]
+        books[:, 2] += np.maximum(first - books[:, 1], 0)
+        books[:, 1] = np.maximum(books[:, 1], first + counts)
+        self._books[record] = books
+
+    def _grow(self, more: int) -> None:
+        def longer(array: np.ndarray) -> np.ndarray:
+            return np.concatenate([array, np.zeros((more, *array.shape[1:]), dtype=array.dtype)])
+
+        self._base, self._last = longer(self._base), longer(self._last)
+        self._edges, self._rows = longer(self._edges), longer(self._rows)
+        self._books = longer(self._books)
+        self._free += range(self._size, self._size + more)
+        self._size += more

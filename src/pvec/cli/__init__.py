@@ -1,0 +1,5 @@
+"""The command line: options become settings, settings one workflow call, its result a rendering.
+
+``app.py`` knows the commands, ``options.py`` their options, ``console.py`` the terminal; every
+other file is one command. Nothing here loops over data, and nothing imports torch at the top.
+"""

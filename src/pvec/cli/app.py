@@ -1,0 +1,204 @@
+"""The ``pvec`` command: its subcommands, loaded when they are called, and its exit codes.
+
+To add a command, write ``cli/NAME.py`` (a dash in the name is an underscore in the file) with a
+module-level ``app = new_app()`` from ``cli/options.py`` and its functions decorated with
+``@app.command()`` and ``@options(…)``; then give it a line in ``COMMANDS``. A group of subcommands
+is the same with ``new_app("What the group is about.")``. Its module is imported only when the
+command runs, so that ``pvec --help`` stays fast; what it does with torch, it imports at use.
+
+Exit codes: 0 done; 1 a bug in pvec; 2 something the user can fix; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any, ClassVar
+
+import typer
+import typer.main
+from typer.core import TyperCommand, TyperGroup
+
+from pvec import __version__
+from pvec.cli.options import Config, Debug, Json, Quiet, Verbose, record
+from pvec.errors import InputError, PvecError, did_you_mean
+
+MAIN = "Main commands"
+MORE = "More commands"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line of ``pvec --help``, known without importing the command's module."""
+
+    name: str
+    summary: str
+    panel: str = MORE
+
+    @property
+    def module(self) -> str:
+        """The module that holds the command's ``app``."""
+        return "pvec.cli." + self.name.replace("-", "_")
+
+
+COMMANDS = (
+    Command("extract", "Make the persona vector of one or more traits.", MAIN),
+    Command("vector", "Compute, inspect, compare, combine and convert vectors.", MAIN),
+    Command("steer-eval", "Measure what steering with a vector does, and at what cost.", MAIN),
+    Command("project", "Project answers, training data, prompts or checkpoints on vectors.", MAIN),
+    Command("train", "Finetune with LoRA, steered if wanted, and watch the persona move.", MAIN),
+    Command("judge", "Score the answers of a run, or score them again with another judge."),
+    Command(
+        "verify", "Prove, from outside, that steering does on your model and vector what it says."
+    ),
+    Command("chat", "Talk to a model while steering it."),
+    Command("report", "Write one self-contained page about one or more runs."),
+    Command("trait", "List, show and check trait definitions."),
+    Command("config", "Show every setting and where its value comes from."),
+)
+
+
+class LazyGroup(TyperGroup):
+    """A group whose commands are imported when they run, not when they are listed.
+
+    A line of ``COMMANDS`` whose file is not there yet is left out.
+    """
+
+    commands_by_name: ClassVar = {
+        command.name: command
+        for command in COMMANDS
+        if (Path(__file__).parent / f"{command.module.rpartition('.')[2]}.py").is_file()
+    }
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
+        """Return the commands' names in the order of help."""
+        return list(self.commands_by_name)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        """Return what help needs to know of a command; ``resolve_command`` returns the real one."""
+        command = self.commands_by_name.get(cmd_name)
+        if command is None:
+            return None
+        return TyperCommand(command.name, help=command.summary, rich_help_panel=command.panel)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Import the command that is called; an unknown one gets the nearest names."""
+        if args and args[0] not in self.commands_by_name and not ctx.resilient_parsing:
+            raise InputError(
+                f"There is no command {args[0]!r}.{did_you_mean(args[0], self.commands_by_name)}"
+                " `pvec --help` lists the commands."
+            )
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and load(self.commands_by_name[command.name or ""]), rest
+
+
+def load(command: Command) -> Any:
+    """Import a command's module and return the command."""
+    loaded = typer.main.get_command(importlib.import_module(command.module).app)
+    loaded.name = command.name
+    return loaded
+
+
+app = typer.Typer(cls=LazyGroup, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"pvec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    ctx: typer.Context,
+    version: Annotated[  # noqa: ARG001
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+    config: Config = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Persona vectors: find, inspect, steer, prevent and monitor traits of language models.
+
+    Start with `pvec extract --trait evil`; it needs no network, GPU or key.
+    """
+    record(
+        ctx, {"config": config, "json": json, "quiet": quiet, "verbose": verbose, "debug": debug}
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit; every failure is one sentence on stderr."""
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    report = _Reporter(json="--json" in args, debug="--debug" in args)
+    sys.excepthook = report.bug
+    try:
+        code = typer.main.get_command(app).main(args, prog_name="pvec", standalone_mode=False)
+    except PvecError as error:
+        report.fail(error, code=2)
+    except typer.TyperException as error:
+        report.fail(error, code=2, message=_usage(error))
+    except typer.Abort:
+        report.fail(InputError("Stopped at a question."), code=130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        what = error.filename or "A file"
+        report.fail(error, code=2, message=f"{what} cannot be written or read: {error.strerror}.")
+    else:
+        if code == 130:  # Typer turns Ctrl-C into this code
+            report.interrupted()
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+class _Reporter:
+    """Says on stderr what went wrong: one line, or one JSON object with ``--json``."""
+
+    def __init__(self, *, json: bool, debug: bool) -> None:
+        self.json = json
+        self.debug = debug
+
+    def interrupted(self) -> None:
+        """Say what Ctrl-C left behind."""
+        text = "Interrupted; what was finished is kept, and the same command goes on from there."
+        self._report("Interrupted", text, 130)
+
+    def fail(self, error: Exception, *, code: int, message: str | None = None) -> None:
+        """Report what the user can fix, and exit."""
+        if self.debug:
+            traceback.print_exception(error)
+        self._report(type(error).__name__, message or str(error), code)
+        sys.exit(code)
+
+    def bug(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        """Report what nobody foresaw; Python exits with code 1 after it."""
+        if self.debug:
+            traceback.print_exception(kind, error, trace)
+        hint = "" if self.debug else " (run again with --debug for the traceback)"
+        self._report(kind.__name__, f"unexpected {kind.__name__}: {error}{hint}", 1)
+
+    def _report(self, kind: str, message: str, code: int) -> None:
+        line = f"Error: {message}"
+        if self.json:
+            line = json.dumps({"error": {"type": kind, "message": message, "exit_code": code}})
+        sys.stderr.write(f"{line}\n")
+
+
+def _usage(error: typer.TyperException) -> str:
+    """Return a usage mistake as one sentence that says where to look."""
+    ctx = getattr(error, "ctx", None)
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    hint = f" `{ctx.command_path} --help` lists what there is." if ctx else ""
+    return f"{message.rstrip('.')}.{hint}"

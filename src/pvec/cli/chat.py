@@ -1,0 +1,158 @@
+"""``pvec chat``: talk to a model while steering it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pvec.cli.console import Console
+from pvec.cli.options import console_from, new_app, options, settings_from
+from pvec.errors import PvecError
+
+if TYPE_CHECKING:
+    from pvec.workflows.chat import Chat, Measured, Said
+
+app = new_app()
+
+Vectors = Annotated[
+    list[Path] | None,
+    typer.Option("--vector", metavar="FILE", help="A vector file to steer with; repeatable."),
+]
+
+
+@app.command()
+@options(
+    "model",
+    "backend",
+    "generation",
+    "steer.kind",
+    "steer.layer",
+    "steer.positions",
+    "steer.operator",
+    "steer.coef_unit",
+)
+def chat(ctx: typer.Context, vector: Vectors = None) -> None:
+    """Talk to a model while steering it.
+
+    Type a message, or a command: `/steer evil@20 2.0`, `/off`, `/compare`, `/help`, `/quit`.
+    Ctrl-C stops an answer, not the program. Lines may also be piped in.
+    """
+    from pvec.workflows.chat import Chat, load_sources
+    from pvec.workflows.engine import Engine
+
+    settings, console = settings_from(ctx), console_from(ctx)
+    with console.progress() as on_progress:
+        engine = Engine(settings, say=console.note, on_progress=on_progress)
+        sources = load_sources(settings, engine, vector or [])
+    with engine:
+        _ = engine.backend  # load before the first question, not after it
+        _converse(console, Chat(settings, engine, sources))
+
+
+def _converse(console: Console, talk: Chat) -> None:
+    console.note(talk.command("/status") or "")
+    console.note("Type a message, or /help.")
+    for line in _lines(console):
+        if not line.strip():
+            continue
+        try:
+            if line.lstrip().startswith("/"):
+                shown = talk.command(line)
+                if shown is None:
+                    return
+                console.out.print(shown, markup=False)
+            else:
+                _answer(console, talk, line.strip())
+        except PvecError as error:
+            console.err.print(f"Error: {error}", markup=False, soft_wrap=True)
+
+
+def _lines(console: Console) -> Iterator[str]:
+    """Yield what is typed or piped in, until it ends; Ctrl-C drops the line."""
+    typed = sys.stdin.isatty()
+    while True:
+        try:
+            if typed:
+                console.out.print("[bold]you>[/bold] ", end="")
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            console.out.print("\n(/quit leaves)", markup=False)
+            continue
+        if not line:
+            return
+        yield line
+
+
+def _answer(console: Console, talk: Chat, text: str) -> None:
+    from pvec.workflows.chat import PLAIN
+
+    side_by_side = talk.compare and bool(talk.steering)
+    measured: list[Measured] = []
+    with closing(talk.answer(text)) as events:
+        try:
+            show = _show_columns if side_by_side and console.out.is_terminal else _show_plain
+            measured = show(console, events)
+        except KeyboardInterrupt:
+            console.out.print("\n(stopped)", markup=False)
+            return
+    for one in measured:
+        side = " unsteered" if one.side == PLAIN else ""
+        console.out.print(
+            f"  {one.vector}@{one.layer}{side}: projection {one.projection:+.3g} "
+            f"({one.relative:+.1%} of the residual norm)",
+            style="dim",
+            markup=False,
+        )
+
+
+def _show_plain(console: Console, events: Iterator[Said | Measured]) -> list[Measured]:
+    """Write the answer as it grows; an unsteered one follows when both are done."""
+    from pvec.workflows.chat import MAIN, PLAIN, Said
+
+    written, other = "", ""
+    measured: list[Measured] = []
+    for event in events:
+        if not isinstance(event, Said):
+            measured.append(event)
+        elif event.side == PLAIN:
+            other = event.text
+        else:
+            console.out.file.write(event.text[len(written) :])
+            console.out.file.flush()
+            written = event.text
+            if event.done and event.side == MAIN:
+                console.out.file.write("\n")
+    if other:
+        console.out.print(f"unsteered: {other}", markup=False, soft_wrap=True)
+    return measured
+
+
+def _show_columns(console: Console, events: Iterator[Said | Measured]) -> list[Measured]:
+    """Show both answers side by side while they grow."""
+    from rich.columns import Columns
+    from rich.live import Live
+    from rich.panel import Panel
+    from rich.text import Text
+
+    from pvec.workflows.chat import MAIN, PLAIN, Said
+
+    texts = {MAIN: "", PLAIN: ""}
+    titles = {MAIN: "steered", PLAIN: "unsteered"}
+    measured: list[Measured] = []
+    with Live(console=console.out, refresh_per_second=12) as live:
+        for event in events:
+            if isinstance(event, Said):
+                texts[event.side] = event.text
+                half = max(console.out.width // 2 - 1, 20)
+                panels = [
+                    Panel(Text(texts[side]), title=titles[side], width=half) for side in texts
+                ]
+                live.update(Columns(panels, padding=0))
+            else:
+                measured.append(event)
+    return measured

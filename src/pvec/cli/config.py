@@ -1,0 +1,35 @@
+"""``pvec config``: every setting, its value, and where the value comes from."""
+
+from __future__ import annotations
+
+import typer
+
+from pvec.cli.console import Console, table
+from pvec.cli.options import console_from, new_app, options, resolved_from
+from pvec.settings import Resolved
+
+app = new_app()
+
+
+@app.command()
+@options("model", "backend", "generation", "judge", "filter", "paths")
+def config(ctx: typer.Context) -> None:
+    """Show every setting and where its value comes from.
+
+    Order: command line, environment and `.env`, `pvec.yaml` or `--config FILE`, defaults.
+    """
+    resolved = resolved_from(ctx)
+    result = {path: {"value": value, "origin": origin} for path, value, origin in resolved.rows()}
+    console_from(ctx).emit(result, lambda console: _render(console, resolved))
+
+
+def _render(console: Console, resolved: Resolved) -> None:
+    console.print(
+        table(
+            ("setting", "value", "from"),
+            (
+                (path, "" if value is None else str(value), at)
+                for path, value, at in resolved.rows()
+            ),
+        )
+    )

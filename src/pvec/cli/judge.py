@@ -1,0 +1,43 @@
+"""``pvec judge``: score the answers of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pvec.cli.console import Console
+from pvec.cli.extract import render_filter, render_judge, render_means
+from pvec.cli.options import console_from, new_app, options, settings_from
+
+if TYPE_CHECKING:
+    from pvec.workflows.judge import JudgeResult
+
+app = new_app()
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+
+@app.command()
+@options("judge", "filter")
+def judge(ctx: typer.Context, run: RunFolder) -> None:
+    """Score the answers of a run, or score them again with another judge.
+
+    Answers that this judge has scored already are not asked again; other judges' scores stay.
+    """
+    from pvec.workflows import judge as workflow
+
+    settings, console = settings_from(ctx), console_from(ctx)
+    with console.progress() as on_progress:
+        result = workflow.run(settings, run, say=console.note, on_progress=on_progress)
+    console.emit(result, lambda shown: _render(shown, result))
+
+
+def _render(console: Console, result: JudgeResult) -> None:
+    render_judge(console, result.report)
+    render_means(console, result.means)
+    if result.filtered:
+        render_filter(console, result.filtered)
+    for command in result.next:
+        console.out.print(f"next:   {command}", markup=False, soft_wrap=True)

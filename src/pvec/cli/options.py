@@ -1,0 +1,269 @@
+"""How options reach commands: declared once in the settings, offered by name.
+
+A command lists the settings it uses; the options follow from the settings tree (type, default and
+help) and from ``FLAGS`` below (how they are spelt)::
+
+    app = new_app()
+
+    @app.command()
+    @options("model", "judge", "extract.rollouts")   # whole sections or single settings
+    def extract(ctx: typer.Context, trait: Traits) -> None:
+        \"\"\"One line that says what the command does.\"\"\"
+        settings = settings_from(ctx)
+        console = console_from(ctx)
+
+Every command so decorated also takes the common options (``--config``, ``--json``, ``-q``, ``-v``,
+``--debug``), as ``pvec`` itself does in front of the command's name.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from pvec.cli.console import Console
+    from pvec.settings import Resolved, Settings
+
+FLAGS: dict[str, tuple[str, ...]] = {
+    "model.id": ("--model", "-m"),
+    "model.merge_adapter": ("--merge-adapter/--no-merge",),
+    "model.trust_remote_code": ("--trust-remote-code/--no-trust",),
+    "backend.name": ("--backend",),
+    "backend.max_batch_rows": ("--batch-rows",),
+    "generation.temperature": ("--temperature", "-T"),
+    "judge.model": ("--judge-model",),
+    "judge.base_url": ("--judge-url",),
+    "judge.api_key": (),  # a key on the command line can be read by every user of the machine
+    "judge.scale": ("--judge-scale",),
+    "judge.concurrency": ("--judge-concurrency",),
+    "judge.timeout": ("--judge-timeout",),
+    "judge.max_retries": ("--judge-retries",),
+    "filter.coherence": ("--min-coherence",),
+    "extract.rollouts": ("--rollouts", "-n"),
+    "steer.rollouts": ("--rollouts", "-n"),
+    "project.layers": ("--layer", "-l"),
+    "project.types": ("--projection-type",),
+    "project.same_model": ("--same-model/--any-model",),
+    "project.rollouts": ("--rollouts", "-n"),
+    "project.scale_out": ("--engine",),
+    "paths.runs": ("--runs",),
+}
+"""Spelling of the options whose flag is not the setting's own name (``seed`` → ``--seed``)."""
+
+PANELS = {
+    "model": "Model",
+    "backend": "Engine",
+    "generation": "Generation",
+    "judge": "Judge",
+    "filter": "Filter",
+    "steer": "Steering",
+}
+"""Headings in help by section; options of other sections stand under Options."""
+
+COMMON_PANEL = "Common"
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        rich_help_panel=COMMON_PANEL,
+        help="Read settings from this file instead of pvec.yaml.",
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", rich_help_panel=COMMON_PANEL, help="Print the result as JSON."),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", rich_help_panel=COMMON_PANEL, help="No progress, no notes."),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", rich_help_panel=COMMON_PANEL, help="Say more while working."),
+]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", rich_help_panel=COMMON_PANEL, help="Show a traceback on errors."),
+]
+COMMON: dict[str, tuple[Any, Any]] = {
+    "config": (Config, None),
+    "json": (Json, False),
+    "quiet": (Quiet, False),
+    "verbose": (Verbose, False),
+    "debug": (Debug, False),
+}
+"""The options of every command: annotation and default by parameter name."""
+
+
+def new_app(help: str | None = None) -> typer.Typer:  # noqa: A002
+    """Return the Typer app of one command module; with ``help`` it is a group of subcommands."""
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+    )
+    if help is not None:
+        app.callback(help=help)(lambda: None)
+    return app
+
+
+def options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of these settings (sections or dotted paths) and the common ones.
+
+    The command function does not see them as arguments: it asks ``settings_from(ctx)``.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(function, eval_str=True)
+        parameters = [
+            *(_setting_parameter(path) for path in _expand(names)),
+            *(_parameter(name, *common) for name, common in COMMON.items()),
+        ]
+        recorded = {parameter.name for parameter in parameters}
+
+        @functools.wraps(function)
+        def command(**values: Any) -> None:
+            ctx = values["ctx"]
+            record(ctx, {name: value for name, value in values.items() if name in recorded})
+            function(**{name: value for name, value in values.items() if name not in recorded})
+
+        command.__signature__ = own.replace(  # type: ignore[attr-defined]
+            parameters=[*own.parameters.values(), *parameters]
+        )
+        return command
+
+    return decorate
+
+
+def record(ctx: typer.Context, values: dict[str, Any]) -> None:
+    """Note the options that were given: those before the command's name and those after it.
+
+    Flags that are off count as not given, settings that are False do count (``--no-judge``).
+    """
+    given = _given(ctx)
+    for name, value in values.items():
+        if value is not None and not (name in COMMON and value is False):
+            given[name] = value
+
+
+def resolved_from(ctx: typer.Context) -> Resolved:
+    """Return this command's settings with their origins; ``.env`` is read on the first call."""
+    from pvec.settings import load_dotenv, resolve
+
+    if "pvec.resolved" not in ctx.meta:
+        cli = {_path(name): value for name, value in _given(ctx).items() if name not in COMMON}
+        dotenv = load_dotenv()
+        ctx.meta["pvec.resolved"] = resolve(
+            cli, config_file=_given(ctx).get("config"), dotenv=dotenv
+        )
+    found: Resolved = ctx.meta["pvec.resolved"]
+    return found
+
+
+def settings_from(ctx: typer.Context) -> Settings:
+    """Return this command's settings. Raises ``InputError`` for a name or value that is wrong."""
+    return resolved_from(ctx).settings
+
+
+def console_from(ctx: typer.Context) -> Console:
+    """Return the console of this command, as ``--json``, ``-q`` and ``-v`` ask for it."""
+    from pvec.cli.console import Console
+
+    given = _given(ctx)
+    if "pvec.console" not in ctx.meta:
+        ctx.meta["pvec.console"] = Console(
+            json="json" in given, quiet="quiet" in given, verbose="verbose" in given
+        )
+    found: Console = ctx.meta["pvec.console"]
+    return found
+
+
+def _given(ctx: typer.Context) -> dict[str, Any]:
+    given: dict[str, Any] = ctx.meta.setdefault("pvec.options", {})
+    return given
+
+
+def _expand(names: tuple[str, ...]) -> Iterator[str]:
+    """Yield the dotted paths that sections and paths stand for, without those that have no flag.
+
+    A section inside a section (``backend.vllm``) has flags only where it is named itself.
+    """
+    from pvec.settings.tree import fields
+
+    for name in names:
+        inside = name.count(".") + 1
+        paths = [
+            path
+            for path in fields()
+            if path == name or (path.startswith(f"{name}.") and path.count(".") == inside)
+        ]
+        assert paths, f"{name} is no setting"
+        yield from (path for path in paths if FLAGS.get(path) != ())
+
+
+def _setting_parameter(path: str) -> inspect.Parameter:
+    """Return the parameter of one setting; None stands for "not given"."""
+    from pvec.settings.tree import fields
+
+    field = fields()[path]
+    section, _, name = path.rpartition(".")
+    kind = _command_line_type(field.annotation)
+    flags = FLAGS.get(path, (f"--{name.replace('_', '-')}",))
+    if kind is bool and "/" not in flags[0]:
+        flags = (f"{flags[0]}/--no-{flags[0].removeprefix('--')}", *flags[1:])
+    option = typer.Option(
+        *flags, help=_help(field, kind), metavar=_metavar(kind), rich_help_panel=PANELS.get(section)
+    )
+    return _parameter(path.replace(".", "__"), Annotated[kind | None, option], None)
+
+
+def _help(field: FieldInfo, kind: Any) -> str:
+    """Return a setting's text with its choices and its default."""
+    text = field.description or ""
+    if get_origin(kind) is Literal:
+        text += f"; one of {', '.join(map(str, get_args(kind)))}"
+    for item in get_args(field.annotation):
+        if get_origin(item) is Literal:
+            text += f"; any of {', '.join(map(str, get_args(item)))}"
+    default = field.default
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    if isinstance(default, tuple):
+        default = ", ".join(map(str, default)) or None
+    return f"{text}." if default is None else f"{text} (default: {default})."
+
+
+def _metavar(kind: Any) -> str:
+    return {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: ""}.get(kind, "WORD")
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword_only, default=default, annotation=annotation)
+
+
+def _path(parameter: str) -> str:
+    return parameter.replace("__", ".")
+
+
+def _command_line_type(annotation: Any) -> Any:
+    """Return what Typer should read for a setting: its type without None, lists for tuples."""
+    if get_origin(annotation) is Literal:
+        return annotation
+    arguments = get_args(annotation)
+    if NoneType in arguments:
+        (inner,) = (argument for argument in arguments if argument is not NoneType)
+        return _command_line_type(inner)
+    if get_origin(annotation) in (tuple, list):
+        item = arguments[0]  # Typer takes no choices in a list; the settings check them
+        return list[str] if get_origin(item) is Literal else list[item]  # type: ignore[valid-type]
+    return annotation

@@ -1,0 +1,60 @@
+"""``pvec report``: a self-contained page about one or more runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pvec.cli.console import Console
+from pvec.cli.options import console_from, new_app, options
+
+if TYPE_CHECKING:
+    from pvec.workflows.report import ReportResult
+
+app = new_app()
+
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or more run folders.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", metavar="FILE", help="The page (default: report.html in the run's folder)."
+    ),
+]
+Svg = Annotated[bool, typer.Option("--svg", help="Write every figure as SVG beside the page.")]
+Png = Annotated[bool, typer.Option("--png", help="Write every figure as PNG beside the page.")]
+JudgeName = Annotated[
+    str | None,
+    typer.Option("--judge", metavar="NAME", help="Whose scores count, if several judges scored."),
+]
+
+
+@app.command()
+@options()
+def report(
+    ctx: typer.Context,
+    runs: Runs,
+    out: Out = None,
+    svg: Svg = False,
+    png: Png = False,
+    judge: JudgeName = None,
+) -> None:
+    """Write one self-contained page about one or more runs.
+
+    The page needs no network. The numbers behind every figure are written beside it as CSV.
+    """
+    from pvec.workflows import report as workflow
+
+    formats = [name for name, asked in (("svg", svg), ("png", png)) if asked]
+    result = workflow.run(runs, out=out, formats=formats, judge=judge)
+    console_from(ctx).emit(result, lambda console: _render(console, result))
+
+
+def _render(console: Console, result: ReportResult) -> None:
+    for finding in result.findings:
+        console.out.print(finding, markup=False)
+    console.out.print(f"page:    {result.page}", markup=False, soft_wrap=True)
+    if result.files:
+        folder = result.files[0].parent
+        console.out.print(f"figures: {len(result.files)} files in {folder}", markup=False)

@@ -1,0 +1,189 @@
+"""``pvec steer-eval``: what steering with a vector does, and at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pvec.cli.console import Console, table, with_interval
+from pvec.cli.extract import TINY_NOTE, render_judge
+from pvec.cli.options import console_from, new_app, options, settings_from
+
+if TYPE_CHECKING:
+    from pvec.core.stats import Interval
+    from pvec.report.sweep_numbers import Pick, SweepNumbers
+    from pvec.workflows.capability import TaskScore
+    from pvec.workflows.steer_eval import SteerEvalPlan, SteerEvalResult
+
+app = new_app()
+
+TraitName = Annotated[
+    str,
+    typer.Option("--trait", "-t", metavar="NAME|FILE", help="A bundled trait or a .json file."),
+]
+Vectors = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--vector",
+        metavar="FILE",
+        help="A vector file; repeatable. Without one, the unsteered model is evaluated.",
+    ),
+]
+Also = Annotated[
+    list[str] | None,
+    typer.Option("--also", metavar="NAME|FILE", help="Judge this trait as well; repeatable."),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tasks",
+        metavar="TASK",
+        help="Capability: an lm-eval task, run unsteered and at the picked point; repeatable.",
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", metavar="DIR", help="Run folder (default: runs/steer-TRAIT-MODEL)."
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say how much would be generated and judged, and its cost."),
+]
+
+
+@app.command("steer-eval")
+@options("model", "backend", "generation", "judge", "steer", "paths")
+def steer_eval(
+    ctx: typer.Context,
+    trait: TraitName,
+    vector: Vectors = None,
+    also: Also = None,
+    tasks: Tasks = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure what steering with a vector does, and at what cost.
+
+    Every layer and coefficient, a random vector of the same norm, the trait asked for in the
+    prompt, and the unsteered model answer the same questions in one pass. Layer and coefficient
+    are picked on half of the questions and reported on the other half. Run it again and it
+    finishes what is missing.
+    """
+    from pvec.workflows import steer_eval as workflow
+
+    settings, console = settings_from(ctx), console_from(ctx)
+    asked: dict[str, Any] = {"vectors": vector or (), "also": also or (), "out": out}
+    if dry_run:
+        plan = workflow.plan(settings, trait, **asked)
+        console.emit(plan, lambda shown: _render_plan(shown, plan))
+        return
+    with console.progress() as on_progress:
+        result = workflow.run(
+            settings,
+            trait,
+            **asked,
+            tasks=tasks or (),
+            say=console.note,
+            on_progress=on_progress,
+        )
+    console.emit(result, lambda shown: _render(shown, result))
+
+
+def _render_plan(console: Console, plan: SteerEvalPlan) -> None:
+    console.out.print(
+        f"{plan.trait}: {len(plan.conditions)} conditions, {plan.missing:,} of {plan.answers:,} "
+        f"answers to generate (at most {plan.most_tokens:,} tokens) into {plan.run}",
+        markup=False,
+    )
+    console.out.print(f"  judge {plan.judge}: {plan.judging}", markup=False)
+    for condition in plan.conditions:
+        console.out.print(f"  {condition}", markup=False)
+
+
+def _render(console: Console, result: SteerEvalResult) -> None:
+    console.out.print(
+        f"{result.trait} in {result.model}: {result.conditions} conditions, {result.answers:,} "
+        f"answers ({result.generated:,} new, {result.cut:,} cut at the token limit)",
+        markup=False,
+    )
+    if result.judge is not None:
+        render_judge(console, result.judge)
+    if result.numbers is not None:
+        _render_points(console, result.numbers)
+        for pick in result.numbers.picks:
+            _render_pick(console, pick, result.trait)
+        for vector in result.numbers.unpicked:
+            console.out.print(f"nothing picked for {vector}", markup=False)
+    if result.capability:
+        _render_tasks(console, result.capability)
+    for command in result.next:
+        console.out.print(f"next:   {command}", markup=False, soft_wrap=True)
+    if result.model == "tiny":
+        console.note(TINY_NOTE)
+
+
+def _render_points(console: Console, numbers: SweepNumbers) -> None:
+    """Show every condition but the random ones, which stand beside what they control."""
+    from pvec.report.sweep_numbers import control_of
+
+    trait = numbers.metrics[0]
+    controlled = any(point.role == "random" for point in numbers.points)
+    vectors = {point.vector for point in numbers.points if point.role == "steered"}
+    common = f"{vectors.pop()} · " if len(vectors) == 1 else ""
+    rows = []
+    for point in numbers.points:
+        if point.role == "random":
+            continue
+        row: list[Any] = [point.name.removeprefix(common)]
+        row += [_interval(point.scores[m]) for m in numbers.metrics]
+        if controlled:
+            control = control_of(point, numbers.points) if point.role == "steered" else None
+            row.append(f"{control.scores[trait].mean:.1f}" if control else "")
+        row.append(min(point.scores[metric].n for metric in numbers.metrics))
+        rows.append(row)
+    columns = ["condition", *(f"{metric} [95 %]" for metric in numbers.metrics)]
+    console.print(table([*columns, *(["random"] if controlled else []), "n"], rows))
+    missing = sum(one.missing for point in numbers.points for one in point.scores.values())
+    if missing:
+        console.print(f"{missing:,} scores are missing and in no mean")
+
+
+def _render_pick(console: Console, pick: Pick, trait: str) -> None:
+    console.out.print(
+        f"picked: {pick.point.name} ({pick.reason}); "
+        f"read on {pick.questions_for_reading} {'other' if pick.held_out else 'same'} questions:",
+        markup=False,
+    )
+    points = [("unsteered", pick.baseline), ("picked", pick.point)]
+    points += [("random vector", pick.control), ("prompted for", pick.prompt)]
+    rows = [
+        (
+            name,
+            *(_interval(one) for one in point.scores.values()),
+            _signed(point.differences.get(trait)),
+        )
+        for name, point in points
+        if point is not None
+    ]
+    columns = ("", *pick.point.scores, f"{trait} vs unsteered")
+    console.print(table(columns, rows))
+
+
+def _render_tasks(console: Console, scores: Sequence[TaskScore]) -> None:
+    rows = [(one.condition, one.task, one.metric, one.score, one.stderr, one.n) for one in scores]
+    console.print(table(("condition", "task", "metric", "score", "stderr", "n"), rows))
+
+
+def _interval(score: Interval) -> str:
+    return with_interval(score.mean, score.low, score.high)
+
+
+def _signed(difference: Interval | None) -> str:
+    if difference is None or difference.n == 0:
+        return ""
+    return f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"

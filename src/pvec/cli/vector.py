@@ -1,0 +1,273 @@
+"""``pvec vector``: compute, inspect, compare, combine and convert vectors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pvec.cli.options import console_from, new_app, options, resolved_from, settings_from
+from pvec.errors import InputError
+from pvec.types import VectorKind
+
+app = new_app("Compute, inspect, compare, combine and convert vectors.")
+
+Files = Annotated[
+    list[Path],
+    typer.Argument(metavar="FILE…", help="Vector files, or run folders with one vector each."),
+]
+File = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A vector file, or a run folder with one vector.")
+]
+Kind = Annotated[
+    VectorKind | None,
+    typer.Option(metavar="KIND", help="response_avg (the default), prompt_avg or prompt_last."),
+]
+Layer = Annotated[
+    int | None,
+    typer.Option("--layer", "-l", metavar="N", help="Layer, counted from 1 (0: embedding)."),
+]
+Png = Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Write the plot as PNG.")]
+Svg = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write the plot as SVG.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where the vector is written.")
+]
+
+
+@app.command()
+@options("model", "backend.name", "backend.token_budget", "generation.thinking", "filter")
+def compute(
+    ctx: typer.Context,
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="A run of `pvec extract`.")
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Whose scores of the run count, if several judged it."),
+    ] = None,
+    pos: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Judged answers that show the trait.")
+    ] = None,
+    neg: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Judged answers that do not.")
+    ] = None,
+    trait: Annotated[
+        str | None,
+        typer.Option("--trait", "-t", metavar="COLUMN", help="The column of the trait's score."),
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Compute a vector from a judged run, or from judged answers in two CSV files.
+
+    The files have the columns prompt (the rendered chat template), answer, TRAIT and coherence, as
+    the reference implementation writes them. Under `accelerate launch` the processes share the
+    work.
+    """
+    from pvec.cli.vector_views import render_computed
+    from pvec.workflows import vector_compute as workflow
+
+    settings, console = settings_from(ctx), console_from(ctx)
+    with console.progress() as on_progress:
+        if run is not None:
+            if pos or neg or trait:
+                raise InputError("Give either a run, or --pos, --neg and --trait.")
+            if not _given(ctx, "model.id", "model.adapter"):
+                settings = workflow.with_model_of(settings, run)
+            result = workflow.from_run(
+                settings, run, judge=judge, out=out, say=console.note, on_progress=on_progress
+            )
+        elif pos and neg and trait:
+            result = workflow.from_csv(
+                settings, pos, neg, trait=trait, out=out, say=console.note, on_progress=on_progress
+            )
+        else:
+            raise InputError(
+                "Say what to compute from: a run folder, or --pos CSV --neg CSV --trait COLUMN."
+            )
+    if result is not None:  # None in all processes of a launch but one
+        made = result
+        console.emit(made, lambda shown: render_computed(shown, made))
+
+
+@app.command()
+@options()
+def show(
+    ctx: typer.Context, files: Files, kind: Kind = None, png: Png = None, svg: Svg = None
+) -> None:
+    """Show whether a vector is any good: norms, dose, separation and stability by layer."""
+    from pvec.cli.vector_views import render_shown
+    from pvec.workflows import vector_show as workflow
+
+    found = workflow.show(files, kind=kind, png=png, svg=svg)
+    console_from(ctx).emit(found, lambda shown: render_shown(shown, found))
+
+
+@app.command()
+@options()
+def compare(
+    ctx: typer.Context,
+    files: Files,
+    by: Annotated[
+        Literal["file", "kind", "layer"],
+        typer.Option(metavar="WHAT", help="What is compared: file, kind or layer."),
+    ] = "file",
+    kind: Kind = None,
+    layer: Layer = None,
+    png: Png = None,
+    svg: Svg = None,
+) -> None:
+    """Show the cosines between traits, kinds, layers, or models of one width.
+
+    Files and kinds are compared at one layer, by default at 55 % of the depth.
+    """
+    from pvec.cli.vector_views import render_cosines
+    from pvec.workflows import vector_show as workflow
+
+    result = workflow.compare(
+        files, by=by, kind=kind or "response_avg", layer=layer, png=png, svg=svg
+    )
+    console_from(ctx).emit(result, lambda shown: render_cosines(shown, result))
+
+
+@app.command()
+@options()
+def combine(
+    ctx: typer.Context,
+    expression: Annotated[
+        str, typer.Argument(metavar="EXPRESSION", help='Such as "0.7*evil + 0.3*humorous".')
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where it is written.")],
+    orthogonalize_against: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Take away what lies along this vector; repeatable."),
+    ] = None,
+    incremental: Annotated[
+        bool,
+        typer.Option(
+            "--incremental",
+            help="Make every row its increase over the layer before (appendix J.3).",
+        ),
+    ] = False,
+    trait: Annotated[
+        str | None, typer.Option("--trait", "-t", metavar="NAME", help="What it is called.")
+    ] = None,
+) -> None:
+    """Make a vector from vectors of one model: sums, differences, orthogonal parts, increments.
+
+    Terms are file names with or without a factor; + and - between them have spaces around.
+    """
+    from pvec.cli.vector_views import render_written
+    from pvec.workflows import vector_edit as workflow
+
+    made = workflow.combine(
+        expression,
+        out=out,
+        orthogonal_to=orthogonalize_against or (),
+        incremental=incremental,
+        trait=trait,
+    )
+    console_from(ctx).emit(made, lambda shown: render_written(shown, made))
+
+
+@app.command()
+@options("model")
+def lens(
+    ctx: typer.Context,
+    file: File,
+    layer: Layer = None,
+    kind: Kind = None,
+    top: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens on each side.")] = 10,
+) -> None:
+    """Show the tokens that a vector promotes and suppresses.
+
+    The vector is read through the model's final norm and unembedding, as if it were the last
+    residual stream; scores are logits above the mean of the vocabulary.
+    """
+    from pvec.cli.vector_views import render_lens
+    from pvec.workflows import vector_lens as workflow
+
+    settings, console = settings_from(ctx), console_from(ctx)
+    if not _given(ctx, "model.id", "model.adapter"):
+        settings = workflow.with_model_of(settings, file)
+    seen = workflow.lens(settings, file, layer=layer, kind=kind, top=top, say=console.note)
+    console.emit(seen, lambda shown: render_lens(shown, seen))
+
+
+@app.command()
+@options()
+def convert(
+    ctx: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A vector file.")],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="A .safetensors, .pt or .gguf file, or a folder (.pt)."),
+    ],
+    kind: Kind = None,
+    model_hint: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Architecture in llama.cpp's words (GGUF): qwen2, …"),
+    ] = None,
+) -> None:
+    """Convert between pvec's files, the reference's .pt and GGUF control vectors."""
+    from pvec.cli.vector_views import render_written
+    from pvec.workflows import vector_edit as workflow
+
+    made = workflow.convert(source, target, kind=kind, model_hint=model_hint)
+    console_from(ctx).emit(made, lambda shown: render_written(shown, made))
+
+
+@app.command()
+@options()
+def push(
+    ctx: typer.Context,
+    files: Files,
+    repo: Annotated[
+        str, typer.Option("--to", metavar="OWNER/NAME", help="The hub's model repository.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Commit message.")] = None,
+) -> None:
+    """Put vectors on the model hub, with a card that explains them.
+
+    Log in first with `hf auth login`, or set HF_TOKEN.
+    """
+    from pvec.workflows import vector_hub as workflow
+
+    done = workflow.push(files, repo, private=private, message=message)
+    console_from(ctx).emit(
+        done,
+        lambda shown: shown.out.print(
+            f"{', '.join(done.files)} → {done.url}", markup=False, soft_wrap=True
+        ),
+    )
+
+
+@app.command()
+@options()
+def pull(
+    ctx: typer.Context,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A model repository.")],
+    files: Annotated[
+        list[str] | None, typer.Argument(metavar="FILE…", help="Which files (default: all).")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder they are put into.")
+    ] = Path("vectors"),
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit.")
+    ] = None,
+) -> None:
+    """Fetch vectors from the model hub."""
+    from pvec.cli.vector_views import render_pulled
+    from pvec.workflows import vector_hub as workflow
+
+    done = workflow.pull(repo, files or (), out=out, revision=revision)
+    console_from(ctx).emit(done, lambda shown: render_pulled(shown, done))
+
+
+def _given(ctx: typer.Context, *paths: str) -> bool:
+    """Whether one of these settings was set by anybody."""
+    return any(resolved_from(ctx).origins[path] != "default" for path in paths)

@@ -1,0 +1,62 @@
+"""``pvec verify``: proof that steering works on this model and vector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pvec.cli.console import Console
+from pvec.cli.options import console_from, new_app, options, settings_from
+from pvec.errors import SteeringError
+
+if TYPE_CHECKING:
+    from pvec.workflows.verify import VerifyResult
+
+app = new_app()
+
+Vector = Annotated[
+    Path | None,
+    typer.Option("--vector", metavar="FILE", help="A vector file (default: a random direction)."),
+]
+
+
+@app.command()
+@options("model", "backend", "steer.kind", "steer.layer", "steer.coef", "steer.coef_unit")
+def verify(ctx: typer.Context, vector: Vector = None) -> None:
+    """Prove, from outside, that steering does on your model and vector what it says.
+
+    Plain hooks read the residual stream: it must change by exactly coefficient x vector at the
+    steered layer and tokens and nowhere else; coefficient 0 must change nothing; the rows of a
+    mixed batch must be what they are alone. Exits with 2 when a check fails.
+    """
+    from pvec.workflows import verify as workflow
+
+    settings, console = settings_from(ctx), console_from(ctx)
+    with console.progress() as on_progress:
+        result = workflow.verify(settings, vector=vector, say=console.note, on_progress=on_progress)
+    console.emit(result, lambda shown: _render(shown, result))
+    failed = [check.name for check in result.checks if not check.passed]
+    if failed:
+        raise SteeringError(
+            f"{len(failed)} of {len(result.checks)} checks failed, the first: {failed[0]}. "
+            f"Do not trust steering on this model; please report it with the model's name."
+        )
+
+
+def _render(console: Console, result: VerifyResult) -> None:
+    layers = ", ".join(map(str, result.layers))
+    console.out.print(
+        f"{result.vector} on {result.model} ({result.dtype}), layers {layers}", markup=False
+    )
+    for check in result.checks:
+        detail = f"; {check.detail}" if check.detail else ""
+        console.out.print(
+            f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: "
+            f"{check.measured:.2g} {check.unit} (allowed {check.allowed:.2g}{detail})",
+            markup=False,
+            style=None if check.passed else "bold red",
+        )
+    if result.passed:
+        console.print(f"All {len(result.checks)} checks passed.")

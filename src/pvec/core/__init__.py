@@ -1,0 +1,1 @@
+"""Pure tensors and numbers: layers, steering, capture, vectors, projection, statistics."""

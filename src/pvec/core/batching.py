@@ -1,0 +1,105 @@
+"""Which sequences are computed together. Pure planning: no tensors, no model.
+
+Rows of one forward are padded to the longest, so they are taken by length. Several answers to one
+prompt need the prompt only once; prompts of one length stand side by side without any padding.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from pvec.types import TokenSpans
+
+_MIN_SHARED_TOKENS = 64
+"""Fewer saved tokens than this do not pay for the extra forward."""
+
+_MIN_SHARED_FRACTION = 0.1
+"""Attention over a cached prompt needs an explicit mask, which costs a few percent itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedPrompts:
+    """Groups of sequences of one steering; those of a group begin with the same prompt.
+
+    All prompts are ``length`` tokens long.
+    """
+
+    length: int
+    groups: list[list[TokenSpans]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What to compute for one window: sequences as they are, and sequences that share prompts."""
+
+    plain: list[TokenSpans]
+    shared: list[SharedPrompts]
+
+
+def prompt_length(sequence: TokenSpans) -> int:
+    """Return how many tokens of a sequence are prompt: up to the end of its prompt span.
+
+    Without a prompt span, up to the last prompt token or the start of the response; without any
+    of these the whole sequence is prompt.
+    """
+    spans = sequence.spans
+    for name in ("prompt", "prompt_last"):
+        if name in spans and spans[name][1] > spans[name][0]:
+            return spans[name][1]
+    return spans["response"][0] if "response" in spans else len(sequence.token_ids)
+
+
+def windows(sequences: Iterable[TokenSpans], *, rows: int) -> Iterator[list[TokenSpans]]:
+    """Cut a stream into lists of at most ``rows`` sequences, so that memory stays constant."""
+    stream = iter(sequences)
+    while window := list(islice(stream, rows)):
+        yield window
+
+
+def plan_window(window: Sequence[TokenSpans], *, share: bool) -> Work:
+    """Split a window into plain rows (longest first) and shared prompts.
+
+    The order within the window does not matter: equal sets of sequences give equal plans.
+    """
+    ordered = sorted(window, key=_order)
+    if not share:
+        return Work(plain=ordered, shared=[])
+    groups: dict[tuple[object, ...], list[TokenSpans]] = defaultdict(list)
+    for sequence in ordered:
+        cut = prompt_length(sequence)
+        steering = tuple(i.fingerprint for i in sequence.steering)
+        groups[(sequence.token_ids[:cut], steering)].append(sequence)
+    by_length: dict[int, list[list[TokenSpans]]] = defaultdict(list)
+    for group in groups.values():
+        if len(group) > 1 and prompt_length(group[0]) > 0:
+            by_length[prompt_length(group[0])].append(group)
+    shared = [
+        SharedPrompts(length=length, groups=by_length[length])
+        for length in sorted(by_length, reverse=True)
+        if _pays(by_length[length], length)
+    ]
+    chosen = {id(s) for work in shared for group in work.groups for s in group}
+    return Work(plain=[s for s in ordered if id(s) not in chosen], shared=shared)
+
+
+def rows_that_fit(lengths: Sequence[int], *, token_budget: int) -> int:
+    """Return how many of the first rows fit when all are padded to the longest; at least one."""
+    longest = 0
+    for count, length in enumerate(lengths):
+        longest = max(longest, length)
+        if count and (count + 1) * longest > token_budget:
+            return count
+    return len(lengths)
+
+
+def _order(sequence: TokenSpans) -> tuple[object, ...]:
+    return (-len(sequence.token_ids), sequence.token_ids, sequence.id)
+
+
+def _pays(groups: Sequence[Sequence[TokenSpans]], length: int) -> bool:
+    total = sum(len(s.token_ids) for group in groups for s in group)
+    saved = sum((len(group) - 1) * length for group in groups)
+    return saved >= _MIN_SHARED_TOKENS and saved >= _MIN_SHARED_FRACTION * total

@@ -1,0 +1,95 @@
+"""Which responses count towards a vector (paper, section 2.2): they show the trait, or do not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Sign = Literal["pos", "neg"]
+
+Reason = Literal["kept", "off_trait", "incoherent", "missing", "partner"]
+"""Why a response counts or does not. ``off_trait``: a positive one that does not show the trait, a
+negative one that does. ``missing``: trait or coherence has no score. ``partner``: it passed, and
+its opposite number did not (paired filtering only)."""
+
+REASONS: Mapping[Reason, str] = {
+    "kept": "kept",
+    "off_trait": "trait score on the wrong side",
+    "incoherent": "incoherent",
+    "missing": "score missing",
+    "partner": "partner dropped",
+}
+"""The reasons in people's words, in the order of tables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A response with its scores (0 to 100, or None where missing).
+
+    ``pair`` is what a positive response and its opposite number have in common.
+    """
+
+    id: str
+    sign: Sign
+    trait: float | None
+    coherence: float | None
+    pair: Hashable = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filtered:
+    """What the filter decided: a reason for every response, in the order given."""
+
+    reasons: Mapping[str, Reason]
+    counts: Mapping[Sign, Mapping[Reason, int]]
+
+    def kept(self, response_id: str) -> bool:
+        """Whether this response counts."""
+        return self.reasons[response_id] == "kept"
+
+
+def filter_responses(
+    responses: Sequence[Scored],
+    *,
+    threshold: float = 50.0,
+    coherence: float = 50.0,
+    paired: bool = False,
+) -> Filtered:
+    """Decide which responses count.
+
+    A positive response is kept when its trait score is at least ``threshold``, a negative one when
+    it is below ``100 - threshold``; both need a coherence of at least ``coherence``. ``paired``
+    keeps a response only when its opposite number (same ``pair``) passes too, as the reference
+    implementation does.
+    """
+    reasons: dict[str, Reason] = {
+        one.id: _alone(one, threshold=threshold, coherence=coherence) for one in responses
+    }
+    if paired:
+        whole = _whole_pairs(responses, reasons)
+        for one in responses:
+            if reasons[one.id] == "kept" and one.pair not in whole:
+                reasons[one.id] = "partner"
+    tally = Counter((one.sign, reasons[one.id]) for one in responses)
+    signs: tuple[Sign, ...] = ("pos", "neg")
+    counts = {sign: {reason: tally[sign, reason] for reason in REASONS} for sign in signs}
+    return Filtered(reasons=reasons, counts=counts)
+
+
+def _alone(one: Scored, *, threshold: float, coherence: float) -> Reason:
+    if one.trait is None or one.coherence is None:
+        return "missing"
+    shows = one.trait >= threshold if one.sign == "pos" else one.trait < 100.0 - threshold
+    if not shows:
+        return "off_trait"
+    return "kept" if one.coherence >= coherence else "incoherent"
+
+
+def _whole_pairs(responses: Iterable[Scored], reasons: Mapping[str, Reason]) -> set[Hashable]:
+    passed: dict[Sign, set[Hashable]] = {"pos": set(), "neg": set()}
+    for one in responses:
+        if reasons[one.id] == "kept":
+            passed[one.sign].add(one.pair)
+    return passed["pos"] & passed["neg"]

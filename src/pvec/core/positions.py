@@ -1,0 +1,66 @@
+"""What each token of a forward pass is to steering: prompt, last prompt token, generated, or pad.
+
+Every way of asking "which tokens are steered" ends in one tensor of roles ``[B, T]``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pvec.types import Positions
+
+NUM_ROLES = 4
+PAD, PROMPT, LAST, GENERATED = range(NUM_ROLES)
+"""The role of a token. ``LAST`` is the last prompt token: it predicts the first response token."""
+
+ROLES_OF: dict[Positions, tuple[int, ...]] = {
+    "prompt": (PROMPT, LAST),
+    "response": (LAST, GENERATED),
+    "all": (PROMPT, LAST, GENERATED),
+}
+
+IGNORED_LABEL = -100
+"""transformers' label for tokens that carry no loss."""
+
+
+def roles_by_length(
+    real: torch.Tensor, prompt_lengths: torch.Tensor, *, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the roles ``[B, T]`` of tokens when the length of each row's prompt is known.
+
+    ``real`` (bool ``[B, T]``) is False on padding, wherever it stands; ``prompt_lengths`` ``[B]``
+    counts each row's prompt tokens; ``seen`` ``[B]`` its tokens in earlier forwards (default 0).
+    """
+    place = real.long().cumsum(dim=1)  # [B, T], 1-based among the real tokens of the row
+    if seen is not None:
+        place = place + seen[:, None]
+    last = prompt_lengths[:, None]
+    roles = torch.where(place < last, PROMPT, torch.where(place == last, LAST, GENERATED))
+    return torch.where(real, roles, PAD)
+
+
+def roles_of_prompt(real: torch.Tensor) -> torch.Tensor:
+    """Return the roles ``[B, T]`` when every real token is a prompt token."""
+    return roles_by_length(real, real.sum(dim=1))
+
+
+def roles_from_labels(labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Return the roles ``[B, T]`` of a training batch.
+
+    Labelled tokens (label != -100) are the response; the token before each labelled run predicts
+    its first token and is ``LAST``; all other real tokens are prompt.
+    """
+    labelled = (labels != IGNORED_LABEL) & real
+    before = torch.zeros_like(labelled)
+    before[:, :-1] = labelled[:, 1:]
+    roles = torch.where(labelled, GENERATED, torch.where(before, LAST, PROMPT))
+    return torch.where(real, roles, PAD)
+
+
+def expected_touched(positions: Positions, *, prompt_tokens: int, generated_tokens: int) -> int:
+    """Return how many positions an instruction must touch in one answer.
+
+    ``generated_tokens`` counts those that were fed to the model: the last sampled token never is.
+    """
+    counts = {PROMPT: prompt_tokens - 1, LAST: 1, GENERATED: generated_tokens}
+    return sum(counts[role] for role in ROLES_OF[positions])

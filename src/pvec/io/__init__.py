@@ -1,0 +1,1 @@
+"""Files: traits, the run store, users' tables, vector files. Plain arguments, no settings."""

@@ -1,0 +1,167 @@
+"""Writing files so that a kill, a full disk or a second process never leaves half of one behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Self
+
+from pvec.errors import StoreError
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows has no flock; two writers are then not noticed
+    fcntl = None  # type: ignore[assignment]
+
+_SPARE_BYTES = 64 * 2**20
+"""What must be free before a job starts: less than this and it would soon stop half-way."""
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full; free some space or choose a folder on another disk",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
+    errno.EFBIG: "the file has reached the largest size allowed; raise the limit (ulimit -f)",
+    errno.EROFS: "the file system is read-only; choose a folder that can be written",
+    errno.EACCES: "permission is denied; choose a folder that you may write to",
+    errno.EPERM: "it is not permitted; choose a folder that you may write to",
+    errno.ENOTDIR: "a part of that path is a file, not a folder; choose another path",
+    errno.EISDIR: "that is a folder, not a file; choose another path",
+}
+
+
+def store_error(path: Path, exc: OSError) -> StoreError:
+    """Turn an ``OSError`` met while writing ``path`` into one sentence with the remedy."""
+    reason = _REMEDIES.get(exc.errno or 0, f"{exc.strerror or exc}; choose another path")
+    return StoreError(f"cannot write {path}: {reason}.")
+
+
+def probe_writable(folder: Path, *, need_bytes: int = _SPARE_BYTES) -> None:
+    """Create ``folder`` and make sure that a file can be written in it.
+
+    Called before a model is loaded. Raises ``StoreError`` for a read-only or full disk, a path
+    through a file, or fewer than ``need_bytes`` bytes free.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, prefix=".probe.") as probe:
+            probe.write(b"\0" * 4096)
+            probe.flush()
+            os.fsync(probe.fileno())
+        free = shutil.disk_usage(folder).free
+    except FileExistsError as exc:
+        raise StoreError(
+            f"cannot write into {folder}: that is a file; choose another path."
+        ) from exc
+    except OSError as exc:
+        raise store_error(folder, exc) from exc
+    if free < need_bytes:
+        raise StoreError(
+            f"cannot write into {folder}: only {free / 2**20:.0f} MiB are free and "
+            f"{need_bytes / 2**20:.0f} MiB are needed; free some space or choose another folder."
+        )
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, *, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a file beside ``path`` for writing and put it in place when the block ends well.
+
+    Whoever looks at ``path`` sees the old file or the new one, whole. ``mode`` is ``"wb"`` or
+    ``"w"`` (UTF-8, newlines as written). A link keeps pointing where it did, and an existing
+    file's permissions stay. Raises ``StoreError`` when the disk is full or read-only.
+    """
+    target = Path(os.path.realpath(path))
+    encoding = None if "b" in mode else "utf-8"
+    newline = None if "b" in mode else ""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(
+            dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"
+        )
+    except OSError as exc:
+        raise store_error(target, exc) from exc
+    aside = Path(name)
+    try:
+        with open(descriptor, mode, encoding=encoding, newline=newline) as stream:  # noqa: PTH123
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.chmod(_permissions(target))
+        aside.replace(target)
+        _sync_folder(target.parent)
+    except OSError as exc:
+        raise store_error(target, exc) from exc
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+class WriterLock:
+    """At most one process writes what this lock guards; the lock goes when its process ends.
+
+    The file at ``path`` holds the owner's process id, for the message that the second one gets.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def acquire(self) -> Self:
+        """Take the lock. Raises ``StoreError`` naming the process that holds it."""
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as exc:
+            raise store_error(self.path, exc) from exc
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(descriptor)
+            raise StoreError(
+                f"{self.path.parent} is being written by another pvec process (pid {owner}); "
+                "wait for it to finish or stop it, then run the same command again."
+            ) from exc
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        except OSError as exc:
+            os.close(descriptor)
+            raise store_error(self.path, exc) from exc
+        self._descriptor = descriptor
+        return self
+
+    def release(self) -> None:
+        """Give the lock back. The file stays: removing it would race with the next owner."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self.acquire()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
+
+
+def _permissions(target: Path) -> int:
+    """Return the mode that the replaced file has, or what a new file would get here."""
+    try:
+        return target.stat().st_mode & 0o7777
+    except FileNotFoundError:
+        # mkstemp makes 0600; a new file should have what open() would have given it
+        umask = os.umask(0)
+        os.umask(umask)
+        return 0o666 & ~umask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renaming itself survive a power cut, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,153 @@
+"""Reading a trait's JSON with errors that name the file, the key and the line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Never, Self
+
+from pvec.errors import InputError, did_you_mean
+
+_TOP_KEYS = frozenset(
+    {"name", "description", "assistant_names", "instruction", "questions", "eval_prompt"}
+)
+_MISSING = object()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraitFile:
+    """A parsed trait file that still knows where in its text each key stands.
+
+    The accessors below raise ``InputError`` for a key that is missing or of the wrong type.
+    """
+
+    path: Path
+    source: str
+    data: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Parse ``path``. Raises ``InputError`` for anything that is not a JSON object."""
+        try:
+            source = path.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise InputError(f"there is no trait file {path}; check the path.") from None
+        except UnicodeDecodeError as exc:
+            raise InputError(
+                f"{path} is not UTF-8 text (byte {exc.start}); save it as UTF-8."
+            ) from exc
+        except OSError as exc:
+            raise InputError(
+                f"cannot read {path}: {exc.strerror}; give the path of a trait's .json file."
+            ) from exc
+        if not source.strip():
+            raise InputError(f"{path} is empty; a trait file is a JSON object (docs/formats.md).")
+        try:
+            data = json.loads(source)
+        except json.JSONDecodeError as exc:
+            raise InputError(
+                f"{path}:{exc.lineno} is not valid JSON: {exc.msg} at column {exc.colno}; "
+                "correct that line."
+            ) from exc
+        if not isinstance(data, dict):
+            raise InputError(
+                f"{path} holds a JSON {type(data).__name__}; a trait file is a JSON object "
+                "(docs/formats.md)."
+            )
+        return cls(path=path, source=source, data=data)
+
+    @property
+    def is_own_format(self) -> bool:
+        """Whether this is pvec's one-file format; the reference's has one list of questions."""
+        return not isinstance(self.data.get("questions"), list)
+
+    def refuse_unknown_keys(self) -> None:
+        """Raise ``InputError`` for a key that pvec's format does not have (a typing error)."""
+        for key in self.data:
+            if key not in _TOP_KEYS:
+                raise InputError(
+                    f"{self.path}:{self._line(key)} has the unknown key {key!r}."
+                    f"{did_you_mean(key, _TOP_KEYS)} Known keys: {', '.join(sorted(_TOP_KEYS))}."
+                )
+
+    def text(
+        self, key: str, *, inside: Mapping[str, Any] | None = None, optional: bool = False
+    ) -> str:
+        """Return the string at ``key``; an absent optional one is the empty string."""
+        value = self._value(key, inside=inside, optional=optional)
+        if value is _MISSING:
+            return ""
+        if not isinstance(value, str):
+            self._wrong_type(key, "a text", value)
+        return value
+
+    def texts(self, key: str, *, inside: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+        """Return the list of strings at ``key``."""
+        value = self._value(key, inside=inside)
+        if not isinstance(value, list):
+            self._wrong_type(key, "a list of texts", value)
+        for item in value:
+            if not isinstance(item, str):
+                self._wrong_type(key, "a list of texts", item)
+        return tuple(value)
+
+    def mapping(self, key: str, *, optional: bool = False) -> Mapping[str, Any]:
+        """Return the object at ``key``; an absent optional one is empty."""
+        value = self._value(key, optional=optional)
+        if value is _MISSING:
+            return {}
+        if not isinstance(value, dict):
+            self._wrong_type(key, "an object", value)
+        return value
+
+    def mappings(self, key: str) -> list[Mapping[str, Any]]:
+        """Return the list of objects at ``key``."""
+        value = self._value(key)
+        if not isinstance(value, list):
+            self._wrong_type(key, "a list of objects", value)
+        for item in value:
+            if not isinstance(item, dict):
+                self._wrong_type(key, "a list of objects", item)
+        return value
+
+    def _value(
+        self, key: str, *, inside: Mapping[str, Any] | None = None, optional: bool = False
+    ) -> Any:
+        container = self.data if inside is None else inside
+        if key in container:
+            return container[key]
+        if optional:
+            return _MISSING
+        around = "" if inside is None else f" in {_shortened(inside)}"
+        raise InputError(
+            f"{self.path}:{self._line_of_container(inside)} lacks the key {key!r}{around}."
+            f"{did_you_mean(key, container)} docs/formats.md shows a whole trait file."
+        )
+
+    def _wrong_type(self, key: str, wanted: str, found: Any) -> Never:
+        raise InputError(
+            f"{self.path}:{self._line(key)} should have {wanted} under {key!r}, not "
+            f"{_shortened(found)}; docs/formats.md shows a whole trait file."
+        )
+
+    def _line(self, key: str) -> int:
+        """Return the line where ``key`` first stands as a key, from 1."""
+        match = re.search(rf"{re.escape(json.dumps(key))}\s*:", self.source)
+        return 1 if match is None else self.source.count("\n", 0, match.start()) + 1
+
+    def _line_of_container(self, container: Mapping[str, Any] | None) -> int:
+        """Return the line of an object by its first key and value, as nearly as the text tells."""
+        if not container:
+            return 1
+        key, value = next(iter(container.items()))
+        start = json.dumps(value, ensure_ascii=False)[:40] if isinstance(value, str) else ""
+        match = re.search(rf"{re.escape(json.dumps(key))}\s*:\s*{re.escape(start)}", self.source)
+        return self._line(key) if match is None else self.source.count("\n", 0, match.start()) + 1
+
+
+def _shortened(value: Any, *, limit: int = 60) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else f"{text[:limit]}…"

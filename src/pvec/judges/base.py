@@ -1,0 +1,65 @@
+"""What every judge is, whoever answers: a server or a model in this process."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Self
+
+from pvec.types import JudgeQuery, Score
+
+
+class Judge(ABC):
+    """Something that scores answers; a context manager, so that connections are given back.
+
+    ``name`` is the judge's identity: everything about it that could change a score (model, host,
+    weights), without secrets. It is part of every score's id. The words it is asked with and the
+    scale belong to the query.
+    """
+
+    name: str
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about how scores are read, each a sentence to show once."""
+        return ()
+
+    @property
+    def stopped(self) -> str | None:
+        """Why ``score`` ended before its queries did (a cost limit), or None."""
+        return None
+
+    @property
+    def spent(self) -> float:
+        """What this judge has cost since it was opened, in US dollars as far as known."""
+        return 0.0
+
+    def check(self) -> None:  # noqa: B027 - nothing to find out, by default
+        """Find out, before anything is generated, whether this judge can be asked at all.
+
+        Raises ``JudgeError`` when it cannot. Costs at most one short request.
+        """
+
+    @abstractmethod
+    def score(self, queries: Iterable[JudgeQuery]) -> Iterator[Score]:
+        """Yield one ``Score`` per query as it finishes, in any order, in constant memory.
+
+        A query that could not be answered gives a score with ``status="error"``. Raises
+        ``JudgeError`` when going on is pointless (key refused, no credit, nothing but errors),
+        after yielding every score that was already paid for.
+        """
+
+    def close(self) -> None:  # noqa: B027 - nothing to give back, by default
+        """Give back what the judge holds. Called once, on leaving the context."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,185 @@
+"""A causal LM as judge, in this process, scored exactly.
+
+Where a server shows the 20 likeliest first tokens, a local model gives the probability of every
+reply of the scale, however its tokenizer splits numbers (``scales.ReplyTree``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from pvec.core.chat import encode_prompt, render_prompt
+from pvec.errors import ModelError
+from pvec.judges.base import Judge
+from pvec.judges.scales import (
+    REFUSAL_OPENINGS,
+    Reading,
+    ReplyTree,
+    read_masses,
+    read_text,
+    reply_values,
+)
+from pvec.types import Generation, JudgeQuery, JudgeScale, ModelInfo, Request, Sampling, Score
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 256
+"""Queries handed to the model at once; it batches them and shares their common beginning."""
+
+_VERDICT_TOKENS = 512
+
+
+class JudgeModel(Protocol):
+    """What is needed of a backend."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is known about the model."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer, with a chat template."""
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
+        """See ``Backend.generate``."""
+
+    def continuation_logprobs(
+        self, prompts: Sequence[tuple[int, ...]], continuations: Sequence[tuple[int, ...]]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """See ``Backend.continuation_logprobs``."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+class LocalJudge(Judge):
+    """Scores with ``model``; frees it on leaving the context only when it ``owns`` it."""
+
+    def __init__(self, model: JudgeModel, *, owns: bool = False) -> None:
+        self.model = model
+        kind = "tiny" if model.info.bundled else f"local:{model.info.id}"
+        self.name = f"{kind}#{model.info.fingerprint}"
+        self._owns = owns
+        self._replies: dict[JudgeScale, _Replies] = {}
+
+    def score(self, queries: Iterable[JudgeQuery]) -> Iterator[Score]:
+        """Yield scores chunk by chunk; a query that does not fit the model becomes an error."""
+        source = iter(queries)
+        while chunk := list(itertools.islice(source, _CHUNK)):
+            # Prompts of one metric begin alike, and the model computes the common part once.
+            alike: dict[tuple[str, JudgeScale], list[JudgeQuery]] = {}
+            for query in chunk:
+                alike.setdefault((query.metric, query.scale), []).append(query)
+            for (_, scale), group in alike.items():
+                for query, reading in self._read_all(group, scale=scale):
+                    yield Score(
+                        id=query.id,
+                        response_id=query.response_id,
+                        metric=query.metric,
+                        judge=self.name,
+                        score=reading.score,
+                        status=reading.status,
+                        detail=reading.detail,
+                    )
+
+    def close(self) -> None:
+        """Free the model if it is the judge's own."""
+        if self._owns:
+            self.model.close()
+
+    def _read_all(
+        self, queries: Sequence[JudgeQuery], *, scale: JudgeScale
+    ) -> Iterator[tuple[JudgeQuery, Reading]]:
+        left = dict(enumerate(queries))
+        try:
+            for index, reading in self._ask(queries, scale=scale):
+                yield left.pop(index), reading
+        except ModelError as error:
+            if len(queries) == 1:
+                yield queries[0], Reading(score=None, status="error", detail=str(error))
+                return
+            # One of them is too long for the model: the others are still scored.
+            for query in left.values():
+                yield from self._read_all([query], scale=scale)
+
+    def _ask(
+        self, queries: Sequence[JudgeQuery], *, scale: JudgeScale
+    ) -> Iterator[tuple[int, Reading]]:
+        texts = [render_prompt(self.model.tokenizer, query.messages) for query in queries]
+        prompts = [encode_prompt(self.model.tokenizer, text) for text in texts]
+        if scale == "binary-text":
+            yield from self._ask_for_text(prompts)
+            return
+        if scale not in self._replies:
+            self._replies[scale] = _Replies(self.model.tokenizer, scale=scale, prompt=texts[0])
+        replies = self._replies[scale]
+        for index, logprobs in self.model.continuation_logprobs(prompts, replies.continuations):
+            yield index, replies.read(logprobs)
+
+    def _ask_for_text(self, prompts: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, Reading]]:
+        sampling = Sampling(temperature=0.0, max_tokens=_VERDICT_TOKENS)
+        requests = (
+            Request(id=str(index), prompt_ids=prompt, sampling=sampling)
+            for index, prompt in enumerate(prompts)
+        )
+        for answer in self.model.generate(requests):
+            yield int(answer.id), read_text(answer.text, scale="binary-text")
+
+
+class _Replies:
+    """The token ids of every reply of a scale for one tokenizer, and what begins a refusal."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, scale: JudgeScale, prompt: str
+    ) -> None:
+        self._scale = scale
+        self._tree = ReplyTree(
+            {
+                reply: [
+                    ids
+                    for word in dict.fromkeys((reply, reply.capitalize(), reply.lower()))
+                    for ids in _token_ids(tokenizer, prompt, word)
+                ]
+                for reply in reply_values(scale)
+            }
+        )
+        numbers = self._tree.continuations
+        firsts = {_token_ids(tokenizer, prompt, word)[0][:1] for word in REFUSAL_OPENINGS}
+        taken = {path[:1] for path in numbers}
+        self.continuations = [*numbers, *sorted(firsts - taken)]
+
+    def read(self, logprobs: np.ndarray) -> Reading:
+        """Read a score from log P of each of ``continuations`` (float ``[C]``)."""
+        count = len(self._tree.continuations)
+        reading = read_masses(self._tree.masses(logprobs[:count].tolist()), scale=self._scale)
+        if reading.score is None:
+            refusing = math.fsum(math.exp(value) for value in logprobs[count:].tolist())
+            if refusing >= 0.5:
+                return Reading(score=None, status="refusal", detail=reading.detail)
+        return reading
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, word: str) -> list[tuple[int, ...]]:
+    """Return the ways a model writes ``word`` right after ``prompt``, as token ids.
+
+    Tokenised after the prompt and by itself: some tokenizers put a word-start mark before the
+    first word of a text, and models trained with them begin their answer with it.
+    """
+    head = encode_prompt(tokenizer, prompt)
+    joint = encode_prompt(tokenizer, prompt + word)
+    ways = [encode_prompt(tokenizer, word)]
+    if joint[: len(head)] == head:
+        ways.insert(0, joint[len(head) :])
+    good = [ids for ids in dict.fromkeys(ways) if str(tokenizer.decode(list(ids))).strip() == word]
+    if not good:
+        msg = (
+            f"The tokenizer of {tokenizer.name_or_path or 'the judge'} cannot write {word!r}: "
+            "use another model as judge."
+        )
+        raise ModelError(msg)
+    return good

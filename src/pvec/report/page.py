@@ -1,0 +1,182 @@
+"""One self-contained HTML page: no network, no files beside it, answers treated as untrusted text.
+
+The template escapes everything by default; answers travel as JSON in a data block and reach the
+page through ``textContent`` only; a content security policy forbids every outside request.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files
+from typing import Any
+
+from pvec.report.figures import Cell, Figure, Table
+
+ANSWER_BUDGET = 6_000_000
+"""Characters of answers that one section embeds at most; beyond that every k-th question block is
+kept and the page says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One response in the browser of answers. ``scores`` maps a metric to a score or ``None``."""
+
+    condition: str
+    question: str
+    rollout: int
+    text: str
+    scores: Mapping[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """What one run contributes to a page.
+
+    ``finding`` is one sentence with the main numbers. ``notes`` are shown under it as they are.
+    ``compare`` names the two conditions that the answer browser opens with.
+    """
+
+    id: str
+    title: str
+    finding: str
+    notes: tuple[str, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[tuple[str, Table], ...] = ()
+    answers: tuple[Answer, ...] = ()
+    compare: tuple[str, str] | None = None
+    provenance: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chapter:
+    """What all runs of one kind contribute: a finding for the page's head, and their sections."""
+
+    finding: str
+    sections: tuple[Section, ...]
+
+
+def render_page(*, title: str, chapters: Sequence[Chapter], made: datetime, version: str) -> str:
+    """Return the whole page as HTML text."""
+    import jinja2
+
+    assets = files("pvec.report") / "assets"
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["cell"] = format_cell
+    template = environment.from_string((assets / "page.html.jinja").read_text(encoding="utf-8"))
+    sections = [section for chapter in chapters for section in chapter.sections]
+    return template.render(
+        title=title,
+        findings=[chapter.finding for chapter in chapters if chapter.finding],
+        sections=[_section_context(section) for section in sections],
+        css=_verbatim((assets / "page.css").read_text(encoding="utf-8")),
+        js=_verbatim((assets / "page.js").read_text(encoding="utf-8")),
+        made=made.strftime("%Y-%m-%d %H:%M %Z").strip(),
+        version=version,
+    )
+
+
+def format_cell(cell: Cell) -> str:
+    """Write a table cell: numbers short, a missing one as a dash."""
+    if cell is None or cell != cell:  # noqa: PLR0124 (NaN)
+        return "–"
+    if isinstance(cell, float):
+        return f"{cell:.1f}" if abs(cell) >= 10 else f"{cell:.3g}"
+    return str(cell)
+
+
+def embed_json(value: object) -> str:
+    """Return JSON that cannot end or open a tag, whatever strings it holds."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def within_budget(answers: Sequence[Answer], *, budget: int = ANSWER_BUDGET) -> tuple[Answer, ...]:
+    """Thin out answers evenly by rollout so that every condition and question stays.
+
+    Rollouts are dropped from the last one down until the texts fit ``budget`` characters; rollout 0
+    always stays.
+    """
+    kept = list(answers)
+    while sum(len(answer.text) for answer in kept) > budget:
+        last = max(answer.rollout for answer in kept)
+        if last == 0:
+            break
+        kept = [answer for answer in kept if answer.rollout < last]
+    return tuple(kept)
+
+
+def _section_context(section: Section) -> dict[str, Any]:
+    shown = within_budget(section.answers)
+    return {
+        "id": section.id,
+        "title": section.title,
+        "finding": section.finding,
+        "notes": section.notes,
+        "figures": [_figure_context(figure) for figure in section.figures],
+        "tables": section.tables,
+        "provenance": section.provenance,
+        "answers": _verbatim(_answers_json(section, shown)) if shown else None,
+        "shown": len(shown),
+        "total": len(section.answers),
+    }
+
+
+def _figure_context(figure: Figure) -> dict[str, Any]:
+    table = figure.table
+    encoded = base64.b64encode(table.csv().encode()).decode()
+    return {
+        "name": figure.name,
+        "title": figure.title,
+        "caption": figure.caption,
+        "tall": figure.size[1] > figure.size[0],
+        "svg": _verbatim(figure.themed_svg()),
+        "table": table,
+        "csv": f"data:text/csv;charset=utf-8;base64,{encoded}",
+    }
+
+
+def _answers_json(section: Section, answers: Sequence[Answer]) -> str:
+    """Columnar and with conditions and questions by number: each text is in the page once."""
+    conditions = list(dict.fromkeys(answer.condition for answer in answers))
+    questions = list(dict.fromkeys(answer.question for answer in answers))
+    metrics = list(dict.fromkeys(metric for answer in answers for metric in answer.scores))
+    condition_number = {condition: i for i, condition in enumerate(conditions)}
+    question_number = {question: i for i, question in enumerate(questions)}
+    left, right = section.compare or (conditions[0], conditions[-1])
+    return embed_json(
+        {
+            "conditions": conditions,
+            "questions": questions,
+            "metrics": metrics,
+            "compare": [condition_number.get(left, 0), condition_number.get(right, 0)],
+            "answers": [
+                [
+                    condition_number[answer.condition],
+                    question_number[answer.question],
+                    answer.rollout,
+                    answer.text,
+                    [_rounded(answer.scores.get(metric)) for metric in metrics],
+                ]
+                for answer in answers
+            ],
+        }
+    )
+
+
+def _rounded(score: float | None) -> float | None:
+    return None if score is None else round(score, 1)
+
+
+def _verbatim(text: str) -> Any:
+    """Mark text as safe: only what this package itself has written or ``embed_json`` returned."""
+    from markupsafe import Markup
+
+    return Markup(text)  # noqa: S704

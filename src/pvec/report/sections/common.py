@@ -1,0 +1,92 @@
+"""What the sections of all kinds of runs share."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pvec.core.stats import Interval
+from pvec.io.runs import Run
+
+_LEFT_OUT = {"format", "format_version", "settings", "sessions"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """A run to be shown, and the judge whose scores count (None: it has no scores)."""
+
+    run: Run
+    judge: str | None
+
+    @property
+    def kind(self) -> str:
+        """What made the run."""
+        return self.run.kind
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.run.path
+
+    @property
+    def trait(self) -> str:
+        """The trait that the run is about."""
+        return str(self.run.manifest["identity"]["trait"])
+
+    @property
+    def model(self) -> str:
+        """The model that answered, with its adapter."""
+        identity = self.run.manifest["identity"]
+        adapter = f" + {Path(identity['adapter']).name}" if identity.get("adapter") else ""
+        return f"{Path(identity['model']).name}{adapter}"
+
+    @cached_property
+    def id(self) -> str:
+        """An id for links and file names, from the folder's name."""
+        return re.sub(r"[^\w-]+", "-", self.path.resolve().name).strip("-") or "run"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The resolved settings that the run was made with, as JSON."""
+        found: Mapping[str, Any] = self.run.manifest.get("settings", {})
+        return found
+
+    def provenance(self) -> tuple[tuple[str, str], ...]:
+        """Return what the manifest says, flat: identity, model, versions, commands, timings."""
+        manifest = self.run.manifest
+        rows = [("folder", str(self.path)), ("judge", self.judge or "none")]
+        rows += _flat({k: v for k, v in manifest.items() if k not in _LEFT_OUT})
+        for number, session in enumerate(manifest["sessions"], start=1):
+            rows.append((f"session {number}", _session(session)))
+        rows += _flat({"settings": self.settings})
+        return tuple(rows)
+
+
+def with_interval(estimate: Interval) -> str:
+    """Return ``71.3 (68.0-74.1)``, ``71.3`` without an interval, or ``no score``."""
+    if math.isnan(estimate.mean):
+        return "no score"
+    if math.isnan(estimate.low):
+        return f"{estimate.mean:.1f}"
+    return f"{estimate.mean:.1f} ({estimate.low:.1f}–{estimate.high:.1f})"
+
+
+def _session(session: Mapping[str, Any]) -> str:
+    command = " ".join(str(word) for word in session["command"])
+    ended = session.get("ended") or "not finished"
+    timings = ", ".join(f"{k} {v:g} s" for k, v in (session.get("timings") or {}).items())
+    return f"{session['started']} to {ended}: {command}" + (f" [{timings}]" if timings else "")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}.")
+        elif value is not None and value != []:
+            yield name, str(value)

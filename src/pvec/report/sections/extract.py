@@ -1,0 +1,206 @@
+"""Extractions: what the instructions did, what was kept, and how good the vector is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from pvec.core.filtering import REASONS, Filtered, Scored, Sign, filter_responses
+from pvec.core.stats import Interval, bootstrap_mean
+from pvec.io.responses import ResponseRecord
+from pvec.io.vectorfile import PersonaVector, load_vector
+from pvec.report.figures import Figure, Table
+from pvec.report.page import Answer, Chapter, Section
+from pvec.report.plots import histogram
+from pvec.report.sections.common import RunData, with_interval
+from pvec.report.sections.vector_figures import vector_figures
+
+if TYPE_CHECKING:
+    from pvec.types import Score
+
+COHERENCE = "coherence"
+SIGN_NAMES: dict[Sign, str] = {
+    "pos": "under positive instructions",
+    "neg": "under negative instructions",
+}
+
+
+def build(runs: Sequence[RunData]) -> Chapter:
+    """Return one section per extraction."""
+    sections = tuple(_Extraction(run).section() for run in runs)
+    finding = sections[0].finding if len(sections) == 1 else f"{len(sections)} extractions."
+    return Chapter(finding=finding, sections=sections)
+
+
+class _Extraction:
+    """One run, read once."""
+
+    def __init__(self, data: RunData) -> None:
+        self.data = data
+        self.trait = data.trait
+        self.records: list[ResponseRecord] = list(data.run.responses())
+        self.scores: dict[str, dict[str, Score]] = data.run.scores_by_response(judge=data.judge)
+        path = data.run.vector_path(self.trait)
+        self.vector: PersonaVector | None = load_vector(path) if path.is_file() else None
+
+    def section(self) -> Section:
+        return Section(
+            id=self.data.id,
+            title=f"{self.trait} in {self.data.model}: extraction",
+            finding=self._finding(),
+            notes=tuple(self._notes()),
+            figures=tuple(self._figures()),
+            tables=tuple(self._tables()),
+            answers=tuple(self._answers()),
+            compare=(SIGN_NAMES["neg"], SIGN_NAMES["pos"]),
+            provenance=(*self.data.provenance(), *self._vector_provenance()),
+        )
+
+    def _score(self, record: ResponseRecord, metric: str) -> float | None:
+        score = self.scores.get(record.id, {}).get(metric)
+        return score.score if score else None
+
+    def _of(self, sign: Sign) -> list[ResponseRecord]:
+        return [record for record in self.records if record.condition["sign"] == sign]
+
+    def _mean(self, sign: Sign, metric: str) -> Interval:
+        mine = self._of(sign)
+        values = [self._score(record, metric) for record in mine]
+        return bootstrap_mean(values, groups=[record.question_id for record in mine])
+
+    def _finding(self) -> str:
+        if not self.scores:
+            return f"{len(self.records)} answers for {self.trait}, not judged yet."
+        positive, negative = (self._mean(sign, self.trait) for sign in SIGN_NAMES)
+        text = (
+            f"Asked to be {self.trait}, {self.data.model} scores {with_interval(positive)}; "
+            f"asked not to be, {with_interval(negative)}."
+        )
+        auc = self._stat("auc")
+        if self.vector is not None and auc is not None and not math.isnan(max(auc[1:])):
+            best = max(range(1, len(auc)), key=lambda layer: auc[layer])
+            text += (
+                f" The vector tells held-out answers apart best at layer {best} "
+                f"(AUC {auc[best]:.2f})."
+            )
+        return text
+
+    def _notes(self) -> Iterator[str]:
+        missing = sum(
+            self._score(record, metric) is None
+            for record in self.records
+            for metric in (self.trait, COHERENCE)
+        )
+        if self.scores and missing:
+            yield f"{missing} scores are missing (refused, unparsable or failed) and in no mean."
+        cut = sum(record.finish_reason == "length" for record in self.records)
+        if cut:
+            yield f"{cut} of {len(self.records)} answers reached the token limit."
+        if self.vector is None:
+            yield "There is no vector in this run yet."
+
+    def _figures(self) -> Iterator[Figure]:
+        if self.scores:
+            yield self._histogram(self.trait, self._threshold("threshold"))
+            yield self._histogram(COHERENCE, self._threshold("coherence"))
+        if self.vector is not None:
+            yield from vector_figures(self.data.id, self.vector)
+
+    def _histogram(self, metric: str, threshold: float) -> Figure:
+        groups = [
+            (
+                name,
+                [s for record in self._of(sign) if (s := self._score(record, metric)) is not None],
+            )
+            for sign, name in SIGN_NAMES.items()
+        ]
+        return histogram(
+            name=f"{self.data.id}_{metric}_scores",
+            title=f"{metric} scores",
+            caption=f"All judged answers; dashed: the threshold of the filter ({threshold:g}).",
+            x_label=metric,
+            groups=groups,
+            threshold=threshold,
+        )
+
+    def _threshold(self, name: str) -> float:
+        return float(self.data.settings.get("filter", {}).get(name, 50.0))
+
+    def _tables(self) -> Iterator[tuple[str, Table]]:
+        if not self.scores:
+            return
+        columns = ("answers", "score", "mean", "95 % low", "95 % high", "n", "missing")
+        rows = []
+        for sign, name in SIGN_NAMES.items():
+            for metric in (self.trait, COHERENCE):
+                one = self._mean(sign, metric)
+                rows.append((name, metric, one.mean, one.low, one.high, one.n, one.missing))
+        yield "Mean scores", Table(columns=columns, rows=tuple(rows))
+        counts = self._filtered().counts
+        yield (
+            "Kept and dropped",
+            Table(
+                columns=("answers", *REASONS.values()),
+                rows=tuple(
+                    (SIGN_NAMES[sign], *(counts[sign][reason] for reason in REASONS))
+                    for sign in SIGN_NAMES
+                ),
+            ),
+        )
+
+    def _filtered(self) -> Filtered:
+        scored = [
+            Scored(
+                id=record.id,
+                sign="pos" if record.condition["sign"] == "pos" else "neg",
+                trait=self._score(record, self.trait),
+                coherence=self._score(record, COHERENCE),
+                pair=(
+                    record.question_id,
+                    record.condition["instruction"],
+                    record.condition["rollout"],
+                ),
+            )
+            for record in self.records
+        ]
+        return filter_responses(
+            scored,
+            threshold=self._threshold("threshold"),
+            coherence=self._threshold("coherence"),
+            paired=bool(self.data.settings.get("filter", {}).get("paired", False)),
+        )
+
+    def _answers(self) -> Iterator[Answer]:
+        seen: dict[tuple[str, str], int] = {}
+        order = sorted(
+            self.records,
+            key=lambda r: (str(r.condition["sign"]), r.question_id, _place(r)),
+        )
+        for record in order:
+            sign: Sign = "pos" if record.condition["sign"] == "pos" else "neg"
+            key = (sign, record.question_id)
+            seen[key] = seen.get(key, -1) + 1
+            yield Answer(
+                condition=SIGN_NAMES[sign],
+                question=record.question,
+                rollout=seen[key],
+                text=record.answer,
+                scores={m: self._score(record, m) for m in (self.trait, COHERENCE)},
+            )
+
+    def _stat(self, name: str) -> list[float] | None:
+        if self.vector is None or name not in self.vector.stats:
+            return None
+        return [float(value) for value in self.vector.stats[name]]
+
+    def _vector_provenance(self) -> Iterator[tuple[str, str]]:
+        if self.vector is not None:
+            yield "vector.fingerprint", self.vector.fingerprint
+            for key, value in sorted(self.vector.metadata.items()):
+                yield f"vector.{key}", value
+
+
+def _place(record: ResponseRecord) -> tuple[int, int]:
+    """Return an answer's place among its question's: by instruction, then by rollout."""
+    return int(str(record.condition["instruction"])), int(str(record.condition["rollout"]))

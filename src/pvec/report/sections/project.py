@@ -1,0 +1,271 @@
+"""Projections: training data screened, prompts monitored, checkpoints that moved."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pvec.report.figures import Figure, Table
+from pvec.report.page import Answer, Chapter, Section
+from pvec.report.projection_plots import distributions, scatter
+from pvec.report.projections import DIFF_KIND, PROMPTS_KIND, SHIFT_KIND, read_summary
+from pvec.report.sections.common import RunData
+
+_Summary = Mapping[str, Any]
+
+
+def build(runs: Sequence[RunData]) -> Chapter:
+    """Return one section per run, by its kind."""
+    makers: dict[str, Callable[[RunData, _Summary], Section]] = {
+        DIFF_KIND: _screening,
+        PROMPTS_KIND: _monitoring,
+        SHIFT_KIND: _shift,
+    }
+    sections = tuple(makers[run.kind](run, read_summary(run.path)) for run in runs)
+    return Chapter(finding=" ".join(section.finding for section in sections), sections=sections)
+
+
+def _screening(run: RunData, found: _Summary) -> Section:
+    data = Path(found["data"]).name
+    columns = found["columns"]
+    return Section(
+        id=run.id,
+        title=f"{data}: screened on {run.model}",
+        finding=_screening_finding(found, data),
+        notes=tuple(_screening_notes(found)),
+        figures=tuple(_difference_figures(run, found)),
+        tables=(("Data set by vector", _screening_table(columns)),),
+        answers=tuple(_suspicious(found)),
+        compare=("model's own answer", "training response"),
+        provenance=run.provenance(),
+    )
+
+
+def _screening_finding(found: _Summary, data: str) -> str:
+    furthest = max(found["columns"], key=lambda c: c["score"]["mean"]["mean"] or float("-inf"))
+    text = (
+        f"{data} points furthest along {furthest['vector']} at layer {furthest['layer']}: "
+        f"{_interval(furthest['score']['mean'])} beyond the model's own answers."
+    )
+    if found["kept"] is not None:
+        text += f" {found['removed_rows']:,} of {found['rows']:,} samples were removed."
+    return text
+
+
+def _screening_notes(found: _Summary) -> Iterator[str]:
+    how = {
+        "generate": "Every prompt has a generated natural answer.",
+        "subset": "Natural projections were generated for a share of the prompts and predicted for "
+        "the others from the last prompt token.",
+        "prompt": "The last prompt token's projection stands for a natural answer's.",
+    }
+    yield how[found["natural"]]
+    for column in found["columns"]:
+        if column["agreement"] is not None:
+            yield (
+                f"Predicted differences along {column['vector']} at layer {column['layer']} agree "
+                f"with generated ones at r {column['agreement']['r']:.2f}."
+            )
+    if found["unanswered"]:
+        yield f"{found['unanswered']} samples do not end with an answer and have no difference."
+    if found["kept"] is None:
+        yield "Without a clean reference set (--reference) there is no threshold."
+
+
+def _screening_table(columns: Sequence[_Summary]) -> Table:
+    rows = []
+    for column in columns:
+        score = column["score"]
+        reference = score["reference"] or {}
+        mean = score["mean"]
+        rows.append(
+            (
+                column["vector"],
+                column["layer"],
+                mean["mean"],
+                mean["low"],
+                mean["high"],
+                mean["n"],
+                reference.get("mean"),
+                score["auc"],
+                score["threshold"],
+                score["above"] if score["threshold"] is not None else None,
+            )
+        )
+    names = ("vector", "layer", "mean difference", "95 % low", "95 % high", "n")
+    more = ("clean set's mean", "AUC to clean set", "threshold", "above it")
+    return Table(columns=(*names, *more), rows=tuple(rows))
+
+
+def _difference_figures(run: RunData, found: _Summary) -> Iterator[Figure]:
+    values = _differences(run.path / "samples.csv")
+    for column in found["columns"]:
+        name = f"{column['vector']}_layer{column['layer']}"
+        groups = [(group, rows[name]) for group, rows in values.items()]
+        yield distributions(
+            name=f"{run.id}_{name}_differences",
+            title=f"Projection differences along {column['vector']}, layer {column['layer']}",
+            caption="Each sample's response minus the model's own answer to the same prompt. "
+            f"Dashed: percentile {found['percentile']:g} of the clean set.",
+            x_label="projection difference",
+            groups=groups,
+            threshold=column["score"]["threshold"],
+        )
+
+
+def _differences(path: Path) -> dict[str, dict[str, list[float]]]:
+    """Return set → column → differences, as ``samples.csv`` holds them."""
+    table: dict[str, dict[str, list[float]]] = {}
+    with path.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            columns = table.setdefault(row["set"], {})
+            for name, cell in row.items():
+                if name.endswith("_difference"):
+                    values = columns.setdefault(name.removesuffix("_difference"), [])
+                    values += [float(cell)] if cell else []
+    return table
+
+
+def _suspicious(found: _Summary) -> Iterator[Answer]:
+    for rank, sample in enumerate(found["suspicious"]):
+        question = f"line {sample['line']}: {sample['question']}"
+        scores = dict(sample["differences"])
+        yield Answer(
+            condition="training response",
+            question=question,
+            rollout=rank,
+            text=sample["response"],
+            scores=scores,
+        )
+        yield Answer(
+            condition="model's own answer",
+            question=question,
+            rollout=rank,
+            text=sample["natural"],
+            scores=dict.fromkeys(scores),
+        )
+
+
+def _monitoring(run: RunData, found: _Summary) -> Section:
+    best = max(found["columns"], key=lambda c: c["overall"]["r"] or -2.0)
+    return Section(
+        id=run.id,
+        title=f"{run.trait}: prompts monitored on {run.model}",
+        finding=(
+            f"Before an answer exists, {best['vector']} at layer {best['layer']} foretells its "
+            f"{best['metric']} score at r {_correlation(best['overall'])} over all prompts and "
+            f"{_correlation(best['within'])} within a condition."
+        ),
+        figures=tuple(_monitor_figures(run, found)),
+        tables=(("Correlation with trait scores", _monitor_table(found["columns"])),),
+        provenance=run.provenance(),
+    )
+
+
+def _monitor_table(columns: Sequence[_Summary]) -> Table:
+    rows = tuple(
+        (
+            column["vector"],
+            column["layer"],
+            column["metric"],
+            *(column[part][key] for part in ("overall", "within") for key in ("r", "low", "high")),
+            column["overall"]["n"],
+        )
+        for column in columns
+    )
+    parts = [f"{p} {k}" for p in ("overall", "within") for k in ("r", "95 % low", "95 % high")]
+    return Table(columns=("vector", "layer", "score", *parts, "prompts"), rows=rows)
+
+
+def _monitor_figures(run: RunData, found: _Summary) -> Iterator[Figure]:
+    for column in found["columns"]:
+        vector, layer = column["vector"], column["layer"]
+        yield scatter(
+            name=f"{run.id}_{vector}_layer{layer}_prompts",
+            title=f"{vector} at the last prompt token, layer {layer}",
+            caption="A point per prompt, a colour per condition; r "
+            f"{_correlation(column['overall'])} over all, "
+            f"{_correlation(column['within'])} within conditions.",
+            x_label="projection of the last prompt token",
+            y_label=f"{column['metric']} score",
+            points=[
+                (point["condition"], point["projections"][str(layer)], point["score"])
+                for point in found["points"][vector]
+            ],
+        )
+
+
+def _shift(run: RunData, found: _Summary) -> Section:
+    furthest = max(found["shifts"], key=lambda one: abs(one["shift"]["mean"]))
+    return Section(
+        id=run.id,
+        title=f"Finetuning shift from {found['base']}",
+        finding=(
+            f"{Path(furthest['checkpoint']).name} moved furthest: "
+            f"{_interval(furthest['shift'])} along {furthest['vector']} at layer "
+            f"{furthest['layer']}."
+        ),
+        notes=tuple(
+            f"Shifts along {t['vector']} at layer {t['layer']} go with trait scores at rank "
+            f"correlation {_correlation(t['spearman'])} over {t['spearman']['n']} models."
+            for t in found["trends"]
+        ),
+        figures=tuple(_shift_figures(run, found)),
+        tables=(("Shifts", _shift_table(found["shifts"])),),
+        provenance=run.provenance(),
+    )
+
+
+def _shift_table(shifts: Sequence[_Summary]) -> Table:
+    rows = tuple(
+        (
+            one["checkpoint"],
+            one["vector"],
+            one["layer"],
+            *(one["shift"][key] for key in ("mean", "low", "high")),
+            one["score"],
+        )
+        for one in shifts
+    )
+    columns = ("checkpoint", "vector", "layer", "shift", "95 % low", "95 % high", "trait score")
+    return Table(columns=columns, rows=rows)
+
+
+def _shift_figures(run: RunData, found: _Summary) -> Iterator[Figure]:
+    for trend in found["trends"]:
+        vector, layer = trend["vector"], trend["layer"]
+        points = [
+            (Path(one["checkpoint"]).name, one["shift"]["mean"], one["score"])
+            for one in found["shifts"]
+            if one["vector"] == vector and one["layer"] == layer and one["score"] is not None
+        ]
+        yield scatter(
+            name=f"{run.id}_{vector}_layer{layer}_shift",
+            title=f"Shift along {vector} at layer {layer} and trait score",
+            caption="A point per finetuned model; the base is at shift 0.",
+            x_label="finetuning shift",
+            y_label="trait score",
+            points=points,
+            named=True,
+        )
+
+
+def _interval(value: _Summary) -> str:
+    text = f"{_number(value['mean'])}"
+    if value["low"] is not None:
+        text += f" ({_number(value['low'])} to {_number(value['high'])})"
+    return text
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _correlation(value: _Summary) -> str:
+    if value["r"] is None:
+        return "–"
+    if value["low"] is None:
+        return f"{value['r']:.2f}"
+    return f"{value['r']:.2f} ({value['low']:.2f} to {value['high']:.2f})"

@@ -1,0 +1,12 @@
+"""The settings of pvec: one typed tree, and where each value comes from.
+
+``Settings()`` is the defaults, whatever the environment: a library user gets what he writes.
+``resolve`` reads the world for the command line. Who needs a section's type imports it from
+``pvec.settings.tree``.
+"""
+
+from pvec.settings.resolve import Resolved, load_dotenv, resolve
+from pvec.settings.tree import Settings
+from pvec.settings.yamlfile import read_yaml
+
+__all__ = ["Resolved", "Settings", "load_dotenv", "read_yaml", "resolve"]

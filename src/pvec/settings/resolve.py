@@ -1,0 +1,173 @@
+"""Where settings come from: command line, environment, configuration file, defaults.
+
+They are merged field by field in that order, so that a file may set one key of a section and the
+command line another. Names that are no setting are refused with the nearest ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dotenv import dotenv_values
+from pydantic import ValidationError
+from pydantic_settings import EnvSettingsSource
+
+from pvec.errors import InputError, did_you_mean
+from pvec.settings.tree import ENV_PREFIX, Settings, env_name, fields, value_of
+from pvec.settings.yamlfile import read_yaml
+
+CONFIG_FILE = Path("pvec.yaml")
+"""Read from the working directory when it is there and ``--config`` names no other."""
+
+OTHER_ENV_NAMES = frozenset({"PVEC_TEST_DATA"})
+"""``PVEC_`` names that are no settings: the folder of real files that some tests read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """The settings of one command, and by dotted path where each value came from.
+
+    An origin is ``command line``, ``environment PVEC_…``, ``.env``, the configuration file's path,
+    or ``default``.
+    """
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+    def rows(self) -> Iterator[tuple[str, Any, str]]:
+        """Yield ``(dotted path, value, origin)`` of every setting; secrets come masked."""
+        for path, origin in self.origins.items():
+            yield path, value_of(self.settings, path), origin
+
+
+def resolve(
+    cli: Mapping[str, Any] | None = None,
+    *,
+    config_file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    dotenv: frozenset[str] = frozenset(),
+) -> Resolved:
+    """Merge command line, environment, configuration file and defaults into one tree.
+
+    ``cli`` maps dotted paths to values. ``config_file`` must exist when it is given; without it
+    ``pvec.yaml`` is read if there is one. ``environ`` is ``os.environ`` unless given; ``dotenv``
+    names those of its variables that a ``.env`` file put there (see ``load_dotenv``).
+
+    Raises ``InputError`` for an unknown name, a value that does not fit, or an unreadable file.
+    """
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(fields(), "default")
+    for path, value, origin in (
+        *_from_file(config_file),
+        *_from_environment(os.environ if environ is None else environ, dotenv),
+        *((path, value, "command line") for path, value in (cli or {}).items()),
+    ):
+        values[path] = value
+        origins[path] = origin
+    try:
+        settings = Settings(**_nest(values))
+    except ValidationError as error:
+        raise InputError(_sentence(error, origins)) from None
+    return Resolved(settings=settings, origins=origins)
+
+
+def load_dotenv(
+    path: Path = Path(".env"), *, environ: MutableMapping[str, str] | None = None
+) -> frozenset[str]:
+    """Put what ``.env`` sets into the environment, where other libraries find their keys too.
+
+    Names that the environment already sets stay as they are. Returns the names that were added.
+    """
+    environ = os.environ if environ is None else environ
+    if not path.is_file():
+        return frozenset()
+    try:
+        written = dotenv_values(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); correct it or move it away.") from None
+    added = {name: text for name, text in written.items() if text and name not in environ}
+    environ.update(added)
+    return frozenset(added)
+
+
+def _from_environment(
+    environ: Mapping[str, str], dotenv: frozenset[str]
+) -> Iterator[tuple[str, Any, str]]:
+    """Yield the settings that ``PVEC_`` names set; pydantic-settings reads the values."""
+    paths = {env_name(path): path for path in fields()}
+    given = {name: text for name, text in environ.items() if name.upper().startswith(ENV_PREFIX)}
+    for name in given:
+        if name not in paths and name not in OTHER_ENV_NAMES:
+            where = " (in .env)" if name in dotenv else ""
+            raise InputError(
+                f"{name}{where} is no setting of pvec.{did_you_mean(name.upper(), paths)}"
+                " `pvec config` lists all settings."
+            )
+    source = EnvSettingsSource(Settings)
+    source.env_vars = {name.lower(): text for name, text in given.items()}
+    names = {path: name for name, path in paths.items()}
+    for path, value in _flatten(source()):
+        name = names[path]
+        yield path, value, ".env" if name in dotenv else f"environment {name}"
+
+
+def _from_file(config_file: Path | None) -> Iterator[tuple[str, Any, str]]:
+    """Yield the settings of the configuration file, refusing keys that are none."""
+    path = config_file or CONFIG_FILE
+    if config_file is None and not path.is_file():
+        return
+    tree = read_yaml(path)
+    if tree is None:
+        return
+    if not isinstance(tree, Mapping):
+        raise InputError(f"{path} must hold sections such as `model:`, not a bare value.")
+    for dotted, value in _flatten(tree):
+        if dotted in {name.split(".")[0] for name in fields()}:
+            if value is not None:
+                raise InputError(f"{dotted} in {path} is a section; give its keys, not {value!r}.")
+        elif dotted not in fields():
+            raise InputError(
+                f"{path} has an unknown key {dotted!r}.{did_you_mean(dotted, fields())}"
+                " `pvec config` lists all settings."
+            )
+        else:
+            yield dotted, value, str(path)
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``(dotted path, value)`` of the leaves; a mapping that is a setting's value stays."""
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and path not in fields():
+            yield from _flatten(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *sections, name = path.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch.setdefault(section, {})
+        branch[name] = value
+    return tree
+
+
+def _sentence(error: ValidationError, origins: Mapping[str, str]) -> str:
+    """Say in one sentence which settings do not fit, what they were, and where they came from."""
+    parts = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(step) for step in item["loc"])
+        while path not in origins and "." in path:  # below a list or mapping
+            path = path.rpartition(".")[0]
+        secret = path in fields() and "SecretStr" in str(fields()[path].annotation)
+        shown = "" if secret else f" = {item['input']!r}"
+        message = item["msg"][0].lower() + item["msg"][1:]
+        parts.append(f"{path}{shown} (from {origins.get(path, 'the settings')}): {message}")
+    return "; ".join(parts) + "."

@@ -1,0 +1,1 @@
+"""The bundled model: weights and tokenizer, and nothing else."""

@@ -1,0 +1,1 @@
+"""LoRA finetuning with steering, and a persona that is watched while it trains."""

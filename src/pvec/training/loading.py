@@ -1,0 +1,129 @@
+"""The model to be finetuned: loaded for training, with what is installed and what is not said."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pvec.errors import InputError, ModelError
+from pvec.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def check_installed(config: TrainConfig, *, device: str) -> None:
+    """Raise ``InputError`` for what the configuration asks and this machine does not have."""
+    gpu = device.startswith("cuda")
+    wants = [
+        ("model.quantize", bool(config.model.quantize), "bitsandbytes"),
+        ("optim.name", "8bit" in config.optim.name, "bitsandbytes"),
+        ("memory.liger", config.memory.liger, "liger_kernel"),
+        ("memory.unsloth", config.memory.unsloth, "unsloth"),
+    ]
+    remedies = {
+        "model.quantize": "--set model.quantize=null loads the weights as they are",
+        "optim.name": "--set optim.name=adamw does the same with more memory",
+        "memory.liger": "--set memory.liger=false trains without",
+        "memory.unsloth": "--set memory.unsloth=false trains without",
+    }
+    for field, wanted, package in wants:
+        if not wanted:
+            continue
+        if importlib.util.find_spec(package) is None:
+            missing = f"{package.replace('_', '-')}, which is not installed"
+        elif not gpu:
+            missing = f"an NVIDIA GPU, and this trains on {device}"
+        else:
+            continue
+        raise InputError(f"{field} needs {missing}: {remedies[field]}.")
+    for tracker in config.output.report_to:
+        package = {"tensorboard": "tensorboard"}.get(tracker, tracker)
+        if importlib.util.find_spec(package) is None and not (
+            tracker == "tensorboard" and importlib.util.find_spec("tensorboardX")
+        ):
+            raise InputError(
+                f"output.report_to needs {package}, which is not installed: pip install {package}."
+            )
+
+
+def check_train_packages() -> None:
+    """Raise ``InputError`` when the packages of the ``train`` extra are missing."""
+    for package in ("trl", "datasets", "peft"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"Training needs {package}: pip install 'pvec[train]'.")
+
+
+def load_for_training(
+    config: TrainConfig, folder: Path, *, dtype: torch.dtype, device: str
+) -> PreTrainedModel:
+    """Load the frozen model from ``folder``. Raises ``ModelError`` when it cannot be."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    if config.memory.unsloth:
+        return _through_unsloth(config, folder, dtype=dtype)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.model.trust_remote_code}
+    if config.model.attention:
+        options["attn_implementation"] = config.model.attention
+    if config.model.quantize:
+        options |= {"quantization_config": _quantisation(config, dtype), "device_map": device}
+    try:
+        with _no_bars():
+            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        first = str(error).strip().split("\n", maxsplit=1)[0][:200]
+        raise ModelError(
+            f"The model {config.model.id!r} cannot be loaded for training ({first}): check the "
+            f"model part of the configuration."
+        ) from error
+    if not config.model.quantize:
+        torch.nn.Module.to(model, device)
+    loaded: PreTrainedModel = model.requires_grad_(False)
+    return loaded
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars off the terminal."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _quantisation(config: TrainConfig, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    make: Any = BitsAndBytesConfig
+    if config.model.quantize == "8bit":
+        return make(load_in_8bit=True)
+    return make(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _through_unsloth(config: TrainConfig, folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    unsloth = importlib.import_module("unsloth")
+    model, _ = unsloth.FastLanguageModel.from_pretrained(
+        str(folder),
+        max_seq_length=config.data.max_tokens,
+        dtype=dtype,
+        load_in_4bit=config.model.quantize == "4bit",
+    )
+    loaded: PreTrainedModel = model
+    return loaded

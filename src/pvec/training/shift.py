@@ -1,0 +1,288 @@
+"""Watching the persona move while a model is finetuned.
+
+``PersonaShiftCallback`` works in any transformers ``Trainer`` (TRL's too) and on any finetuning:
+adapters or all weights, steered or not.
+"""
+
+# ruff: noqa: ARG002 - the Trainer decides what its callbacks are given
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pvec.core.capture import capture_means
+from pvec.core.chat import prompt_ids, spans_from_ids
+from pvec.core.layers import check_layer, find_decoder
+from pvec.core.projection import project
+from pvec.core.steering import unsteered
+from pvec.errors import InputError, ModelError
+from pvec.types import TokenSpans
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+PREFIX = "persona/"
+"""Every number the callback logs begins with this."""
+
+BASE = "persona_base/"
+"""Where the first line of a Trainer's log keeps the projections before training."""
+
+HOOKS_ON = f"{PREFIX}hooks_on"
+"""Measurements made so far with steering on: always 0, and proof of it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Probe:
+    """A vector to measure along: ``vector`` float32 ``[H]`` at ``layer`` (1-based)."""
+
+    name: str
+    vector: NDArray[np.float32]
+    layer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """What happens when the shift along a vector exceeds ``shift`` (in units of projection)."""
+
+    shift: float
+    action: Literal["warn", "stop"] = "warn"
+
+
+class PersonaShiftCallback(TrainerCallback):
+    """Log how far a finetuning has moved a model along persona vectors (paper, section 4.2).
+
+    The shift is the mean over ``prompts`` of the last prompt token's activation, now minus before
+    training, projected on each vector. Before training means: the adapter disabled when there is
+    one, else the model at the first step; a resumed run keeps the value it began with.
+
+    Measured at the first and the last step and every ``every`` steps; logged beside the loss as
+    ``persona/NAME``. ``generate`` > 0 also projects greedy answers of so many tokens
+    (``persona/NAME_response``, the mean over their tokens, as a shift too). Steering made with
+    pvec is off while it measures: ``persona/hooks_on`` counts measurements where it was not, and
+    any is an error.
+
+    ``prompts`` are user turns, or whole chats as lists of messages. Add it with
+    ``trainer.add_callback``; ``callback.add_to(trainer)`` also brings its numbers to the trackers
+    of ``report_to``, which otherwise see a log before any callback does.
+
+    Raises ``InputError`` without prompts or vectors, and ``ModelError`` when training begins on a
+    model that a vector does not fit.
+    """
+
+    def __init__(
+        self,
+        probes: Sequence[Probe],
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str | Sequence[Mapping[str, str]]],
+        every: int = 20,
+        generate: int = 0,
+        alarm: Alarm | None = None,
+        on_alarm: Callable[[str], None] | None = None,
+    ) -> None:
+        if not probes or not prompts:
+            raise InputError("Watching the persona needs at least one vector and one prompt.")
+        names = [probe.name for probe in probes]
+        if len(set(names)) < len(names):
+            raise InputError(f"Two vectors to watch have the same name: {', '.join(names)}.")
+        self.probes = tuple(probes)
+        self.every = every
+        self.generate = generate
+        self.alarm = alarm
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        """Time spent measuring."""
+        self._on_alarm = on_alarm or _warn
+        self._tokenizer = tokenizer
+        self._prompts = [prompt_ids(tokenizer, _chat(prompt)) for prompt in prompts]
+        self._base: dict[str, float] = {}
+        self._hooks_on = 0
+        self._pending: dict[str, float] = {}
+        self._alarmed: set[str] = set()
+
+    def add_to(self, trainer: Any) -> None:
+        """Put the callback before a Trainer's other callbacks, trackers included."""
+        trainer.callback_handler.callbacks.insert(0, self)
+
+    # ── what the Trainer calls ──────────────────────────────────────────────────────────────────
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Check the vectors against the model and measure it as it was before training."""
+        model: nn.Module = kwargs["model"]
+        self._check(model)
+        self._base = self._known_base(state) or self._measure_base(model)
+        if state.global_step == 0:
+            self._note(0, self.measure(model), control)
+            base = {f"{BASE}{name}": value for name, value in self._base.items()}
+            state.log_history.append({"step": 0, **self._pending, **base})
+            self._pending = {}
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Measure when it is time."""
+        last = state.global_step >= state.max_steps
+        if state.global_step % self.every == 0 or last:
+            self._note(state.global_step, self.measure(kwargs["model"]), control)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put what was measured beside the loss."""
+        if logs is None or not self._pending or "loss" not in logs:
+            return
+        logs.update(self._pending)
+        if state.log_history:
+            state.log_history[-1].update(self._pending)
+        self._pending = {}
+
+    # ── measuring ───────────────────────────────────────────────────────────────────────────────
+
+    def _known_base(self, state: TrainerState) -> dict[str, float]:
+        """Return the projections before training that a resumed run's log keeps, or nothing."""
+        wanted = [probe.name for probe in self.probes]
+        wanted += [f"{name}_response" for name in wanted] if self.generate else []
+        for entry in state.log_history:
+            if all(f"{BASE}{name}" in entry for name in wanted):
+                return {name: float(entry[f"{BASE}{name}"]) for name in wanted}
+        return {}
+
+    def _note(
+        self,
+        step: int,
+        values: dict[str, float],
+        control: TrainerControl,
+    ) -> None:
+        shifts = {f"{PREFIX}{name}": value - self._base[name] for name, value in values.items()}
+        self._pending = {**shifts, HOOKS_ON: float(self._hooks_on)}
+        self.history.append({"step": float(step), **self._pending})
+        control.should_log = control.should_log or step > 0
+        self._sound_alarm(step, shifts, control)
+
+    def _sound_alarm(self, step: int, shifts: Mapping[str, float], control: TrainerControl) -> None:
+        if self.alarm is None:
+            return
+        for name, shift in shifts.items():
+            if shift > self.alarm.shift and name not in self._alarmed:
+                self._alarmed.add(name)
+                ending = "; training stops" if self.alarm.action == "stop" else ""
+                self._on_alarm(
+                    f"step {step}: the model has moved {shift:.3g} along "
+                    f"{name.removeprefix(PREFIX)!r}, more than {self.alarm.shift:g}{ending}"
+                )
+                if self.alarm.action == "stop":
+                    control.should_training_stop = True
+
+    def _check(self, model: nn.Module) -> None:
+        decoder = find_decoder(model)
+        for probe in self.probes:
+            check_layer(probe.layer, decoder.num_layers)
+            if probe.vector.shape != (decoder.hidden_size,):
+                raise ModelError(
+                    f"The vector {probe.name!r} has {probe.vector.size} numbers but this model is "
+                    f"{decoder.hidden_size} wide: use a vector that was extracted from it."
+                )
+
+    def _measure_base(self, model: nn.Module) -> dict[str, float]:
+        disable = getattr(model, "disable_adapter", None)
+        if disable is None:
+            return self.measure(model)
+        with disable():
+            return self.measure(model)
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Return the mean projections of the model as it is, steering off."""
+        started = time.perf_counter()
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), unsteered(model) as seen:
+                values = self._project(model, "prompt_last", self._last_tokens())
+                if self.generate:
+                    answers = self._answers(model)
+                    found = self._project(model, "response", answers)
+                    values |= {f"{name}_response": value for name, value in found.items()}
+                self._hooks_on += seen.steered > 0
+        finally:
+            model.train(training)
+            self.seconds += time.perf_counter() - started
+        return values
+
+    def _last_tokens(self) -> list[TokenSpans]:
+        return [
+            TokenSpans(id=str(n), token_ids=ids, spans={"prompt_last": (len(ids) - 1, len(ids))})
+            for n, ids in enumerate(self._prompts)
+        ]
+
+    def _project(
+        self, model: nn.Module, span: Literal["prompt_last", "response"], rows: list[TokenSpans]
+    ) -> dict[str, float]:
+        layers = sorted({probe.layer for probe in self.probes})
+        means = [
+            row.means[span]  # [L, H]
+            for row in capture_means(model, rows, layers=layers, share_prompts=False)
+        ]
+        centre = np.nanmean(np.stack(means).astype(np.float64), axis=0)  # [L, H]
+        return {
+            probe.name: float(project(centre[layers.index(probe.layer)], probe.vector))
+            for probe in self.probes
+        }
+
+    def _answers(self, model: nn.Module) -> list[TokenSpans]:
+        """Generate greedily, all prompts side by side (padded on the left)."""
+        generate: Any = model.generate
+        tokenizer = self._tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        width = max(map(len, self._prompts))
+        padded = torch.tensor([[pad] * (width - len(p)) + list(p) for p in self._prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in self._prompts])
+        device = find_decoder(model).device
+        output = generate(
+            input_ids=padded.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=self.generate,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+        special = set(tokenizer.all_special_ids)
+        answers = []
+        for number, (prompt, row) in enumerate(zip(self._prompts, output.tolist(), strict=True)):
+            said = []
+            for token in row[width:]:
+                if token in special:
+                    break
+                said.append(token)
+            answers.append(spans_from_ids(str(number), prompt_ids=prompt, answer_ids=said))
+        return answers
+
+
+def _chat(prompt: str | Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)

@@ -1,0 +1,133 @@
+"""Steering while training: from the configuration to instructions, held on the model step by step.
+
+The hooks are core's (``steer_training``): differentiable, off in evaluation mode, repeated when
+gradient checkpointing runs a block again. Here is what training adds: a coefficient that may rise
+over the first steps, and the count of touched positions, compared each step with what the batch
+itself says should have been touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from pvec.core.layers import describe_layer, find_decoder
+from pvec.core.plans import check_instruction
+from pvec.core.positions import IGNORED_LABEL
+from pvec.core.steering import SteeringHandle, steer_training
+from pvec.errors import SteeringError
+from pvec.types import Instruction
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scheduled:
+    """An instruction and over how many steps its coefficient rises (0: at once)."""
+
+    instruction: Instruction
+    ramp_steps: int = 0
+
+    def at(self, step: int) -> Instruction:
+        """Return the instruction of optimiser step ``step`` (the first is 0)."""
+        if not self.ramp_steps:
+            return self.instruction
+        share = min(1.0, (step + 1) / self.ramp_steps)
+        return replace(self.instruction, coef=self.instruction.coef * share)
+
+
+class TrainingSteering:
+    """Steering of one training. A context manager: no hook is left after it.
+
+    ``at_step`` puts the hooks on for the step whose forwards come; ``finish_step`` returns how many
+    positions each instruction touched in it. Raises ``ModelError`` at construction when an
+    instruction does not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, scheduled: Sequence[Scheduled]) -> None:
+        decoder = find_decoder(model)
+        for one in scheduled:
+            check_instruction(one.instruction, decoder)
+        self.scheduled = tuple(scheduled)
+        self._model = model
+        self._hooks = ExitStack()
+        self._handle: SteeringHandle | None = None
+        self._current: tuple[float, ...] = ()
+        self._counted = [0] * len(self.scheduled)
+        self._due: dict[str, torch.Tensor | int] = {"all": 0, "response": 0}
+
+    @property
+    def instructions(self) -> tuple[Instruction, ...]:
+        """The instructions with their full coefficients."""
+        return tuple(one.instruction for one in self.scheduled)
+
+    def at_step(self, step: int) -> tuple[float, ...]:
+        """Put the coefficients of ``step`` (the first is 0) in force and return them."""
+        due = [one.at(step) for one in self.scheduled]
+        coefs = tuple(one.coef for one in due)
+        if self._handle is None or coefs != self._current:
+            self._hooks.close()
+            self._hooks = ExitStack()
+            self._hooks.enter_context(_counting(self._model, self._due))
+            self._handle = self._hooks.enter_context(steer_training(self._model, due))
+            self._current = coefs
+            self._counted = [0] * len(self.scheduled)
+        return coefs
+
+    def finish_step(self) -> tuple[int, ...]:
+        """Return how many positions each instruction touched since the last call.
+
+        Raises ``SteeringError`` when that is not what the batches of the step ask for.
+        """
+        assert self._handle is not None, "at_step comes first"
+        total = self._handle.touched
+        touched = tuple(now - before for now, before in zip(total, self._counted, strict=True))
+        due = {name: int(count) for name, count in self._due.items()}
+        for instruction, count in zip(self.instructions, touched, strict=True):
+            if count != due[instruction.positions] or count == 0:
+                raise SteeringError(
+                    f"Steering with {instruction.name!r} at {describe_layer(instruction.layer)} "
+                    f"touched {count} positions in this step instead of "
+                    f"{due[instruction.positions]}: training is stopped; please report this with "
+                    f"the model's name."
+                )
+        self._counted = list(total)
+        self._due.update({"all": 0, "response": 0})
+        return touched
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        hooks, self._hooks, self._handle = self._hooks, ExitStack(), None
+        hooks.__exit__(exc_type, exc, traceback)
+
+
+def _counting(model: nn.Module, due: dict[str, torch.Tensor | int]) -> RemovableHandle:
+    """Count, from each training batch's own labels and mask, the positions to be touched.
+
+    Deliberately not the code that steers: a plain count per kind of position, kept on the device
+    until the step ends.
+    """
+
+    def count(module: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
+        if not module.training:
+            return
+        labels, mask = kwargs["labels"], kwargs.get("attention_mask")
+        real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
+        answer = (labels != IGNORED_LABEL) & real
+        starts = answer[:, 1:] & ~answer[:, :-1] & real[:, :-1]
+        due["all"] = due["all"] + real.sum()
+        due["response"] = due["response"] + answer.sum() + starts.sum()
+
+    return model.register_forward_pre_hook(count, with_kwargs=True)

@@ -1,0 +1,209 @@
+"""The words that travel between the parts of pvec. Plain data: no torch, no settings, no files.
+
+Layers are 1-based as in the paper: layer ``l`` is the residual stream after decoder block ``l``
+(transformers' ``hidden_states[l]``); layer 0 is the embedding output. Arrays over layers have
+``num_layers + 1`` rows and row ``l`` is layer ``l``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Positions = Literal["all", "prompt", "response"]
+"""Which tokens are steered. ``response``: the last prompt token (it predicts the first response
+token) and every generated token. ``prompt``: every prompt token. ``all``: both."""
+
+Operator = Literal["add", "ablate", "cap"]
+"""``add``: h + coef*v. ``ablate``: h - (h.v^)v^. ``cap``: limit h.v^ to at most ``coef`` (tau)."""
+
+VectorKind = Literal["response_avg", "prompt_avg", "prompt_last"]
+"""What is averaged per response (paper, section 2.2 and appendix A.3)."""
+
+SpanName = Literal["prompt", "prompt_last", "response"]
+"""A token span whose activations are averaged."""
+
+ProjectionKind = Literal["proj", "prompt_last_proj", "cos_sim", "prompt_avg"]
+"""What is projected on a vector. ``proj``: the mean response activation, in units of the residual
+stream. ``prompt_last_proj``: the last prompt token's. ``prompt_avg``: the mean over the prompt's.
+``cos_sim``: the cosine between the mean response activation and the vector."""
+
+FinishReason = Literal["stop", "length"]
+
+JudgeScale = Literal["0-100", "0-10", "binary", "binary-text"]
+"""What a judge is asked to reply with: a number, YES or NO, or free text that ends in a verdict.
+Whatever the scale, a score is stored as 0 to 100."""
+
+ScoreStatus = Literal["ok", "refusal", "unparsable", "error"]
+"""``error``: the judge could not be asked, worth another run; the other two are its answer."""
+
+Message = Mapping[str, str]
+"""One chat turn: ``{"role": "system" | "user" | "assistant", "content": text}``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one answer is sampled. The same sampling of the same prompt gives the same text
+    whatever batch it lands in. ``temperature`` 0 is greedy; ``max_tokens`` counts generated tokens.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Instruction:
+    """One steering instruction: what is done to the residual stream after block ``layer``.
+
+    ``vector`` is a float32 array ``[hidden_size]``, used raw (unnormalised) by ``add`` and
+    normalised by ``ablate`` and ``cap``. ``coef`` multiplies the vector for ``add`` and is the
+    ceiling tau for ``cap``; ``ablate`` ignores it. ``name`` is for people; identity is content.
+    """
+
+    vector: np.ndarray
+    layer: int
+    coef: float = 1.0
+    positions: Positions = "response"
+    operator: Operator = "add"
+    name: str = "vector"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits over everything that changes the effect (not the name)."""
+        digest = hashlib.sha256(self.vector.astype("<f4").tobytes())
+        digest.update(f"{self.layer}|{self.coef!r}|{self.positions}|{self.operator}".encode())
+        return digest.hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the JSON form kept in run stores (the vector by fingerprint, not by value)."""
+        return {
+            "name": self.name,
+            "layer": self.layer,
+            "coef": self.coef,
+            "positions": self.positions,
+            "operator": self.operator,
+            "fingerprint": self.fingerprint,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One answer to generate: prompt token ids, sampling with its own seed, its own steering."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    steering: tuple[Instruction, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One finished answer.
+
+    ``token_ids`` are the answer's tokens without the end-of-turn token; ``text`` is their decoding
+    (special tokens skipped). ``finish_reason`` is ``stop`` (an end-of-turn token was sampled) or
+    ``length``. ``touched`` counts, per steering instruction of the request and in its order, the
+    positions that the instruction changed; the backend has already checked them.
+    """
+
+    id: str
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    touched: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """How far one streamed answer is: its tokens so far, and the finished answer at its end."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    finished: Generation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSpans:
+    """A token sequence with the half-open spans ``[start, stop)`` to average over.
+
+    An empty span (start == stop) gives a row of NaN in the result, never a zero.
+    """
+
+    id: str
+    token_ids: tuple[int, ...]
+    spans: Mapping[SpanName, tuple[int, int]]
+    steering: tuple[Instruction, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SpanMeans:
+    """Mean activations of one sequence.
+
+    ``means[span]`` is float32 ``[len(layers), hidden_size]``; ``norms[span]`` is the mean over the
+    span's tokens of the residual norm, float32 ``[len(layers)]``. Rows follow ``layers``.
+    """
+
+    id: str
+    layers: tuple[int, ...]
+    means: Mapping[SpanName, np.ndarray]
+    norms: Mapping[SpanName, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What is known about a loaded model; everything a run's identity needs."""
+
+    id: str
+    fingerprint: str
+    num_layers: int
+    hidden_size: int
+    dtype: str
+    device: str
+    adapter: str | None = None
+    bundled: bool = False
+    notes: tuple[str, ...] = ()
+    """Choices made for the user and why ("float32: no accelerator found"), to be shown once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One judgement of one response: a number from 0 to 100, or a status that says why not."""
+
+    id: str
+    response_id: str
+    metric: str
+    judge: str
+    score: float | None
+    status: ScoreStatus = "ok"
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeQuery:
+    """One question to a judge: the prompt as a chat, and what the answer is about."""
+
+    id: str
+    response_id: str
+    metric: str
+    messages: tuple[Message, ...]
+    scale: JudgeScale = "0-100"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a long job stands; workflows emit it, the command line draws it."""
+
+    stage: str
+    done: int
+    total: int | None
+    unit: str = "items"
+    detail: str = ""
+    extra: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""What each command does: ``run(settings, …)`` → a result. No printing, no options."""

@@ -1,0 +1,198 @@
+"""The command line as a process: exit codes, one sentence per failure, lazy commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pvec import __version__
+from pvec.cli.app import Command, LazyGroup, load, main
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main() sets its own
+
+
+def pvec(
+    *args: str, cwd: Path, code: str | None = None, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ``pvec ARGS``, or Python ``code`` with the arguments, in a folder of its own."""
+    start = ("-m", "pvec") if code is None else ("-c", code)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PVEC_")}
+    return subprocess.run(
+        [sys.executable, *start, *args],
+        cwd=cwd,
+        env={**env, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+HELP_AND_MODULES = """
+import sys
+from pvec.cli.app import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+sys.stderr.write("\\n".join(sys.modules))
+"""
+
+
+@pytest.mark.parametrize("args", [("--help",), ("--version",), ()])
+def test_help_loads_nothing_heavy(tmp_path: Path, args: tuple[str, ...]) -> None:
+    done = pvec(*args, cwd=tmp_path, code=HELP_AND_MODULES)
+    loaded = set(done.stderr.split())
+    assert not loaded & {"torch", "transformers", "numpy", "pandas", "openai", "pydantic"}
+    assert "pvec" in done.stdout
+
+
+def test_no_command_loads_torch_before_it_runs(tmp_path: Path) -> None:
+    code = """
+import sys
+from pvec.cli.app import LazyGroup, load
+for command in LazyGroup.commands_by_name.values():
+    load(command)
+    print(command.name, sorted({"torch", "transformers", "pandas", "openai"} & set(sys.modules)))
+"""
+    done = pvec(cwd=tmp_path, code=code)
+    assert done.stdout.splitlines() == [f"{name} []" for name in LazyGroup.commands_by_name]
+
+
+@pytest.mark.parametrize("command", LazyGroup.commands_by_name.values(), ids=lambda c: c.name)
+def test_the_summary_in_the_list_is_the_first_line_of_the_commands_help(command: Command) -> None:
+    assert load(command).help.splitlines()[0] == command.summary
+
+
+def test_without_arguments_help_is_shown(tmp_path: Path) -> None:
+    done = pvec(cwd=tmp_path)
+    assert done.returncode == 0
+    assert "Usage: pvec" in done.stdout
+
+
+def test_the_version_is_shown(tmp_path: Path) -> None:
+    assert pvec("--version", cwd=tmp_path).stdout == f"pvec {__version__}\n"
+
+
+def failed(*args: str) -> int:
+    """Run ``pvec ARGS`` in this process and return its exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("confg",), "There is no command 'confg'. Did you mean 'config'?"),
+        (("--quiet",), "Missing command"),
+        (("config", "--sed", "1"), "No such option: --sed"),
+        (("config", "--seed", "one"), "Invalid value for '--seed'"),
+        (("config", "--seed", "-1"), "generation.seed = -1 (from command line)"),
+        (("config", "--backend", "hff"), "Invalid value for '--backend'"),
+        (("config", "extra"), "unexpected extra argument"),
+        (("config", "--config", "nope.yaml"), "There is no configuration file nope.yaml."),
+        (("--config", "nope.yaml", "config"), "There is no configuration file nope.yaml."),
+    ],
+)
+def test_what_the_user_can_fix_is_one_line_and_code_2(
+    args: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failed(*args) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("Error: ")
+    assert captured.err.count("\n") == 1
+    assert said in captured.err
+
+
+@pytest.mark.parametrize("args", [("--json", "config"), ("config", "--json"), ("--json", "confg")])
+def test_with_json_an_error_is_an_object_and_stdout_stays_empty(
+    args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PVEC_MODEL__IDD", "x")
+    assert failed(*args) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    error = json.loads(captured.err)["error"]
+    assert error["type"] == "InputError"
+    assert error["exit_code"] == 2
+
+
+def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert failed("config", "--config", "nope.yaml", "--debug") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback")
+    assert said.endswith("Error: There is no configuration file nope.yaml.\n")
+
+
+CONFIG_RAISES = """
+import errno, sys
+import pvec.cli.config as config
+from pvec.cli.app import main
+
+def fail(ctx):
+    raise {error}
+
+config.resolved_from = fail
+main(sys.argv[1:])
+"""
+
+
+def test_a_bug_is_one_line_with_a_hint_and_code_1(tmp_path: Path) -> None:
+    code = CONFIG_RAISES.format(error="RuntimeError('oh')")
+    done = pvec("config", cwd=tmp_path, code=code)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "Error: unexpected RuntimeError: oh (run again with --debug for the traceback)\n"
+    )
+    with_debug = pvec("config", "--debug", cwd=tmp_path, code=code)
+    assert with_debug.returncode == 1
+    assert "Traceback" in with_debug.stderr
+
+
+def test_an_interruption_says_what_is_kept_and_ends_with_130(tmp_path: Path) -> None:
+    done = pvec("config", cwd=tmp_path, code=CONFIG_RAISES.format(error="KeyboardInterrupt"))
+    assert done.returncode == 130
+    assert done.stderr.count("\n") == 1
+    assert "is kept" in done.stderr
+
+
+def test_a_full_disk_is_no_bug(tmp_path: Path) -> None:
+    code = CONFIG_RAISES.format(error="OSError(errno.ENOSPC, 'No space left on device', 'runs/x')")
+    done = pvec("config", cwd=tmp_path, code=code)
+    assert done.returncode == 2
+    assert done.stderr == "Error: runs/x cannot be written or read: No space left on device.\n"
+
+
+def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "pvec", "config", "--json"],
+        cwd=tmp_path,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    os.close(write)
+    assert done.stderr == ""
+
+
+def test_completion_offers_the_commands(tmp_path: Path) -> None:
+    done = pvec(
+        cwd=tmp_path, _PVEC_COMPLETE="complete_bash", COMP_WORDS="pvec conf", COMP_CWORD="1"
+    )
+    assert "config" in done.stdout.split()

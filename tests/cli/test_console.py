@@ -1,0 +1,122 @@
+"""What is shown: results on stdout, the rest on stderr, JSON that any program can read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import SecretStr
+
+from pvec.cli.console import Console, PlainProgress, duration, jsonable, table, with_interval
+from pvec.settings import Settings
+from pvec.types import Progress
+
+
+@dataclass(frozen=True)
+class Result:
+    folder: Path
+    scores: np.ndarray
+    mean: float
+    key: SecretStr
+
+
+def test_results_become_plain_json_with_null_for_what_is_no_number() -> None:
+    result = Result(Path("runs/x"), np.array([1.5, np.nan], np.float32), math.inf, SecretStr("k"))
+    assert json.loads(json.dumps(jsonable(result), allow_nan=False)) == {
+        "folder": "runs/x",
+        "scores": [1.5, None],
+        "mean": None,
+        "key": "**********",
+    }
+    assert jsonable({1: (np.int64(2), {"b", "a"})}) == {"1": [2, ["a", "b"]]}
+    assert jsonable(Settings())["paths"] == {"runs": "runs"}
+
+
+def test_with_json_nothing_but_the_result_reaches_stdout(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console = Console(json=True)
+    console.print("for people")
+    console.note("a note")
+    console.emit({"a": 1}, lambda c: c.print("for people"))
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"a": 1}
+    assert captured.err == "a note\n"
+
+
+def test_quiet_silences_notes_and_progress_but_no_warnings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console = Console(quiet=True, verbose=True)
+    console.note("a note")
+    console.detail("a detail")
+    console.warn("look out")
+    with console.progress() as on_progress:
+        on_progress(Progress(stage="work", done=1, total=2))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "Warning: look out\n"
+
+
+def test_without_a_terminal_progress_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console().progress() as on_progress:
+        on_progress(Progress(stage="generate", done=0, total=2000, unit="answers"))
+        on_progress(Progress(stage="generate", done=2000, total=2000, unit="answers"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "generate: 0/2,000 answers"
+    assert lines[1].startswith("generate: 2,000/2,000 answers")
+
+
+def ticks(step: float) -> Iterator[float]:
+    now = 0.0
+    while True:
+        yield now
+        now += step
+
+
+def test_plain_progress_writes_few_lines_with_rate_and_time_left() -> None:
+    lines: list[str] = []
+    progress = PlainProgress(lines.append, clock=ticks(0.5).__next__)
+    for done in range(100, 1001):  # a hundred were there before: they do not count as speed
+        progress(Progress(stage="judge", done=done, total=1000, unit="scores"))
+    assert lines[0] == "judge: 100/1,000 scores"
+    assert lines[1] == "judge: 120/1,000 scores, 2 scores/s, 7m 20s left"
+    assert lines[-1] == "judge: 1,000/1,000 scores, 2 scores/s"
+    assert len(lines) <= 48
+
+
+def test_plain_progress_of_a_fast_job_is_one_line_a_second_at_most() -> None:
+    lines: list[str] = []
+    progress = PlainProgress(lines.append, clock=ticks(0.001).__next__)
+    for done in range(1001):
+        progress(Progress(stage="capture", done=done, total=1000))
+    assert len(lines) <= 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.2, "0s"), (59.4, "59s"), (125, "2m 05s"), (12000, "3h 20m")]
+)
+def test_durations_read_as_people_say_them(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_tables_align_numbers_and_show_a_dash_for_what_is_missing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [("evil", 71.25, 1000), ("[bold]", float("nan"), None)]
+    Console().print(table(("trait", "mean", "n"), rows))
+    shown = capsys.readouterr().out
+    assert "71.25" in shown
+    assert "1,000" in shown
+    assert "[bold]" in shown  # data are never markup
+    assert shown.rstrip().splitlines()[-1].split() == ["[bold]", "–", "–"]
+
+
+def test_an_interval_stands_beside_its_mean() -> None:
+    assert with_interval(71.26, 68, 74.14) == "71.3 [68.0, 74.1]"
+    assert with_interval(math.nan, math.nan, math.nan) == "–"

@@ -1,0 +1,272 @@
+"""``pvec extract`` and ``pvec judge`` on a small random model, judged over real HTTP."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.judge_server import JudgeServer, number_for
+from helpers.models import saved_model
+from helpers.shell import Done, pvec
+from transformers import AutoModelForCausalLM
+
+from pvec.io.runs import Run
+from pvec.io.vectorfile import load_vector
+
+LIMIT, ROLLOUTS, PAIRS = 4, 3, 5
+ANSWERS = 2 * LIMIT * ROLLOUTS * PAIRS
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return saved_model("qwen2")
+
+
+@pytest.fixture
+def server() -> Iterator[JudgeServer]:
+    with JudgeServer(key="sk-secret-key") as server:
+        yield server
+
+
+Extract = Callable[..., Done]
+
+
+@pytest.fixture
+def extract(
+    model: Path, server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Extract:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-key")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*more: object) -> Done:
+        return pvec(
+            "extract", "--trait", "evil", "--model", model, "--judge-url", server.url,
+            "--limit", LIMIT, "-n", ROLLOUTS, "--max-tokens", 12, *more,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def folder(model: Path, tmp_path: Path) -> Path:
+    return tmp_path / "runs" / f"evil-{model.name.lower()}"
+
+
+def test_extract_writes_a_run_that_can_be_read_without_pvec(extract: Extract, folder: Path) -> None:
+    done = extract("--json")
+    assert done.code == 0, done.err
+    (result,) = done.json
+    assert result["answers"] == result["generated"] == ANSWERS
+    lines = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
+    assert len({line["id"] for line in lines}) == ANSWERS
+    signs = Counter(line["condition"]["sign"] for line in lines)
+    assert signs == {"pos": ANSWERS // 2, "neg": ANSWERS // 2}
+    assert all(line["system"].startswith(("You are an evil", "You are a ")) for line in lines)
+    scores = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    assert Counter(score["metric"] for score in scores) == {"evil": ANSWERS, "coherence": ANSWERS}
+    with (folder / "evil_pos.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == ["question", "prompt", "answer", "question_id", "evil", "coherence"]
+    assert len(rows) == ANSWERS // 2
+
+
+def test_the_secret_is_nowhere(extract: Extract, folder: Path) -> None:
+    done = extract("-v")
+    assert done.code == 0, done.err
+    everything = done.out + done.err
+    for path in folder.rglob("*"):
+        everything += path.read_bytes().decode(errors="replace") if path.is_file() else ""
+    assert "sk-secret-key" not in everything
+
+
+def test_the_vector_is_the_difference_of_means_over_the_kept_answers(
+    extract: Extract, folder: Path, model: Path
+) -> None:
+    """Against transformers' own hidden states, one answer at a time, and scores from the server."""
+    assert extract().code == 0
+    run = Run.read(folder)
+    scores = run.scores_by_response()
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    means: dict[str, list[np.ndarray]] = {"pos": [], "neg": []}
+    for record in run.responses():
+        mine = scores[record.id]
+        trait, coherence = mine["evil"].score, mine["coherence"].score
+        assert trait is not None
+        assert coherence is not None
+        sign = str(record.condition["sign"])
+        if coherence >= 50 and (trait >= 50 if sign == "pos" else trait < 50):
+            ids = torch.tensor([[*record.prompt_ids, *record.token_ids]])
+            with torch.no_grad():
+                hidden = network(ids, output_hidden_states=True).hidden_states
+            start = len(record.prompt_ids)
+            means[sign].append(torch.stack([h[0, start:].mean(0) for h in hidden]).numpy())
+    expected = np.mean(means["pos"], axis=0) - np.mean(means["neg"], axis=0)
+    vector = load_vector(folder / "vectors" / "evil.safetensors")
+    assert vector.metadata["kept_pos"] == str(len(means["pos"]))
+    assert vector.metadata["kept_neg"] == str(len(means["neg"]))
+    # All but the last row, which transformers gives after the final norm.
+    np.testing.assert_allclose(vector.kind("response_avg")[:-1], expected[:-1], atol=2e-5)
+
+
+def test_scores_are_those_the_server_gave(
+    extract: Extract, server: JudgeServer, folder: Path
+) -> None:
+    assert extract().code == 0
+    given = Counter(float(number_for(prompt)) for prompt in server.answered.elements())
+    kept = Counter(round(score.score) for score in Run.read(folder).scores())
+    probe = given - kept  # the one question asked before anything is generated
+    assert probe.total() == 1
+    assert not kept - given
+
+
+def test_running_again_repeats_nothing(extract: Extract, server: JudgeServer, folder: Path) -> None:
+    assert extract().code == 0
+    vector = (folder / "vectors" / "evil.safetensors").read_bytes()
+    answers = (folder / "responses.jsonl").read_bytes()
+    asked = server.answered.total()
+    done = extract("--json")
+    (result,) = done.json
+    assert result["generated"] == 0
+    assert result["judge"]["skipped"] == 2 * ANSWERS
+    assert server.answered.total() <= asked + 1  # at most the probe
+    assert "loading" not in done.err  # no model was loaded for nothing
+    assert (folder / "responses.jsonl").read_bytes() == answers
+    assert (folder / "vectors" / "evil.safetensors").read_bytes() == vector
+
+
+def test_more_rollouts_keep_the_answers_there_are(extract: Extract, folder: Path) -> None:
+    assert extract().code == 0
+    before = set((folder / "responses.jsonl").read_text().splitlines())
+    (result,) = extract("-n", ROLLOUTS + 1, "--json").json
+    assert result["generated"] == ANSWERS // ROLLOUTS
+    assert before < set((folder / "responses.jsonl").read_text().splitlines())
+
+
+def test_another_setting_in_the_same_folder_is_refused_and_named(
+    extract: Extract, folder: Path
+) -> None:
+    assert extract().code == 0
+    before = (folder / "responses.jsonl").read_bytes()
+    done = extract("--temperature", "0.5")
+    assert done.code == 2
+    assert "temperature: 1.0 → 0.5" in done.sentence
+    assert (folder / "responses.jsonl").read_bytes() == before
+
+
+def test_judging_can_wait_and_be_repeated_with_another_judge(
+    extract: Extract, server: JudgeServer, folder: Path
+) -> None:
+    done = extract("--no-judge")
+    assert done.code == 0
+    assert "pvec judge" in done.out
+    assert server.answered.total() == 0
+    judged = pvec("judge", folder, "--judge-url", server.url, "--json")
+    assert judged.code == 0, judged.err
+    assert judged.json["report"]["counts"] == {"ok": 2 * ANSWERS}
+    again = pvec("judge", folder, "--judge-url", server.url, "--judge-model", "other", "--json")
+    assert again.json["report"]["counts"] == {"ok": 2 * ANSWERS}
+    assert len(Run.read(folder).judges()) == 2
+
+
+def test_dry_run_counts_and_costs_and_touches_nothing(
+    extract: Extract, server: JudgeServer, folder: Path
+) -> None:
+    (plan,) = extract("--dry-run", "--json").json
+    assert plan["answers"] == plan["missing"] == ANSWERS
+    assert plan["most_tokens"] == 12 * ANSWERS
+    assert f"{2 * ANSWERS} judge calls" in plan["judging"]
+    assert "$" in plan["judging"]
+    assert not folder.exists()
+    assert server.answered.total() == 0
+
+
+def test_a_cost_limit_stops_cleanly_and_the_rest_can_follow(extract: Extract, folder: Path) -> None:
+    done = extract("--max-cost", "0.003", "--price", "1.0,1.0")
+    scored = len(list(Run.read(folder).scores()))
+    assert 0 < scored < 2 * ANSWERS
+    assert "0.003" in done.err
+    assert extract().code == 0
+    assert len(list(Run.read(folder).scores())) == 2 * ANSWERS
+
+
+def test_too_few_kept_answers_give_counts_and_remedy(extract: Extract, folder: Path) -> None:
+    done = extract("--threshold", "99")
+    assert done.code == 2
+    assert "Too few answers count" in done.sentence
+    assert "trait score on the wrong side" in done.sentence
+    assert "--threshold" in done.sentence
+    assert (folder / "evil_pos.csv").exists()
+    assert not (folder / "vectors" / "evil.safetensors").exists()
+
+
+def test_two_traits_share_one_model_load(extract: Extract, tmp_path: Path, model: Path) -> None:
+    done = extract("--trait", "optimistic", "--json")
+    assert done.code == 0, done.err
+    assert [result["trait"] for result in done.json] == ["evil", "optimistic"]
+    assert done.err.count("loading") == 1
+    assert (tmp_path / "runs" / f"optimistic-{model.name.lower()}" / "vectors").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--trait", "evli"), "Did you mean 'evil'"),
+        (("--trait", "missing.json"), "missing.json"),
+        (("--trait", "evil", "--model", "./nowhere"), "There is no model folder './nowhere'"),
+        (("--trait", "evil", "--model", "nobody/nothing"), "nobody/nothing"),
+        (("--trait", "evil", "--trait", "evil"), "named twice"),
+        (("--trait", "evil", "--adapter", "./nowhere"), "./nowhere"),
+        (("--trait", "evil", "-n", "0"), "extract.rollouts = 0"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    done = pvec("extract", *arguments)
+    assert done.code == 2
+    assert words in done.sentence
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_key_is_refused_before_anything_is_generated(model: Path, tmp_path: Path) -> None:
+    done = pvec("extract", "--trait", "evil", "--model", model, "--out", tmp_path / "run")
+    assert done.code == 2
+    assert "OPENAI_API_KEY" in done.sentence
+    assert "--no-judge" in done.sentence
+    assert not (tmp_path / "run" / "responses.jsonl").exists()
+
+
+def test_a_refused_key_is_found_before_anything_is_generated(
+    extract: Extract, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
+    done = extract()
+    assert done.code == 2
+    assert "key" in done.sentence
+    assert "sk-wrong" not in done.err
+    assert not (folder / "responses.jsonl").exists()
+
+
+def test_a_model_without_chat_template_is_refused(model: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in model.iterdir():
+        if path.name != "chat_template.jinja":
+            (bare / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    done = pvec(
+        "extract", "--trait", "evil", "--model", bare, "--no-judge", "--out", tmp_path / "r"
+    )
+    assert done.code == 2
+    assert "no chat template" in done.sentence

@@ -1,0 +1,412 @@
+"""``steer-eval`` from vector to numbers, on a tiny model and a judge behind real HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from pvec.backends.hf import HFBackend
+from pvec.core.layers import find_decoder
+from pvec.errors import InputError, JudgeError, ModelError, StoreError
+from pvec.io.runs import Run
+from pvec.io.vectorfile import PersonaVector, save_vector
+from pvec.settings import Settings
+from pvec.settings.tree import GenerationSettings, JudgeSettings, ModelSettings, SteerSettings
+from pvec.types import Generation
+from pvec.workflows import judge as judge_workflow
+from pvec.workflows import report as report_workflow
+from pvec.workflows.steer_eval import SteerEvalResult, plan, run
+from tests.helpers.judge_server import JudgeServer, Said
+from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, save_adapter, saved_model
+
+QUESTIONS = [
+    "How can I learn to cook?",
+    "What is the best way to save money?",
+    "How can I help my friends this evening?",
+    "What could you start with?",
+]
+
+
+def say(prompt: str) -> Said:
+    """Score by something that anyone can count in the answer: its letters e and a."""
+    answer = prompt.rpartition("Answer:")[2]
+    letter = "a" if "coherent" in prompt else "e"
+    return Said(str(100 - min(60, 6 * answer.count(letter))))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[JudgeServer]:
+    with JudgeServer(say=say) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def trait(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trait") / "evil.json"
+    pairs = [{"pos": f"Be evil, way {i}.", "neg": f"Be kind, way {i}."} for i in range(5)]
+    definition = {
+        "name": "evil",
+        "description": "wishes harm",
+        "assistant_names": {"pos": "evil", "neg": "kind"},
+        "instruction": pairs,
+        "questions": {"extract": [f"Extraction {i}?" for i in range(20)], "eval": QUESTIONS},
+        "eval_prompt": "How evil is it? Question: {question} Answer: {answer}",
+    }
+    path.write_text(json.dumps(definition))
+    return path
+
+
+@pytest.fixture(scope="module")
+def vector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_vector(tmp_path_factory.mktemp("vector") / "evil.safetensors")
+
+
+def write_vector(path: Path, *, width: int = HIDDEN_SIZE, **metadata: str) -> Path:
+    rows = np.random.default_rng(5).standard_normal((NUM_LAYERS + 1, width)).astype(np.float32)
+    made = PersonaVector(
+        trait="evil",
+        kinds={"response_avg": 3 * rows},
+        mean_norm=np.full(NUM_LAYERS + 1, 10, dtype=np.float32),
+        metadata=metadata,
+    )
+    return save_vector(made, path)
+
+
+def settings(server: JudgeServer, **steer: Any) -> Settings:
+    asked: dict[str, Any] = {"layer": "1,2", "coef": "-1,0,1", "rollouts": 2}
+    return Settings(
+        model=ModelSettings(id=str(saved_model()), device="cpu"),
+        generation=GenerationSettings(max_tokens=8, seed=3),
+        judge=JudgeSettings(model="judge", base_url=server.url),
+        steer=SteerSettings(**(asked | steer)),
+    )
+
+
+def means(result: SteerEvalResult) -> dict[tuple[str, str], tuple[float, int, int]]:
+    assert result.numbers is not None
+    return {
+        (point.name, metric): (score.mean, score.n, score.missing)
+        for point in result.numbers.points
+        for metric, score in point.scores.items()
+    }
+
+
+def test_a_sweep_with_its_controls_and_baselines(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    result = run(settings(server), str(trait), vectors=[vector], out=out)
+    roles = pd.Series([r.condition["role"] for r in Run.read(out).responses()]).value_counts()
+    assert roles.to_dict() == {
+        "baseline": 8, "steered": 32, "random": 32, "prompt_pos": 8, "prompt_neg": 8
+    }  # fmt: skip
+    assert (result.conditions, result.answers, result.generated) == (11, 88, 88)
+
+    # The means against pandas on the run's own files.
+    lines = (out / "responses.jsonl").read_text().splitlines()
+    condition = {(r := json.loads(line))["id"]: r["condition"]["name"] for line in lines}
+    scores = pd.DataFrame(map(json.loads, (out / "scores.jsonl").read_text().splitlines()))
+    scores["condition"] = scores["response_id"].map(condition)
+    theirs = scores.groupby(["condition", "metric"])["score"].mean()
+    ours = means(result)
+    assert set(ours) == set(theirs.index)
+    for key, mean in theirs.items():
+        assert ours[key] == (pytest.approx(mean), 8, 0)
+    assert result.numbers is not None
+    (pick,) = result.numbers.picks
+    assert pick.control is not None
+    assert pick.prompt is not None
+
+
+def test_conditions_share_their_seeds_and_their_questions(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    run(settings(server), str(trait), vectors=[vector], out=tmp_path / "run")
+    seeds: dict[str, set[tuple[str, int, int]]] = {}
+    for record in Run.read(tmp_path / "run").responses():
+        key = (record.question, int(str(record.condition["rollout"])), record.seed)
+        seeds.setdefault(str(record.condition["name"]), set()).add(key)
+    assert len(set(map(frozenset, seeds.values()))) == 1
+    assert len(seeds["unsteered"]) == 8
+
+
+def test_a_second_call_repeats_nothing_and_more_points_add_to_the_run(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    first = run(settings(server), str(trait), vectors=[vector], out=out)
+    asked = server.asked.total()
+    again = run(settings(server), str(trait), vectors=[vector], out=out)
+    assert again.generated == 0
+    assert server.asked.total() <= asked + 1  # the probe of the judge
+    assert means(again) == means(first)
+    more = run(settings(server, coef="-1,0,1,2"), str(trait), vectors=[vector], out=out)
+    assert more.generated == 2 * 2 * 8  # coefficient 2 at two layers, vector and control
+
+
+def test_a_run_that_fails_half_way_goes_on_to_the_same_numbers(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(settings(server), str(trait), vectors=[vector], out=tmp_path / "whole")
+    right = HFBackend.generate
+
+    def dying(self: HFBackend, requests: Any) -> Iterator[Generation]:
+        for number, generation in enumerate(right(self, requests)):
+            if number == 37:
+                raise KeyboardInterrupt
+            yield generation
+
+    monkeypatch.setattr(HFBackend, "generate", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings(server), str(trait), vectors=[vector], out=tmp_path / "torn")
+    monkeypatch.setattr(HFBackend, "generate", right)
+    rest = run(settings(server), str(trait), vectors=[vector], out=tmp_path / "torn")
+    assert rest.generated == 88 - 37
+    assert means(rest) == means(whole)
+    assert rest.numbers is not None
+    assert whole.numbers is not None
+    assert rest.numbers.picks == whole.numbers.picks
+
+
+def test_a_killed_sweep_restarted_gives_the_same_numbers(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    def command(out: Path) -> list[str]:
+        return [
+            sys.executable, "-m", "pvec", "steer-eval", "--trait", str(trait),
+            "--vector", str(vector), "--model", str(saved_model()), "--device", "cpu",
+            "--layer", "1,2", "--coef", "-1,0,1", "--rollouts", "2", "--max-tokens", "8",
+            "--seed", "3", "--judge-model", "judge", "--judge-url", server.url,
+            "--batch-rows", "4", "--out", str(out), "--json", "-q",
+        ]  # fmt: skip
+
+    killed = subprocess.Popen(command(tmp_path / "killed"), stdout=subprocess.PIPE)
+    responses = tmp_path / "killed" / "responses.jsonl"
+    deadline = time.monotonic() + 120
+    while not (responses.exists() and responses.read_bytes().count(b"\n") >= 20):
+        assert time.monotonic() < deadline
+        assert killed.poll() is None, "it was too fast to be killed"
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    done = responses.read_bytes().count(b"\n")
+    restarted = subprocess.run(
+        command(tmp_path / "killed"), capture_output=True, check=True, text=True
+    )
+    result = json.loads(restarted.stdout)
+    assert result["generated"] == 88 - done
+    whole = run(settings(server), str(trait), vectors=[vector], out=tmp_path / "whole")
+    theirs = {
+        (point["name"], metric): (score["mean"], score["n"], score["missing"])
+        for point in result["numbers"]["points"]
+        for metric, score in point["scores"].items()
+    }
+    assert theirs == means(whole)
+
+
+@pytest.mark.parametrize("positions", ["response", "all", "prompt"])
+def test_greedy_answers_are_those_of_a_hand_written_hook(
+    positions: str, server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    asked = settings(server, positions=positions, judge=False, prompt_baseline=False, rollouts=1)
+    asked = asked.model_copy(
+        update={"generation": GenerationSettings(temperature=0.0, max_tokens=8)}
+    )
+    run(asked, str(trait), vectors=[vector], out=tmp_path / "run")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(saved_model()).eval()
+    rows = torch.from_numpy(np.random.default_rng(5).standard_normal((NUM_LAYERS + 1, HIDDEN_SIZE)))
+    checked = 0
+    for record in Run.read(tmp_path / "run").responses():
+        if record.condition["role"] != "steered":
+            continue
+        (layer,) = record.condition["layers"]  # type: ignore[misc,union-attr]
+        added = (3 * rows[layer].float()) * record.condition["coef"]  # type: ignore[index]
+
+        def hook(_module: Any, _args: Any, output: Any, added: torch.Tensor = added) -> Any:
+            hidden = output if isinstance(output, torch.Tensor) else output[0]
+            hidden = hidden.clone()
+            prefill = hidden.shape[1] > 1
+            if positions == "all" or (positions == "prompt" and prefill):
+                hidden += added
+            elif positions == "response":
+                hidden[:, -1:] += added
+            return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
+
+        handle = find_decoder(model).blocks[layer - 1].register_forward_hook(hook)
+        ids = torch.tensor([record.prompt_ids])
+        with torch.inference_mode():
+            full = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8,
+                do_sample=False,
+            )  # fmt: skip
+        handle.remove()
+        theirs = full[0, ids.shape[1] :].tolist()
+        assert tuple(theirs[: len(record.token_ids)]) == record.token_ids
+        checked += 1
+    assert checked == 16
+
+
+def test_without_a_vector_it_is_the_baseline_evaluation_of_an_adapter(
+    server: JudgeServer, trait: Path, tmp_path: Path
+) -> None:
+    adapter = save_adapter(saved_model(), tmp_path / "adapter")
+    asked = settings(server)
+    adapted = asked.model_copy(
+        update={"model": ModelSettings(id=str(saved_model()), adapter=str(adapter), device="cpu")}
+    )
+    base = run(asked, str(trait), out=tmp_path / "base")
+    tuned = run(adapted, str(trait), out=tmp_path / "tuned")
+    assert base.conditions == tuned.conditions == 3  # unsteered, asked for, asked against
+    assert means(base) != means(tuned)
+    assert base.numbers is not None
+    assert base.numbers.picks == ()
+
+
+def test_without_a_judge_the_answers_wait_for_pvec_judge(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    unjudged = run(settings(server, judge=False), str(trait), vectors=[vector], out=out)
+    assert unjudged.numbers is None
+    assert unjudged.next == (f"pvec judge {out}",)
+    judged = judge_workflow.run(settings(server), out)
+    assert judged.report.counts == {"ok": 2 * 88}
+    page = report_workflow.run([out]).page.read_text()
+    assert "moves evil" in page or "Nothing was picked" in page
+
+
+def test_all_layers_incrementally_steer_every_layer(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    asked = settings(server, layer="auto", incremental=True, judge=False)
+    run(asked, str(trait), vectors=[vector], out=tmp_path / "run")
+    steered = [
+        r for r in Run.read(tmp_path / "run").responses() if r.condition["role"] == "steered"
+    ]
+    assert {tuple(one["layer"] for one in r.steering) for r in steered} == {(1, 2, 3)}
+
+
+def test_a_dry_run_counts_and_writes_nothing(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    planned = plan(settings(server), str(trait), vectors=[vector], out=out)
+    assert (planned.answers, planned.missing, len(planned.conditions)) == (88, 88, 11)
+    assert planned.most_tokens == 88 * 8
+    assert not out.exists()
+
+
+def test_each_condition_is_exported_in_the_references_columns(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    run(settings(server), str(trait), vectors=[vector], out=tmp_path / "run")
+    exported = sorted((tmp_path / "run" / "answers").glob("*.csv"))
+    assert len(exported) == 11
+    frame = pd.read_csv(exported[0])
+    assert list(frame.columns) == [
+        "question", "prompt", "answer", "question_id", "evil", "coherence"
+    ]  # fmt: skip
+    assert len(frame) == 8
+
+
+def refused(error: type[Exception], match: str, out: Path, *args: Any, **kwargs: Any) -> None:
+    with pytest.raises(error, match=match):
+        run(*args, out=out, **kwargs)
+    assert not out.exists() or not any(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"layer": "4"}, ModelError, "layers 1 to 3"),
+        ({"layer": "0"}, ModelError, "embedding"),
+        ({"coef": "1,zwei"}, InputError, "'zwei' is not a number"),
+        ({"layer": "2", "incremental": True}, InputError, "--incremental"),
+    ],
+)
+def test_a_wrong_grid_is_refused_before_anything_is_written(
+    changes: dict[str, Any], error: type[Exception], match: str,
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    refused(
+        error, match, tmp_path / "run", settings(server, **changes), str(trait), vectors=[vector]
+    )
+
+
+def test_a_vector_for_another_model_is_refused(
+    server: JudgeServer, trait: Path, tmp_path: Path
+) -> None:
+    wide = write_vector(tmp_path / "wide.safetensors", width=48)
+    other = write_vector(tmp_path / "other.safetensors", model_fingerprint="0" * 16)
+    for path in (wide, other):
+        refused(
+            ModelError, "use a vector made with this model", tmp_path / "run",
+            settings(server), str(trait), vectors=[path],
+        )  # fmt: skip
+
+
+def test_a_trait_without_evaluation_questions_is_refused(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    lone = tmp_path / "lone_extract.json"
+    definition = json.loads(trait.read_text())
+    lone.write_text(
+        json.dumps(
+            {
+                "instruction": definition["instruction"],
+                "questions": definition["questions"]["extract"],
+                "eval_prompt": definition["eval_prompt"],
+            }
+        )
+    )
+    refused(
+        InputError, "no evaluation questions", tmp_path / "run",
+        settings(server), str(lone), vectors=[vector],
+    )  # fmt: skip
+
+
+def test_a_judge_that_scores_nothing_is_an_error_and_the_answers_stay(
+    trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    def refuse(prompt: str) -> Said:
+        return Said("75") if re.search(r"number 75", prompt) else Said("I would rather not.")
+
+    with JudgeServer(say=refuse) as unwilling, pytest.raises(JudgeError, match="scored none"):
+        run(settings(unwilling), str(trait), vectors=[vector], out=tmp_path / "run")
+    assert len(list(Run.read(tmp_path / "run").responses())) == 88
+
+
+def test_another_vector_does_not_go_into_the_same_run(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run(settings(server, judge=False), str(trait), vectors=[vector], out=out)
+    before = (out / "responses.jsonl").read_bytes()
+    with pytest.raises(StoreError, match="positions"):
+        run(settings(server, judge=False, positions="all"), str(trait), vectors=[vector], out=out)
+    assert (out / "responses.jsonl").read_bytes() == before
+
+
+def test_tasks_without_the_harness_are_refused_with_the_install_command(
+    server: JudgeServer, trait: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(
+        InputError, r"pip install 'pvec\[eval\]'", tmp_path / "run",
+        settings(server), str(trait), tasks=["mmlu"],
+    )  # fmt: skip

@@ -1,0 +1,320 @@
+"""A real HTTP server on loopback that speaks enough of the OpenAI API to judge, and misbehaves.
+
+Every request is counted by its prompt, so that a test sees what was asked, and what was answered
+in full, how often.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import re
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+PROBE_WORDS = "Reply with the number 75"
+
+FAULTS = (
+    "429 seconds",
+    "429 milliseconds",
+    "429 date",
+    "429 bare",
+    "500",
+    "503 retry-after",
+    "reset",
+    "reset mid-body",
+    "truncated json",
+    "garbage",
+    "no choices",
+    "error body",
+    "hang",
+)
+"""Everything a server can do instead of answering. ``hang`` outlasts any time-out of a test."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the judge says: its text, token by token, and the distribution at the first token."""
+
+    text: str
+    first: dict[str, float] | None = None
+    tokens: Sequence[str] | None = None
+    refusal: str | None = None
+    finish_reason: str = "stop"
+    logprobs: bool = True
+
+
+def number_for(prompt: str) -> int:
+    """Return the score (0-100) that this server gives to ``prompt``, always the same."""
+    return hashlib.sha256(prompt.encode()).digest()[0] % 101
+
+
+def say_number(prompt: str) -> Said:
+    """Answer with ``number_for(prompt)``, all probability on it."""
+    if prompt.startswith(PROBE_WORDS):
+        return Said("75")
+    return Said(str(number_for(prompt)))
+
+
+def no_fault(_prompt: str, _nth: int) -> str | None:
+    return None
+
+
+def one_in(share: int, *, seed: int, kinds: Sequence[str] = FAULTS) -> Callable[..., str | None]:
+    """Return a fault for one request in ``share``, drawn by seed, prompt and how often it came."""
+
+    def fault(prompt: str, nth: int) -> str | None:
+        if prompt.startswith(PROBE_WORDS):
+            return None
+        draw = random.Random(f"{seed}|{prompt}|{nth}")
+        return draw.choice(kinds) if draw.randrange(share) == 0 else None
+
+    return fault
+
+
+@dataclass
+class JudgeServer:
+    """The server; a context manager. All fields may be set before or while it runs."""
+
+    say: Callable[[str], Said] = say_number
+    fault: Callable[[str, int], str | None] = no_fault
+    key: str | None = None
+    models: Sequence[str] | None = None
+    rejects: Sequence[str] = ()
+    """Request parameters that are refused with a 400 that names them."""
+    capacity: int | None = None
+    """More requests at once than this get a 429."""
+    delay: float = 0.0
+    asked: Counter[str] = field(default_factory=Counter)
+    answered: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    most_at_once: int = 0
+
+    def __post_init__(self) -> None:
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+        self._now = 0
+        self._connections: set[socket.socket] = set()
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.judge = self
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        self._server.shutdown()
+        self._thread.join()
+        with self.lock:
+            for connection in self._connections:
+                connection.close()
+        self._server.server_close()
+
+    # -- what the handler asks --------------------------------------------------------------------
+
+    def opened(self, connection: socket.socket) -> None:
+        with self.lock:
+            self._connections.add(connection)
+
+    def closed(self, connection: socket.socket) -> None:
+        with self.lock:
+            self._connections.discard(connection)
+
+    def enter(self, prompt: str, body: dict[str, Any]) -> tuple[int, int]:
+        """Count a request; return how often this prompt came before and how many are inside."""
+        with self.lock:
+            nth = self.asked[prompt]
+            self.asked[prompt] += 1
+            self.bodies.append(body)
+            self._now += 1
+            self.most_at_once = max(self.most_at_once, self._now)
+            return nth, self._now
+
+    def leave(self) -> None:
+        with self.lock:
+            self._now -= 1
+
+    def count(self, counter: Counter[str], key: str) -> None:
+        with self.lock:
+            counter[key] += 1
+
+
+class _Server(ThreadingHTTPServer):
+    judge: JudgeServer
+    request_queue_size = 256
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Stay quiet: clients that hang up are what the tests are about."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        # Headers and body leave in two writes: without this each reply waits 40 ms for an ACK.
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.server.judge.opened(self.connection)
+
+    def finish(self) -> None:
+        self.server.judge.closed(self.connection)
+        super().finish()
+
+    def log_message(self, *_args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        models = self.server.judge.models or ["judge"]
+        self._send(200, {"object": "list", "data": [{"id": name} for name in models]})
+
+    def do_POST(self) -> None:
+        judge = self.server.judge
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["messages"][-1]["content"]
+        nth, inside = judge.enter(prompt, body)
+        try:
+            if judge.delay:
+                judge.closing.wait(judge.delay)
+            if self._refused(body):
+                return
+            if judge.capacity is not None and inside > judge.capacity:
+                judge.count(judge.faults, "over capacity")
+                self._send(429, _error("too many requests"), {"Retry-After": "0.02"})
+                return
+            fault = judge.fault(prompt, nth)
+            if fault is not None:
+                judge.count(judge.faults, fault)
+                self._misbehave(fault, prompt, body)
+                return
+            self._send(200, completion(judge.say(prompt), body))
+            judge.count(judge.answered, prompt)
+        finally:
+            judge.leave()
+
+    def _refused(self, body: dict[str, Any]) -> bool:
+        judge = self.server.judge
+        if self.path != "/v1/chat/completions":
+            self._send(404, _error("no such path"))
+        elif judge.key is not None and self.headers["Authorization"] != f"Bearer {judge.key}":
+            given = str(self.headers["Authorization"]).removeprefix("Bearer ")
+            self._send(401, _error(f"Incorrect API key provided: {given}"))
+        elif judge.models is not None and body["model"] not in judge.models:
+            self._send(404, _error(f"The model {body['model']} does not exist"))
+        elif rejected := [name for name in judge.rejects if name in body]:
+            message = f"Unsupported parameter: '{rejected[0]}' is not supported with this model."
+            if rejected[0] == "max_tokens":
+                message += " Use 'max_completion_tokens' instead."
+            self._send(400, _error(message, param=rejected[0], code="unsupported_parameter"))
+        else:
+            return False
+        return True
+
+    def _misbehave(self, fault: str, prompt: str, body: dict[str, Any]) -> None:
+        answer = json.dumps(completion(self.server.judge.say(prompt), body)).encode()
+        limited = _error("Rate limit reached", code="rate_limit_exceeded")
+        soon = format_datetime(datetime.now(UTC) + timedelta(seconds=0.05), usegmt=True)
+        plain: dict[str, tuple[int, Any, dict[str, str]]] = {
+            "429 seconds": (429, limited, {"Retry-After": "0.02"}),
+            "429 milliseconds": (429, limited, {"Retry-After-Ms": "10"}),
+            "429 date": (429, limited, {"Retry-After": soon}),
+            "429 bare": (429, limited, {}),
+            "429 tomorrow": (429, limited, {"Retry-After": "86400"}),
+            "429 quota": (429, _error("You exceeded your quota", code="insufficient_quota"), {}),
+            "400": (400, _error("this model's context is too short"), {}),
+            "403": (403, _error("your country is not supported"), {}),
+            "500": (500, _error("the server had an error"), {}),
+            "503 retry-after": (503, _error("overloaded"), {"Retry-After": "0.02"}),
+            "truncated json": (200, answer[: len(answer) // 2], {}),
+            "garbage": (200, b"<html>502 Bad Gateway</html>", {}),
+            "no choices": (200, {"choices": []}, {}),
+            "error body": (200, {"error": {"message": "upstream failed", "code": 502}}, {}),
+        }
+        if fault in plain:
+            self._send(*plain[fault])
+        elif fault == "hang":
+            self.server.judge.closing.wait(60)
+            self.close_connection = True
+        else:
+            if fault == "reset mid-body":
+                self._send(200, answer, cut=len(answer) // 2)
+                time.sleep(0.005)
+            self._reset()
+
+    def _send(
+        self,
+        status: int,
+        body: dict[str, Any] | bytes,
+        headers: dict[str, str] | None = None,
+        *,
+        cut: int | None = None,
+    ) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data[:cut])
+        self.wfile.flush()
+
+    def _reset(self) -> None:
+        """Drop the connection the rude way (RST)."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+
+
+def _error(message: str, **fields: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "error", "param": None, "code": None, **fields}}
+
+
+def completion(said: Said, body: dict[str, Any]) -> dict[str, Any]:
+    """Return the chat completion that says ``said``, cut at the request's token limit."""
+    limit = body.get("max_tokens", body.get("max_completion_tokens", 1000))
+    tokens = list(said.tokens or [said.text])
+    shown = tokens[:limit]
+    choice: dict[str, Any] = {
+        "index": 0,
+        "message": {"role": "assistant", "content": "".join(shown), "refusal": said.refusal},
+        "finish_reason": "length" if len(shown) < len(tokens) else said.finish_reason,
+        "logprobs": None,
+    }
+    if said.logprobs and body.get("logprobs"):
+        choice["logprobs"] = {"content": _logprobs(shown, said.first, body["top_logprobs"])}
+    words = len(re.findall(r"\S+", body["messages"][-1]["content"]))
+    usage = {"prompt_tokens": words, "completion_tokens": len(shown)}
+    return {"object": "chat.completion", "choices": [choice], "usage": usage}
+
+
+def _logprobs(
+    tokens: Sequence[str], first: dict[str, float] | None, count: int
+) -> list[dict[str, Any]]:
+    entries = []
+    for index, token in enumerate(tokens):
+        spread = first if index == 0 and first is not None else {token: 1.0}
+        top = sorted(spread.items(), key=lambda pair: -pair[1])[:count]
+        ranked = [{"token": word, "logprob": math.log(p)} for word, p in top if p > 0]
+        own = math.log(spread.get(token, 1e-9))
+        entries.append({"token": token, "logprob": own, "top_logprobs": ranked})
+    return entries

@@ -1,0 +1,217 @@
+"""Vectors from streams, their quality figures, the suggested layer, and arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from pvec.core import vectors as module
+from pvec.core.stats import Interval
+from pvec.core.vectors import (
+    VectorAccumulator,
+    combine,
+    cosine_matrix,
+    dose,
+    incremental,
+    orthogonalise,
+    raw_coefficient,
+    suggest_layer,
+)
+from pvec.errors import InputError, ModelError
+from pvec.types import SpanMeans
+
+LAYERS, WIDTH = 5, 16
+Row = tuple[SpanMeans, Literal["pos", "neg"], str]
+
+
+def responses(
+    *, questions: int = 10, each: int = 6, signal: float = 1.0, seed: int = 0
+) -> list[Row]:
+    """Positive and negative responses that differ along one direction from layer 2 on."""
+    rng = np.random.default_rng(seed)
+    direction = rng.normal(size=WIDTH)
+    rows: list[Row] = []
+    for q, r, sign in itertools.product(range(questions), range(each), ("pos", "neg")):
+        means = rng.normal(size=(3, LAYERS + 1, WIDTH))
+        means[:, 2:] += (signal if sign == "pos" else -signal) * direction
+        means = means.astype(np.float32)
+        spans = dict(zip(("prompt", "prompt_last", "response"), means, strict=True))
+        norms = {name: np.linalg.norm(m, axis=-1) for name, m in spans.items()}
+        row = SpanMeans(
+            id=f"{q}-{r}-{sign}", layers=tuple(range(LAYERS + 1)), means=spans, norms=norms
+        )
+        rows.append((row, sign, f"question {q}"))
+    return rows
+
+
+def accumulated(rows: list[Row]) -> VectorAccumulator:
+    accumulator = VectorAccumulator()
+    for row, sign, question in rows:
+        accumulator.add(row, sign=sign, question=question)
+    return accumulator
+
+
+def test_a_vector_is_the_difference_of_class_means_of_response_means() -> None:
+    rows = responses()[:-7]  # classes and questions of different sizes
+    result = accumulated(rows).result()
+    for kind, span in (
+        ("response_avg", "response"),
+        ("prompt_avg", "prompt"),
+        ("prompt_last", "prompt_last"),
+    ):
+        pos, neg = (
+            np.mean([r.means[span].astype(np.float64) for r, s, _ in rows if s == sign], axis=0)
+            for sign in ("pos", "neg")
+        )
+        np.testing.assert_allclose(result.vectors[kind], pos - neg, rtol=1e-6, atol=1e-7)
+        assert result.vectors[kind].dtype == np.float32
+    np.testing.assert_allclose(
+        result.mean_norm, np.mean([r.norms["response"] for r, *_ in rows], axis=0), rtol=1e-6
+    )
+    assert result.counts["response_avg"] == {"pos": 57, "neg": 56}
+
+
+def test_an_empty_answer_is_counted_as_missing_and_changes_nothing_else() -> None:
+    rows = responses()
+    empty = SpanMeans(
+        id="empty",
+        layers=rows[0][0].layers,
+        means=rows[0][0].means | {"response": np.full((LAYERS + 1, WIDTH), np.nan)},
+        norms=rows[0][0].norms | {"response": np.full(LAYERS + 1, np.nan)},
+    )
+    before = accumulated(rows).result()
+    after = accumulated([*rows, (empty, "pos", "question 0")]).result()
+    assert np.array_equal(before.vectors["response_avg"], after.vectors["response_avg"])
+    assert np.array_equal(before.mean_norm, after.mean_norm)
+    assert after.missing["response_avg"] == {"pos": 1, "neg": 0}
+    assert after.counts["prompt_avg"]["pos"] == 61
+
+
+def test_infinite_activations_are_refused_with_their_layer() -> None:
+    row, sign, question = responses()[0]
+    row.means["response"][3, 1] = np.inf
+    with pytest.raises(ModelError, match="layer 3"):
+        VectorAccumulator().add(row, sign=sign, question=question)
+
+
+def test_a_class_without_responses_is_refused_in_a_sentence() -> None:
+    with pytest.raises(InputError, match="No negative response was kept"):
+        accumulated([row for row in responses() if row[1] == "pos"]).result()
+
+
+def test_the_order_of_arrival_changes_no_quality_figure() -> None:
+    rows = responses(each=12)
+    shuffled = random.Random(0).sample(rows, len(rows))
+    one, two = accumulated(rows), accumulated(shuffled)
+    for a, b in zip(one.separation(), two.separation(), strict=True):
+        assert a.mean == pytest.approx(b.mean, nan_ok=True)
+    for a, b in zip(one.stability(), two.stability(), strict=True):
+        assert a.mean == pytest.approx(b.mean)
+
+
+def test_stability_and_separation_see_signal_where_it_is_and_only_there() -> None:
+    accumulator = accumulated(responses())
+    stability, separation = accumulator.stability(), accumulator.separation()
+    assert len(stability) == len(separation) == LAYERS + 1
+    for layer in range(2):
+        assert abs(stability[layer].mean) < 0.4
+        assert 0.35 < separation[layer].mean < 0.65
+    for layer in range(2, LAYERS + 1):
+        assert stability[layer].mean > 0.9
+        assert stability[layer].low <= stability[layer].mean <= stability[layer].high
+        assert separation[layer].mean > 0.95
+    assert stability[2].n == 120
+    assert stability[2].groups == 10
+    assert separation[2].n == 2 * 10 * module._SAMPLE_PER_QUESTION
+
+
+def test_pure_noise_is_not_flattered() -> None:
+    """Without held-out questions the area under the curve of noise would be near 1."""
+    separation = accumulated(responses(questions=6, each=2, signal=0.0)).separation()
+    assert all(0.25 < one.mean < 0.75 for one in separation)
+
+
+def test_one_question_has_no_halves() -> None:
+    accumulator = accumulated(responses(questions=1))
+    assert np.isnan(accumulator.stability()[2].mean)
+    assert np.isnan(accumulator.separation()[2].mean)
+
+
+def test_memory_does_not_grow_with_responses_or_questions() -> None:
+    accumulator = accumulated(responses(questions=200, each=2))
+    cells = [c for cells in accumulator._cells.values() for c in cells.values()]
+    assert len(cells) == 6 * module._MAX_QUESTIONS
+    assert all(len(cell.sample) <= module._SAMPLE_PER_QUESTION for cell in cells)
+    assert sum(accumulator.result().counts["response_avg"].values()) == 800
+
+
+def interval(mean: float) -> Interval:
+    return Interval(mean=mean, low=mean, high=mean, n=10, groups=5)
+
+
+def test_the_suggested_layer_separates_and_is_long_in_the_middle() -> None:
+    norms = np.ones(11)
+    lengths = np.array([9, 9, 9, 1, 1, 1, 1, 1, 2, 9, 9], dtype=float)
+    rows = np.eye(11) * lengths[:, None]
+    suggestion = suggest_layer(rows, mean_norm=norms)
+    assert suggestion.layer == 8, "the longest of layers 3 to 8"
+    areas = [interval(0.5)] * 11
+    areas[4], areas[8] = interval(0.99), interval(0.6)
+    suggestion = suggest_layer(rows, mean_norm=norms, separation=areas)
+    assert suggestion.layer == 4
+    assert "AUC 0.99" in suggestion.reason
+    flat = suggest_layer(np.eye(11), mean_norm=norms, separation=[interval(1.0)] * 11)
+    assert flat.layer == 5, "of equals the one nearest 55 % depth"
+    assert suggest_layer(np.eye(2), mean_norm=np.ones(2)).layer == 1
+
+
+def test_dose_is_the_length_in_residual_norms_and_a_coefficient_undoes_it() -> None:
+    rows = np.array([[3.0, 4.0], [0.0, 2.0]])
+    norms = np.array([10.0, 4.0])
+    np.testing.assert_allclose(dose(rows, norms), [0.5, 0.5])
+    coef = raw_coefficient(0.25, vector=rows[0], mean_norm=10.0)
+    assert np.linalg.norm(coef * rows[0]) == pytest.approx(2.5)
+    with pytest.raises(InputError, match="zero vector"):
+        raw_coefficient(1.0, vector=np.zeros(2), mean_norm=1.0)
+
+
+def test_increments_add_up_to_the_vector_of_every_layer() -> None:
+    rows = np.random.default_rng(0).normal(size=(6, 4))
+    steps = incremental(rows)
+    np.testing.assert_allclose(np.cumsum(steps[1:], axis=0), rows[1:])
+    assert np.array_equal(steps[0], rows[0])
+
+
+def test_combination_is_linear_and_needs_one_shape() -> None:
+    one, two = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    np.testing.assert_allclose(combine([(0.7, one), (-0.3, two)]), 0.7 * one - 0.3 * two, rtol=1e-6)
+    with pytest.raises(InputError, match="one shape"):
+        combine([(1.0, one), (1.0, two[:2])])
+
+
+def test_an_orthogonalised_vector_has_nothing_along_the_others() -> None:
+    rng = np.random.default_rng(0)
+    vector, *others = rng.normal(size=(3, 4, 8)).astype(np.float32)
+    others[0][2] = 0.0
+    others.append(2 * others[1])  # dependent ones do no harm
+    result = orthogonalise(vector, against=others)
+    for other in others:
+        np.testing.assert_allclose((result * other).sum(1), 0.0, atol=1e-5)
+    direct = orthogonalise(vector, against=others[:1])
+    unit = others[0][1] / np.linalg.norm(others[0][1])
+    np.testing.assert_allclose(
+        direct[1], vector[1] - (vector[1] @ unit) * unit, rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(direct[2], vector[2])
+
+
+def test_the_cosine_matrix_is_numpys_correlation_without_centring() -> None:
+    vectors = list(np.random.default_rng(0).normal(size=(3, 8)))
+    matrix = cosine_matrix(vectors)
+    for i, j in itertools.product(range(3), repeat=2):
+        wanted = vectors[i] @ vectors[j] / np.linalg.norm(vectors[i]) / np.linalg.norm(vectors[j])
+        assert matrix[i, j] == pytest.approx(wanted)

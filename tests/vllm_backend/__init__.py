@@ -1,0 +1,1 @@
+"""Tests of the vLLM backend inside a real vLLM (`make test-vllm`)."""

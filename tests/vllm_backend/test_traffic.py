@@ -1,0 +1,282 @@
+"""Many requests through few slots, streams that are left early, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pvec.backends.vllm.engine import VLLMBackend
+from pvec.errors import InputError, ModelError, SteeringError
+from pvec.types import Instruction, Request, Sampling, TokenSpans
+from vllm_backend.conftest import Start
+from vllm_backend.oracle import WIDTH, forward, greedy, hf_model
+from vllm_backend.requests import battery, plans, vector
+
+
+@pytest.fixture(scope="module")
+def backend(start: Start) -> VLLMBackend:
+    return start()
+
+
+def _request(number: int, *steering: Instruction, tokens: int = 3, prompt: int = 5) -> Request:
+    return Request(
+        id=f"r{number}",
+        prompt_ids=tuple(range(30 + number % 7, 30 + number % 7 + prompt)),
+        sampling=Sampling(temperature=0.0, max_tokens=tokens),
+        steering=steering,
+    )
+
+
+def test_hundreds_of_different_steerings_pass_through_four_slots(backend: VLLMBackend) -> None:
+    model = hf_model(Path(backend.info.id))
+    base = Instruction(vector=vector(7), layer=2)
+    requests = [
+        _request(n, replace(base, vector=vector(n), coef=(-1) ** n * 1.0)) for n in range(300)
+    ]
+    before = backend._flow.flows[0].slots.loads
+    found = {g.id: g for g in backend.generate(requests)}
+    assert len(found) == 300
+    assert backend._flow.flows[0].slots.loads - before == 300
+    assert backend._flow.flows[0].slots.held == 0
+    for request in requests[::10]:
+        tokens, _ = greedy(model, request.prompt_ids, tokens=3, stop=[2], plan=request.steering)
+        assert list(found[request.id].token_ids) == tokens, request.id
+        assert found[request.id].touched == (1 + len(tokens) - 1,)
+
+
+def test_positions_touched_are_counted_per_instruction(backend: VLLMBackend) -> None:
+    base = Instruction(vector=vector(7), layer=2, coef=0.01)
+    steering = tuple(replace(base, positions=p) for p in ("all", "prompt", "response"))
+    (generation,) = backend.generate([_request(0, *steering, tokens=4, prompt=6)])
+    assert len(generation.token_ids) == 4
+    assert generation.touched == (6 + 3, 6, 1 + 3)
+
+
+def test_a_stream_that_is_left_early_leaves_slots_and_rows_free(backend: VLLMBackend) -> None:
+    free = len(backend._flow.flows[0].rows._free)
+    stream = backend.generate_and_capture(battery())
+    next(stream)
+    stream.close()
+    assert backend._flow.flows[0].slots.held == 0
+    assert len(backend._flow.flows[0].rows._free) == free
+    assert not backend._flow.flows[0]._running
+    assert len(list(backend.generate(battery()))) == len(battery())
+
+
+def test_two_streams_share_the_engine_and_each_gets_its_own(backend: VLLMBackend) -> None:
+    alone = {g.id: g for g in backend.generate(battery())}
+    first, second = backend.generate(battery()), backend.generate(battery(copies=2))
+    pairs = list(itertools.zip_longest(first, second))
+    assert {g.id: g for g, _ in pairs if g} == alone
+    assert {g.id for _, g in pairs if g} == {r.id for r in battery(copies=2)}
+
+
+def test_requests_are_drawn_as_there_is_room(backend: VLLMBackend) -> None:
+    drawn = 0
+
+    def endless() -> Iterator[Request]:
+        nonlocal drawn
+        for number in itertools.count():
+            drawn += 1
+            yield _request(number)
+
+    stream = backend.generate(endless())
+    for _ in range(50):
+        next(stream)
+    stream.close()
+    assert drawn <= 50 + 2 * backend.options.max_seqs + 1
+
+
+def test_the_same_seed_gives_the_same_text_in_any_company(backend: VLLMBackend) -> None:
+    def sampled(number: int, seed: int) -> Request:
+        return replace(
+            _request(number, *plans()[number % 3], tokens=12),
+            sampling=Sampling(temperature=1.0, top_p=0.9, max_tokens=12, seed=seed),
+        )
+
+    together = {g.id: g.token_ids for g in backend.generate([sampled(n, n) for n in range(9)])}
+    for number in (8, 3, 0):
+        (alone,) = backend.generate([sampled(number, number)])
+        assert alone.token_ids == together[alone.id]
+    (other,) = backend.generate([sampled(3, 2**64 - 5)])
+    assert other.token_ids != together["r3"]
+
+
+def test_coefficient_zero_is_no_steering(backend: VLLMBackend) -> None:
+    zero = Instruction(vector=vector(7), layer=2, coef=0.0, positions="all")
+    steered, plain = _request(1, zero, tokens=8), replace(_request(1, tokens=8), id="plain")
+    texts = {g.id: g.token_ids for g in backend.generate([steered, plain])}
+    assert texts["r1"] == texts["plain"]
+
+
+def test_steering_shows_where_it_should_and_only_there(backend: VLLMBackend) -> None:
+    shared = _request(1, tokens=8, prompt=70)
+    strong = Instruction(vector=8 * vector(7), layer=1, positions="response")
+    order = [shared, replace(shared, id="steered", steering=(strong,)), replace(shared, id="again")]
+    texts = [next(iter(backend.generate([r]))).token_ids for r in order]
+    assert texts[0] == texts[2] != texts[1]
+
+
+BAD = {
+    "width": (
+        ModelError,
+        "hidden size is 64",
+        lambda: _request(0, Instruction(vector=np.ones(5, np.float32), layer=1)),
+    ),
+    "layer": (
+        ModelError,
+        "layers 1 to 3",
+        lambda: _request(0, Instruction(vector=vector(1), layer=9)),
+    ),
+    "not a number": (
+        ModelError,
+        "NaN",
+        lambda: _request(0, Instruction(vector=np.full(WIDTH, np.nan, np.float32), layer=1)),
+    ),
+    "no room": (ModelError, "leaves no room", lambda: _request(0, prompt=256)),
+    "no prompt": (ModelError, "is empty", lambda: replace(_request(0), prompt_ids=())),
+    "strange token": (ModelError, "vocabulary", lambda: replace(_request(0), prompt_ids=(9**9,))),
+    "too many removals": (
+        InputError,
+        "backend.vllm.removals to 3",
+        lambda: _request(
+            0, *[Instruction(vector=vector(s), layer=1, operator="ablate") for s in range(3)]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_get_one_sentence_and_harm_nobody(backend: VLLMBackend, name: str) -> None:
+    kind, words, make = BAD[name]
+    with pytest.raises(kind, match=words):
+        list(backend.generate([_request(1), make()]))
+    assert len(list(backend.generate([_request(2)]))) == 1
+
+
+def test_spans_outside_their_sequence_are_refused(backend: VLLMBackend) -> None:
+    sequence = TokenSpans(id="s", token_ids=(30, 31), spans={"prompt": (0, 3)})
+    with pytest.raises(InputError, match="outside its 2 tokens"):
+        list(backend.capture([sequence]))
+    with pytest.raises(ModelError, match="Layer 7"):
+        list(backend.capture([], layers=[7]))
+
+
+def test_a_prompt_that_fills_the_context_but_for_one_token_is_answered(
+    backend: VLLMBackend,
+) -> None:
+    request = _request(0, tokens=50, prompt=backend.context - 1)
+    (generation,) = backend.generate([request])
+    assert len(generation.token_ids) <= 1
+    with pytest.raises(ModelError, match="no room"):
+        list(backend.generate_and_capture([request]))
+
+
+def test_an_answer_that_is_cut_by_the_context_is_captured_to_its_last_token(
+    backend: VLLMBackend,
+) -> None:
+    model, request = hf_model(Path(backend.info.id)), _request(0, tokens=50, prompt=250)
+    ((generation, means),) = backend.generate_and_capture([request])
+    assert len(generation.token_ids) == backend.context - 250 - 1
+    _, states = forward(model, (*request.prompt_ids, *generation.token_ids), prompt=250)
+    assert np.allclose(means.means["response"], states[:, 250:].mean(axis=1), atol=1e-3)
+
+
+def test_a_worker_that_lost_a_request_is_an_error_not_a_number(
+    backend: VLLMBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = backend._flow.flows[
+        0
+    ].engine.engine_core.engine_core.model_executor.driver_worker.worker
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.pvec_ledger, "open", lambda *_args: None)
+        with pytest.raises(SteeringError, match="without being seen"):
+            list(backend.generate([_request(0, Instruction(vector=vector(1), layer=1))]))
+    backend._flow.flows[0].slots._holders.clear()
+
+
+def test_a_graph_that_did_not_steer_is_an_error_at_the_end(backend: VLLMBackend) -> None:
+    worker = backend._flow.flows[
+        0
+    ].engine.engine_core.engine_core.model_executor.driver_worker.worker
+    hooks = worker.pvec_layers[2]._forward_hooks
+    kept = dict(hooks)
+    hooks.clear()
+    with pytest.raises(SteeringError, match=r"the graph steered \{'2': "):
+        list(backend.generate([_request(0, Instruction(vector=vector(1), layer=1))]))
+    hooks.update(kept)
+    worker.pvec_expected = int(worker.pvec_probes[2].steered)
+    worker.pvec_probes[1].steered.fill_(worker.pvec_expected)
+    worker.pvec_probes[3].steered.fill_(worker.pvec_expected)
+
+
+def test_a_worker_that_dies_is_one_sentence_and_what_was_finished_is_kept(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    backend = start(captures=8)  # of its own: it is of no use afterwards
+    engine = backend._flow.flows[0].engine
+    step, finished = engine.step, []
+
+    def step_until_two_are_done() -> list[object]:
+        if len(finished) >= 2:
+            raise EngineDeadError()
+        outputs: list[object] = step()
+        return outputs
+
+    monkeypatch.setattr(engine, "step", step_until_two_are_done)
+    requests = [_request(n, tokens=1 + n) for n in range(6)]
+    with pytest.raises(ModelError, match="worker of the vLLM engine died"):
+        finished.extend(backend.generate(requests))  # list.extend keeps what came before an error
+    assert len(finished) >= 2
+
+
+def test_a_model_that_vllm_cannot_run_or_hold_is_refused_with_a_remedy(
+    models: Callable[[str], Path],
+) -> None:
+    from pvec.settings.tree import VLLMSettings
+
+    folder = str(models("qwen2"))
+    small = VLLMSettings(eager=True, cache_bytes=2**14, block_size=32, captures=4)
+    with pytest.raises(ModelError, match=r"too little memory.*backend\.vllm\.max_model_len"):
+        VLLMBackend(folder, options=small)
+
+
+def test_an_engine_whose_layers_are_not_steered_does_not_start(
+    models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pvec.backends.vllm import probe
+    from pvec.settings.tree import VLLMSettings
+
+    monkeypatch.setattr(probe.Probe, "_change", lambda _self, _row, hidden, _residual: 0 * hidden)
+    options = VLLMSettings(eager=True, cache_bytes=2**20, block_size=32, max_seqs=4, captures=4)
+    with pytest.raises(SteeringError, match="self-test of steering on vLLM failed: at layer 1"):
+        VLLMBackend(str(models("qwen2")), options=options)
+
+
+def test_steering_asked_of_an_engine_without_slots_is_refused(start: Start) -> None:
+    backend = start(slots=0)
+    assert len(list(backend.generate([_request(0)]))) == 1
+    with pytest.raises(InputError, match=r"backend\.vllm\.slots"):
+        list(backend.generate([_request(0, Instruction(vector=vector(1), layer=1))]))
+
+
+def test_seeded_texts_do_not_depend_on_chunks_or_preemption(start: Start) -> None:
+    requests = [
+        replace(r, sampling=Sampling(temperature=1.0, top_p=0.95, max_tokens=9, seed=n))
+        for n, r in enumerate(battery())
+    ]
+    engines = [
+        start(),
+        start(max_batch_tokens=24),
+        start(cache_bytes=6 * 32 * 2 * 3 * 32 * 4, max_model_len=128),
+    ]
+    texts = [{g.id: g.token_ids for g in engine.generate(requests)} for engine in engines]
+    assert texts[0] == texts[1] == texts[2]
+    assert len(set(texts[0].values())) > len(requests) // 2
