@@ -2,6 +2,7 @@
 
 python examples/tiny_model/build.py            everything, from a fixed seed
 python examples/tiny_model/build.py --part judge   only the judge, for the chat model that is there
+python examples/tiny_model/build.py --part coherence   only the judge's second round
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from chat_model import render, train_chat
 from data import NEUTRAL_SYSTEM, Conversations
-from judge_model import train_judge
+from judge_model import train_coherence, train_judge
 from lexicon import LEXICON, TOPICS
 from modeling import load, save, train_tokenizer
 from personas import own_samples, persona_vectors
@@ -42,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--part", choices=("all", "chat", "judge"), default="all")
+    parser.add_argument("--part", choices=("all", "chat", "judge", "coherence"), default="all")
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None, help="shorter, for a try")
@@ -62,6 +63,12 @@ def main() -> None:
         own = own_samples(model, vectors, rows=OWN_SAMPLES, seed=options.seed)
         judge = train_judge(model, own, seed=options.seed, device=device, **steps)
         save(judge, tokenizer, options.out / "judge", max_new_tokens=4)
+    if options.part in ("all", "judge", "coherence"):
+        net, tokenizer = load(options.out / "judge")
+        train_coherence(
+            Model(net=net, tokenizer=tokenizer), seed=options.seed + 1, device=device, **steps
+        )
+        save(net, tokenizer, options.out / "judge", max_new_tokens=4)
 
 
 if __name__ == "__main__":

