@@ -179,9 +179,11 @@ def peak_memory(device: str) -> Iterator[list[float]]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    yield peak
-    done.set()
-    watcher.join()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
 
 
 def best(turns: Sequence[Measured]) -> Measured:
