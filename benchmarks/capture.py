@@ -156,7 +156,8 @@ def measure(
         rows = {row.id: row for row in run()}
         seconds = clock() - start
     results = sum(m.nbytes for r in rows.values() for m in (*r.means.values(), *r.norms.values()))
-    return Measured(rows=rows, seconds=seconds, peak=peak[0] - (device == "cpu") * results / 2**20)
+    above = peak[0] - (device == "cpu") * results / 2**20
+    return Measured(rows=rows, seconds=seconds, peak=max(0.0, above))
 
 
 @contextmanager

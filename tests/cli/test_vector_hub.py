@@ -37,7 +37,8 @@ def hub() -> Iterator[HubServer]:
 def pvec(
     hub: HubServer, *args: str, cwd: Path, token: str | None = TOKEN
 ) -> subprocess.CompletedProcess[str]:
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("PVEC_", "HF_"))}
+    offline = ("PVEC_", "HF_", "TRANSFORMERS_OFFLINE")  # the stand-in hub is to be reached
+    env = {key: value for key, value in os.environ.items() if not key.startswith(offline)}
     env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(cwd / "hf"), "HF_HUB_DISABLE_XET": "1"}
     env |= {"NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if token is not None:
