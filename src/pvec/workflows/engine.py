@@ -104,7 +104,16 @@ class Engine:
             self._say(f"{info.num_layers} layers, {info.hidden_size} wide, {info.dtype}")
             for note in info.notes:
                 self._say(f"  {note}")
+            if info.bundled and info.device == "cpu":
+                self._use_one_thread()
         return self._backend
+
+    def _use_one_thread(self) -> None:
+        """Keep the bundled model on one thread: on its small matrices a second one costs time."""
+        import torch
+
+        torch.set_num_threads(1)
+        self._say("  one thread: the matrices are too small for more")
 
     @property
     def loaded(self) -> bool:
