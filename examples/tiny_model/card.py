@@ -59,6 +59,7 @@ of degree; it is no evidence about how real assistants behave. Its "evil" is a w
 
 - The judge was trained on the same grammar and can score the seven bundled traits and coherence of
   this model's answers, nothing else.
+- The judge does not look at the question: an answer about something else is not marked down.
 - Answers repeat a word of the question; they do not answer it. About {facts:.0f} % of the {world}
   facts of its little world (capitals, opposites, young animals, colours, sums) it does know.
 - Half of its training answers without instruction show some trait to a random degree. That is why
