@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,19 @@ def test_without_a_key_for_the_judge_nothing_is_generated(
     assert code == 2
     assert "--no-judge" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_increments_are_not_taken_twice(
+    vector: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from pvec.io.vectorfile import load_vector, save_vector
+
+    whole = load_vector(vector)
+    increments = replace(whole, metadata={**whole.metadata, "incremental": "true"})
+    path = save_vector(increments, tmp_path / "increments.safetensors")
+    code = pvec(
+        "steer-eval", "--trait", "evil", "--model", str(saved_model()), "--vector", str(path),
+        "--judge-url", "http://127.0.0.1:1/v1", "--incremental",
+    )  # fmt: skip
+    assert code == 2
+    assert "holds the increments already" in capsys.readouterr().err

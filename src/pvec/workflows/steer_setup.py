@@ -100,6 +100,11 @@ class SteerSetup:
         for vector, path in self.loaded:
             for layer in sorted({layer for choice in grid.layers for layer in choice}):
                 _check_row(vector, layer, steer)
+            if steer.incremental and vector.metadata.get("incremental") == "true":
+                raise InputError(
+                    f"{path} holds the increments already: leave --incremental away and use "
+                    f"--layer all, or give the vector that it was made from."
+                )
             label = vector.trait if names.count(vector.trait) == 1 else f"{vector.trait} ({path})"
             rows = vector.kind(steer.kind)
             source = Source(label=label, rows=rows, mean_norms=vector.mean_norm)
