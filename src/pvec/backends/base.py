@@ -6,11 +6,11 @@ of the types in ``pvec.types``; a parity test says so.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from pvec.closing import Closing
 from pvec.core.chat import spans_from_ids
 from pvec.types import Generation, ModelInfo, Piece, Progress, Request, SpanMeans, TokenSpans
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pvec.settings import Settings
 
 
-class Backend(ABC):
+class Backend(Closing):
     """One loaded model that can generate, capture and score continuations.
 
     Every method streams: results come as they finish, in any order, each with the id of what asked
@@ -108,16 +108,5 @@ class Backend(ABC):
         The local judge walks its digit tree with this.
         """
 
-    def close(self) -> None:  # noqa: B027 (a working default)
+    def close(self) -> None:
         """Free the model. Called once, on leaving the context."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -1,10 +1,12 @@
-"""How much runs at once, and what happens when that was too much."""
+"""What there is to run on, how much runs at once, and what happens when that was too much."""
 
 from __future__ import annotations
 
 import gc
 import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -12,6 +14,8 @@ _MOST_ROWS = 512
 _PREFILL_TOKENS = 16_384
 _SAMPLING_BYTES = 32
 """Working memory per row and vocabulary entry while sampling (float64 copies)."""
+_LOOKS = 7
+"""How often running tasks are counted: one look may fall on a moment of rest."""
 
 
 @dataclass(kw_only=True)
@@ -62,6 +66,23 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def idle_cores() -> int:
+    """Return how many cores nobody else computes on now; all of them where that is not known.
+
+    The median of a few looks at the number of running tasks, of which this one is not another.
+    """
+    cores = os.cpu_count() or 1
+    looks = []
+    for _ in range(_LOOKS):
+        try:
+            running = Path("/proc/loadavg").read_text(encoding="ascii").split()[3].partition("/")[0]
+        except OSError:  # not Linux
+            return cores
+        looks.append(int(running) - 1)
+        time.sleep(0.01)
+    return cores - max(0, sorted(looks)[_LOOKS // 2])
 
 
 def _free_bytes(device: torch.device) -> int:

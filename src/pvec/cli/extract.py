@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from pvec.core.filtering import Sign
     from pvec.workflows.extract import ExtractPlan, ExtractResult
     from pvec.workflows.scoring import JudgeReport
-    from pvec.workflows.vectors import LayerRow, MetricMean, VectorSummary
+    from pvec.workflows.vector_summary import LayerRow, VectorSummary
+    from pvec.workflows.vectors import MetricMean
 
 app = new_app()
 

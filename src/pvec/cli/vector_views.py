@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pvec.workflows.vector_hub import PullResult
     from pvec.workflows.vector_lens import Lens, TokenScore
     from pvec.workflows.vector_show import Comparison, Shown
-    from pvec.workflows.vectors import Spread, VectorSummary
+    from pvec.workflows.vector_summary import Spread, VectorSummary
 
 BAR_WIDTH = 10
 _EIGHTHS = " ▏▎▍▌▋▊▉"

@@ -13,15 +13,16 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+from pvec.closing import Closing
 from pvec.errors import StoreError
 from pvec.io.files import store_error
 
 _BLOCK = 1 << 16
 
 
-class JsonlLog:
+class JsonlLog(Closing):
     """An open log; use it as a context manager. One writer at a time: the run's lock sees to it.
 
     ``note`` says in one sentence what was repaired on opening, or is empty.
@@ -85,12 +86,6 @@ class JsonlLog:
         finally:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def _write(self, line: bytes) -> None:
         """Write all of ``line``; a disk that fills up may take a part of it first."""

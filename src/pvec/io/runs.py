@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from pvec.closing import Closing
 from pvec.errors import InputError, StoreError, did_you_mean
 from pvec.io.files import WriterLock, probe_writable
 from pvec.io.jsonl import JsonlLog, read_jsonl
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 _LOCK = ".lock"
 
 
-class Run:
+class Run(Closing):
     """One run folder, opened to be read (``Run.read``) or to be continued (``open_or_create``).
 
     A run that is open for writing is a context manager and the folder's only writer. ``notes``
@@ -214,12 +215,6 @@ class Run:
         if self._resources is not None:
             self._resources.close()
             self._resources = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     @cached_property
     def _response_log(self) -> JsonlLog:

@@ -10,11 +10,11 @@ import json
 import random
 import re
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pvec.closing import Closing
 from pvec.errors import JudgeError, ModelError
 from pvec.io.trait_check import INSTRUCTION_PAIRS, QUESTIONS_PER_SET
 from pvec.io.traits import InstructionPair, Trait
@@ -131,7 +131,7 @@ class UnusableReply(ValueError):  # noqa: N818 - names the reply, not the fault
         self.problems = tuple(problems)
 
 
-class Author:
+class Author(Closing):
     """One model on an OpenAI-compatible server that writes; a context manager.
 
     ``ask`` raises ``JudgeError`` when the server cannot be used and ``ModelError`` when the model
@@ -187,15 +187,8 @@ class Author:
             raise ModelError(msg)
         return reply.text
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End what is still being asked, and the connection."""
         self._loop.cancel_all()
         self._loop.run(self._endpoint.close())
         self._loop.close()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from types import TracebackType
-from typing import Self
 
+from pvec.closing import Closing
 from pvec.types import JudgeQuery, Score
 
 
-class Judge(ABC):
+class Judge(Closing):
     """Something that scores answers; a context manager, so that connections are given back.
 
     ``name`` is the judge's identity: everything about it that could change a score (model, host,
@@ -35,7 +34,7 @@ class Judge(ABC):
         """What this judge has cost since it was opened, in US dollars as far as known."""
         return 0.0
 
-    def check(self) -> None:  # noqa: B027 - nothing to find out, by default
+    def check(self) -> None:
         """Find out, before anything is generated, whether this judge can be asked at all.
 
         Raises ``JudgeError`` when it cannot. Costs at most one short request.
@@ -50,16 +49,5 @@ class Judge(ABC):
         after yielding every score that was already paid for.
         """
 
-    def close(self) -> None:  # noqa: B027 - nothing to give back, by default
+    def close(self) -> None:
         """Give back what the judge holds. Called once, on leaving the context."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -25,6 +24,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from pvec.training.batches import BatchPlan, StepOrder
+from pvec.training.checkpoints import steps_of
 from pvec.training.config import TrainConfig
 from pvec.training.dataset import Rows, TrainingData, nobody
 from pvec.training.isolation import prove_isolation
@@ -115,7 +115,7 @@ def train(job: TrainJob) -> TrainOutcome:
     trainer.accelerator.wait_for_everyone()
     return TrainOutcome(
         steps=trainer.state.global_step,
-        steps_now=trainer.state.global_step - _steps_of(job.resume),
+        steps_now=trainer.state.global_step - steps_of(job.resume),
         stopped_early=trainer.state.global_step < trainer.state.max_steps,
         touched=trainer.touched_by_all(),
         proofs=tuple(proofs),
@@ -133,24 +133,6 @@ def _name_base(adapter: Path, model: str) -> None:
     written = json.loads(path.read_text(encoding="utf-8"))
     written["base_model_name_or_path"] = model
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the latest whole checkpoint in ``folder``; one cut off by a kill is passed over."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        try:  # the Trainer writes this file last
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if match:
-            found.append((int(match[1]), path))
-    return max(found)[1] if found else None
-
-
-def _steps_of(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 class _Trainer(SFTTrainer):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pvec.closing import Closing
 from pvec.types import Generation, Request, SpanMeans, SpanName, TokenSpans
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 _SPANS: tuple[SpanName, ...] = ("prompt", "prompt_last", "response")
 
 
-class KeptMeans:
+class KeptMeans(Closing):
     """Span means by answer, on disk; a context manager whose end deletes them."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         self._place: dict[str, int] = {}
         self._layers: tuple[int, ...] = ()
         self._shape: tuple[int, ...] = ()
@@ -57,15 +57,8 @@ class KeptMeans:
             norms=dict(zip(_SPANS, norms[..., 0], strict=True)),
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Delete them."""
         self._file.close()
 
 

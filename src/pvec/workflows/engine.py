@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from pvec.backends.modelfiles import ModelSpec
+from pvec.closing import Closing
 from pvec.core.parallel import ALONE, Processes
 from pvec.settings import Settings
 from pvec.types import Progress, Sampling
@@ -29,31 +26,13 @@ BUNDLED_MAX_TOKENS = 96
 DEFAULT_MAX_TOKENS = 1000
 _BUNDLED_THREADS = 2
 """As many as its matrices keep busy; on two idle cores it is twice as fast as on one."""
-_LOOKS = 7
 
 
 def silent(_: object) -> None:
     """Take a note or progress and show nothing (the default of library calls)."""
 
 
-def idle_cores() -> int:
-    """Return how many cores nobody else computes on now; all of them where that is not known.
-
-    The median of a few looks at the number of running tasks, of which this one is not another.
-    """
-    cores = os.cpu_count() or 1
-    looks = []
-    for _ in range(_LOOKS):
-        try:
-            running = Path("/proc/loadavg").read_text(encoding="ascii").split()[3].partition("/")[0]
-        except OSError:  # not Linux
-            return cores
-        looks.append(int(running) - 1)
-        time.sleep(0.01)
-    return cores - max(0, sorted(looks)[_LOOKS // 2])
-
-
-class Engine:
+class Engine(Closing):
     """What runs the model of one command, as the settings ask.
 
     Making one reads configuration, tokenizer and fingerprint (``facts``), so that bad input is
@@ -142,6 +121,8 @@ class Engine:
         """
         import torch
 
+        from pvec.backends.memory import idle_cores
+
         threads = max(1, min(_BUNDLED_THREADS, torch.get_num_threads(), idle_cores()))
         torch.set_num_threads(threads)
         self._say(f"  threads: {threads}")
@@ -150,17 +131,6 @@ class Engine:
     def loaded(self) -> bool:
         """Whether the weights are in memory."""
         return self._backend is not None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the model; using ``backend`` again would load it again."""

@@ -34,6 +34,7 @@ from pvec.workflows.generating import (
     question_messages,
 )
 from pvec.workflows.judging import estimate_judging
+from pvec.workflows.run_identity import keep_settings, run_identity
 from pvec.workflows.scoring import JudgeDesk, JudgeReport, keep_traits, trait_metrics
 from pvec.workflows.vectors import RunVector, vector_of_run
 
@@ -172,7 +173,7 @@ class _Job:
         self.timings: dict[str, float] = {}
         store.begin_session(command=sys.argv)
         keep_traits(store, [trait])
-        store.update_manifest(settings=settings.model_dump(mode="json"), model=_model(engine))
+        keep_settings(store, settings, engine)
         for note in (*trait.notes, *store.notes):
             say(note)
 
@@ -278,22 +279,11 @@ def _load_traits(names: Sequence[str], *, out: Path | None) -> list[Trait]:
 
 
 def _open_run(settings: Settings, trait: Trait, engine: Engine, *, out: Path | None) -> Run:
-    generation = settings.generation
+    subject = {"trait": trait.name, "trait_hash": trait.hash}
     return Run.open_or_create(
         run_folder(settings, trait, out=out),
         kind=KIND,
-        identity={
-            "trait": trait.name,
-            "trait_hash": trait.hash,
-            "model": engine.facts.id,
-            "adapter": engine.facts.adapter,
-            "engine": engine.identity,
-            "temperature": generation.temperature,
-            "top_p": generation.top_p,
-            "max_tokens": engine.max_tokens,
-            "seed": generation.seed,
-            "thinking": generation.thinking,
-        },
+        identity=run_identity(settings, engine, subject=subject),
     )
 
 
@@ -346,13 +336,3 @@ def _plan_one(
         judge=desk.choice.model,
         judging=str(judging),
     )
-
-
-def _model(engine: Engine) -> dict[str, str | bool | None]:
-    facts = engine.facts
-    return {
-        "id": facts.id,
-        "fingerprint": facts.fingerprint,
-        "adapter": facts.adapter,
-        "bundled": facts.bundled,
-    }

@@ -24,10 +24,11 @@ from pvec.workflows.engine import Engine, Say, silent
 from pvec.workflows.generating import OnProgress
 from pvec.workflows.project_input import open_source
 from pvec.workflows.project_naturals import Naturals
-from pvec.workflows.project_runs import keep_settings, open_study, study_folder, study_identity
+from pvec.workflows.project_runs import open_study, study_folder, study_identity
 from pvec.workflows.project_samples import Samples, answer_text, open_samples
 from pvec.workflows.project_screened import filtered_paths, write_filtered, write_samples
 from pvec.workflows.projector import Directions, open_directions, project_table, projector
+from pvec.workflows.run_identity import keep_settings
 
 SHOWN = 10
 """Samples that are shown beside the model's own answer."""

@@ -29,7 +29,7 @@ from pvec.settings import Settings
 from pvec.workflows.engine import Engine, Say, silent
 from pvec.workflows.generating import OnProgress
 from pvec.workflows.project_input import RunSource, open_source
-from pvec.workflows.project_runs import keep_settings, open_study, study_folder, study_identity
+from pvec.workflows.project_runs import open_study, study_folder, study_identity
 from pvec.workflows.project_samples import Prompt, Samples, open_samples
 from pvec.workflows.project_scores import (
     KnownPrompts,
@@ -45,6 +45,7 @@ from pvec.workflows.projector import (
     projector,
     suggested_prompt_layer,
 )
+from pvec.workflows.run_identity import keep_settings
 from pvec.workflows.scoring import JudgeDesk, JudgeReport, keep_traits
 
 

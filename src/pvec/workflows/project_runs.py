@@ -11,6 +11,7 @@ from pvec.io.responses import Json
 from pvec.io.runs import Run
 from pvec.settings import Settings
 from pvec.workflows.engine import Engine
+from pvec.workflows.run_identity import run_identity
 
 
 def study_folder(settings: Settings, engine: Engine, *, kind: str, path: Path) -> Path:
@@ -23,18 +24,7 @@ def study_folder(settings: Settings, engine: Engine, *, kind: str, path: Path) -
 
 def study_identity(settings: Settings, engine: Engine, *, path: Path) -> dict[str, Json]:
     """Return what tells a study whose answers are generated from another one."""
-    generation = settings.generation
-    return {
-        "trait": path.resolve().stem,
-        "model": engine.facts.id,
-        "adapter": engine.facts.adapter,
-        "engine": engine.identity,
-        "temperature": generation.temperature,
-        "top_p": generation.top_p,
-        "max_tokens": engine.max_tokens,
-        "seed": generation.seed,
-        "thinking": generation.thinking,
-    }
+    return run_identity(settings, engine, subject={"trait": path.resolve().stem})
 
 
 def open_study(folder: Path, *, kind: str, identity: Mapping[str, Json]) -> Run:
@@ -43,17 +33,3 @@ def open_study(folder: Path, *, kind: str, identity: Mapping[str, Json]) -> Run:
         return Run.open_or_create(folder, kind=kind, identity=identity)
     except StoreError as error:
         raise StoreError(f"{error} (--out names the folder)") from error
-
-
-def keep_settings(store: Run, settings: Settings, engine: Engine) -> None:
-    """Note in a run's manifest with which settings and model it was made."""
-    facts = engine.facts
-    store.update_manifest(
-        settings=settings.model_dump(mode="json"),
-        model={
-            "id": facts.id,
-            "fingerprint": facts.fingerprint,
-            "adapter": facts.adapter,
-            "bundled": facts.bundled,
-        },
-    )

@@ -28,9 +28,10 @@ from pvec.types import Progress
 from pvec.workflows.engine import Engine, Say, silent
 from pvec.workflows.generating import OnProgress, PromptCache, question_messages
 from pvec.workflows.project_input import open_source
-from pvec.workflows.project_runs import keep_settings, open_study
+from pvec.workflows.project_runs import open_study
 from pvec.workflows.project_samples import open_samples
 from pvec.workflows.projector import Directions, Projector, open_directions
+from pvec.workflows.run_identity import keep_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -226,7 +226,7 @@ def suggested_layer(vector: PersonaVector, *, kind: VectorKind = "response_avg")
             f"The vector of {vector.trait!r} holds no residual norms to choose a layer by: say at "
             f"which layer to project (--layer)."
         )
-    from pvec.workflows.vectors import summarize
+    from pvec.workflows.vector_summary import summarize
 
     suggested = summarize(vector, kind=kind).suggested_layer
     return suggested or suggest_layer(vector.kind(kind), mean_norm=vector.mean_norm).layer

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Self
 
+from pvec.closing import Closing
 from pvec.core.filtering import Filtered, Scored, Sign, filter_responses
 from pvec.errors import StoreError
 from pvec.io.files import atomic_write
@@ -45,7 +44,7 @@ class JudgeReport:
     spent: float
 
 
-class JudgeDesk:
+class JudgeDesk(Closing):
     """The judge of a command: chosen at once, so that a missing key is found before anything runs,
     and opened when first asked. A context manager.
 
@@ -118,17 +117,10 @@ class JudgeDesk:
             spent=judged.spent,
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the judge, if one was opened."""
         if self._judge is not None:
-            self._judge.__exit__(exc_type, exc, traceback)
+            self._judge.close()
             self._judge = None
 
 

@@ -27,6 +27,7 @@ from pvec.workflows.capability import TaskScore, check_tasks, evaluate_tasks
 from pvec.workflows.engine import Engine, Say, silent
 from pvec.workflows.generating import generate_missing, missing
 from pvec.workflows.judging import estimate_judging
+from pvec.workflows.run_identity import keep_settings
 from pvec.workflows.scoring import JudgeDesk, JudgeReport, keep_traits, score_of
 from pvec.workflows.steer_setup import SteerSetup, open_run
 
@@ -155,17 +156,8 @@ class _Job:
         self.tasks = tasks
         self.on_progress = on_progress
         self.timings: dict[str, float] = {}
-        facts = setup.engine.facts
         store.begin_session(command=sys.argv)
-        store.update_manifest(
-            settings=setup.settings.model_dump(mode="json"),
-            model={
-                "id": facts.id,
-                "fingerprint": facts.fingerprint,
-                "adapter": facts.adapter,
-                "bundled": facts.bundled,
-            },
-        )
+        keep_settings(store, setup.settings, setup.engine)
         keep_traits(store, [setup.trait, *setup.also])
 
     def run(self) -> SteerEvalResult:

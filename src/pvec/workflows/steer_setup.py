@@ -16,6 +16,7 @@ from pvec.settings.tree import SteerSettings
 from pvec.workflows.engine import Engine
 from pvec.workflows.generating import PromptCache, Wanted, derive_seed, question_messages
 from pvec.workflows.judging import COHERENCE_METRIC, Metric
+from pvec.workflows.run_identity import run_identity
 from pvec.workflows.sweep import (
     BASELINE,
     Condition,
@@ -194,23 +195,18 @@ def _run_folder(settings: Settings, trait: Trait, *, steered: bool, out: Path | 
 
 def open_run(setup: SteerSetup) -> Run:
     """Open the run. Layers, coefficients and rollouts may grow; what they mean may not change."""
-    steer, generation = setup.settings.steer, setup.settings.generation
+    steer = setup.settings.steer
     meaning = {"kind": steer.kind, "positions": steer.positions, "operator": steer.operator}
     doses = {"coef_unit": steer.coef_unit, "incremental": steer.incremental}
     return Run.open_or_create(
         setup.folder,
         kind=KIND,
         identity={
-            "trait": setup.trait.name,
-            "trait_hash": setup.trait.hash,
-            "model": setup.engine.facts.id,
-            "adapter": setup.engine.facts.adapter,
-            "engine": setup.engine.identity,
-            "temperature": generation.temperature,
-            "top_p": generation.top_p,
-            "max_tokens": setup.engine.max_tokens,
-            "seed": generation.seed,
-            "thinking": generation.thinking,
+            **run_identity(
+                setup.settings,
+                setup.engine,
+                subject={"trait": setup.trait.name, "trait_hash": setup.trait.hash},
+            ),
             "vectors": [vector.fingerprint for vector, _ in setup.loaded],
             "steering": {**meaning, **doses, "together": steer.together} if setup.loaded else {},
         },

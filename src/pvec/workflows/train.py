@@ -158,8 +158,9 @@ def _train(
     say: Say,
     on_progress: Callable[[Progress], None],
 ) -> TrainResult:
+    from pvec.training.checkpoints import latest_checkpoint
     from pvec.training.loading import load_for_training
-    from pvec.training.trainer import TrainJob, latest_checkpoint, train
+    from pvec.training.trainer import TrainJob, train
 
     resume = latest_checkpoint(folder)
     if resume is not None:

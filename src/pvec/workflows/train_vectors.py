@@ -21,7 +21,7 @@ from pvec.training.config import Layers, MonitorPart, SteeringPart, TrainConfig
 from pvec.types import Instruction, VectorKind
 from pvec.workflows.vector_files import find_vector
 from pvec.workflows.vector_show import middle_layer
-from pvec.workflows.vectors import summarize
+from pvec.workflows.vector_summary import summarize
 
 if TYPE_CHECKING:
     from pvec.training.shift import Probe

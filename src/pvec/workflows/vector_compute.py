@@ -26,14 +26,8 @@ from pvec.settings import Settings
 from pvec.types import Progress
 from pvec.workflows.engine import Engine, Say, silent
 from pvec.workflows.scoring import traits_of
-from pvec.workflows.vectors import (
-    Contribution,
-    VectorSummary,
-    compute_vector,
-    filter_provenance,
-    summarize,
-    vector_of_run,
-)
+from pvec.workflows.vector_summary import VectorSummary, summarize
+from pvec.workflows.vectors import Contribution, compute_vector, filter_provenance, vector_of_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,7 +21,7 @@ from pvec.settings import Settings
 from pvec.types import VectorKind
 from pvec.workflows.engine import Engine, Say, model_spec, silent
 from pvec.workflows.vector_files import find_vector
-from pvec.workflows.vectors import summarize
+from pvec.workflows.vector_summary import summarize
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,7 +19,7 @@ from pvec.io.vectorfile import (
 )
 from pvec.types import VectorKind
 from pvec.workflows.vector_files import labels, open_vectors
-from pvec.workflows.vectors import VectorSummary, summarize
+from pvec.workflows.vector_summary import VectorSummary, summarize
 
 By = Literal["file", "kind", "layer"]
 """What the rows of a comparison are."""

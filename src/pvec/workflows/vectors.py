@@ -13,7 +13,6 @@ from pvec.core.chat import spans_from_ids
 from pvec.core.filtering import REASONS, Filtered, Reason
 from pvec.core.quality import SIGNS, Sign
 from pvec.core.stats import Interval, bootstrap_mean
-from pvec.core.suggest import suggest_layer
 from pvec.core.vectors import VectorAccumulator, VectorSet
 from pvec.errors import InputError
 from pvec.io.exports import JudgedAnswer, write_judged_csv
@@ -23,10 +22,11 @@ from pvec.io.traits import Trait
 from pvec.io.vectorfile import PersonaVector, load_vector, save_vector
 from pvec.judges.prompts import COHERENCE
 from pvec.settings import Settings
-from pvec.types import Progress, Score, TokenSpans, VectorKind
+from pvec.types import Progress, Score, TokenSpans
 from pvec.workflows.capturing import captured
 from pvec.workflows.engine import Engine, silent
 from pvec.workflows.scoring import filter_records, score_of, sign_of
+from pvec.workflows.vector_summary import VectorSummary, summarize
 
 ENOUGH = 10
 """Fewer kept responses than this on a side make no vector that anyone should trust."""
@@ -64,41 +64,6 @@ class RunVector:
     scores: tuple[MetricMean, ...]
     filtered: Mapping[Sign, Mapping[Reason, int]]
     summary: VectorSummary
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """A quality figure with its central 95 % over random halves of the questions; NaN unknown."""
-
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRow:
-    """One layer of a vector.
-
-    ``norm`` is its length, ``dose`` the same in mean residual norms of that layer. ``auc`` is how
-    well projections tell held-out positive from negative responses (0.5: not at all), ``stability``
-    the cosine between vectors from two halves of the questions.
-    """
-
-    layer: int
-    norm: float
-    dose: float
-    auc: Spread
-    stability: Spread
-
-
-@dataclass(frozen=True, kw_only=True)
-class VectorSummary:
-    """What a person wants to know of a vector before steering with it (``response_avg``)."""
-
-    layers: tuple[LayerRow, ...]
-    suggested_layer: int | None
-    reason: str
-    counts: Mapping[Sign, int]
 
 
 def vector_of_run(
@@ -243,47 +208,6 @@ def _finish(
         stats=dict(_stat_arrays(stats)),
         metadata={**_provenance(engine, result), **provenance},
     )
-
-
-def summarize(vector: PersonaVector, *, kind: VectorKind = "response_avg") -> VectorSummary:
-    """Return what a vector file says of one of its kinds, layer by layer.
-
-    The quality figures are of ``response_avg``. What the file does not hold is NaN; without mean
-    norms the doses are, and no layer is suggested.
-    """
-    vectors = vector.kind(kind)
-    norms = np.linalg.norm(vectors, axis=1)
-    unknown = np.full(len(norms), np.nan, dtype=np.float32)
-    mean_norm = unknown if vector.mean_norm is None else vector.mean_norm
-    rows = tuple(
-        LayerRow(
-            layer=layer,
-            norm=float(norm),
-            dose=float(norm / mean_norm[layer]),
-            auc=_spread(vector, "auc", layer),
-            stability=_spread(vector, "stability", layer),
-        )
-        for layer, norm in enumerate(norms)
-    )
-    suggested = None
-    if vector.mean_norm is not None:
-        suggested = suggest_layer(
-            vectors, mean_norm=vector.mean_norm, separation=[row.auc for row in rows]
-        )
-    return VectorSummary(
-        layers=rows,
-        suggested_layer=suggested.layer if suggested else None,
-        reason=suggested.reason if suggested else "the file holds no residual norms",
-        counts={sign: int(vector.metadata.get(f"kept_{sign}", 0)) for sign in SIGNS},
-    )
-
-
-def _spread(vector: PersonaVector, name: str, layer: int) -> Spread:
-    mean, low, high = (
-        float(vector.stats[key][layer]) if key in vector.stats else float("nan")
-        for key in (name, f"{name}_low", f"{name}_high")
-    )
-    return Spread(mean=mean, low=low, high=high)
 
 
 def _require_enough(
