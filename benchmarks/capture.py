@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from pvec.core.capture import capture_means, default_token_budget
-from pvec.core.layers import find_decoder
+from pvec.activations.capture import capture_means, default_token_budget
+from pvec.models.decoder import find_decoder
 from pvec.types import SpanMeans, TokenSpans
 
 ROLLOUTS = 10

@@ -29,11 +29,11 @@ import torch
 from capture import SIZES, build, peak_memory
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from pvec.backends.hf import HFBackend
-from pvec.core.conversations import Pair
-from pvec.core.layers import find_decoder
-from pvec.core.projection import ProjectionPlan
-from pvec.workflows.projector import Projector
+from pvec.backends.hf.backend import HFBackend
+from pvec.data.conversations import Pair
+from pvec.models.decoder import find_decoder
+from pvec.projection.projector import Projector
+from pvec.vectors.projection import ProjectionPlan
 
 VECTORS = 3
 LAYERS = 5
@@ -167,7 +167,7 @@ def memory(counts: Sequence[int]) -> None:
 
 
 def _random_vector(folder: Path) -> Path:
-    from pvec.io.vectorfile import PersonaVector, save_vector
+    from pvec.vectors.vector import PersonaVector, save_vector
 
     config = json.loads((TINY / "config.json").read_text())
     shape = (config["num_hidden_layers"] + 1, config["hidden_size"])

@@ -24,15 +24,15 @@ import numpy as np
 import torch
 
 from pvec.backends.base import Backend
-from pvec.core.chat import prompt_ids, spans_from_ids
-from pvec.core.layers import find_decoder
-from pvec.io.traits import Trait, load_trait
+from pvec.backends.planned import derive_seed, question_messages
+from pvec.backends.session import Engine
+from pvec.evaluation.conditions import Grid, Source, random_like, steered_conditions
+from pvec.models.chat import prompt_ids, spans_from_ids
+from pvec.models.decoder import find_decoder
 from pvec.settings import Settings
 from pvec.settings.tree import ModelSettings
+from pvec.traits.trait import Trait, load_trait
 from pvec.types import Instruction, Request, Sampling
-from pvec.workflows.engine import Engine
-from pvec.workflows.generating import derive_seed, question_messages
-from pvec.workflows.sweep import Grid, Source, random_like, steered_conditions
 
 COEFS = (-1.0, -0.5, 0.5, 1.0, 1.5)
 LAYERS = 5

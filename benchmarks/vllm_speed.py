@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-from pvec.backends.modelfiles import ModelSpec
 from pvec.backends.vllm.engine import VLLMBackend
+from pvec.models.files import ModelSpec
 from pvec.settings.tree import VLLMSettings
 from pvec.types import Instruction, Request, Sampling
 

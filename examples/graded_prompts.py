@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from pvec.io.traits import Trait, load_trait
+from pvec.traits.trait import Trait, load_trait
 
 DEGREES = ("not at all", "slightly", "a little", "somewhat", "rather", "very", "extremely")
 

@@ -24,10 +24,12 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from pvec.core.stats import Interval
-from pvec.io.files import atomic_write
+from pvec.evaluation import steer_eval
+from pvec.extraction import extract
+from pvec.runs.files import atomic_write
 from pvec.settings import Settings
-from pvec.workflows import extract, steer_eval, train
+from pvec.stats import Interval
+from pvec.training import train
 
 HERE = Path(__file__).parent
 LAYERS = (1, 2, 3, 4, 5)

@@ -13,8 +13,8 @@ from examples.paper.pictures import Dot, bars, dots
 from examples.paper.plan import BASE, MISTAKES, RESCUE_COEFS
 from examples.paper.sizes import Size
 from examples.paper.work import LAST
-from pvec.core.stats import correlation
 from pvec.report.figures import Figure
+from pvec.stats import correlation
 
 SMALL = 10.0
 """Points within which a score counts as unmoved."""

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from pvec.core.stats import LEVEL, Interval
+from pvec.stats import LEVEL, Interval
 
 _ALMOST = 0.999999
 """A correlation of 1 has no finite transform."""

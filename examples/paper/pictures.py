@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pvec.core.stats import Interval
 from pvec.report.figures import INK, MARKERS, MUTED, SERIES, Cell, Figure, Table
+from pvec.stats import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas

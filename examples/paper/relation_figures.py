@@ -12,7 +12,7 @@ from examples.paper.pictures import matrix
 from examples.paper.pieces import Result
 from examples.paper.sizes import Size
 from examples.paper.work import LAST, LAYER
-from pvec.core.stats import correlation
+from pvec.stats import correlation
 
 
 def relations(results: Results, size: Size) -> Told:

@@ -14,9 +14,9 @@ from examples.paper.pictures import bars
 from examples.paper.plan import KINDS
 from examples.paper.sizes import Size
 from examples.paper.work import LAYER
-from pvec.core.stats import Interval
 from pvec.report.figures import Figure
 from pvec.report.plots import Panel, Reference, Series, curves, heat_map
+from pvec.stats import Interval
 from pvec.types import VectorKind
 
 COHERENCE = "coherence"

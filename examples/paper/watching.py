@@ -16,8 +16,10 @@ import numpy as np
 from examples.graded_prompts import conditions
 from examples.paper.work import LAST, LAYERS, Result
 from pvec import Settings, load_trait
-from pvec.core.stats import auc, correlation
-from pvec.workflows import project_diff, project_prompts, project_shift
+from pvec.projection import monitor as project_prompts
+from pvec.projection import screen as project_diff
+from pvec.projection import shift as project_shift
+from pvec.stats import auc, correlation
 
 Chat = list[dict[str, str]]
 MODES = ("prompt", "subset", "generate")

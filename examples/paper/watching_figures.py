@@ -13,9 +13,9 @@ from examples.paper.pieces import Result
 from examples.paper.sizes import Size
 from examples.paper.watching import MODES
 from examples.paper.work import LAST, LAYERS
-from pvec.core.stats import auc, correlation
 from pvec.report.figures import Figure, Table
 from pvec.report.projection_plots import distributions, scatter
+from pvec.stats import auc, correlation
 
 STUDIES = ("system prompts", "shots")
 MODE_NAMES = dict(

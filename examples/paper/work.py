@@ -19,10 +19,12 @@ import numpy as np
 
 from examples.tiny_model.facts import FACTS, knows
 from pvec import HFBackend, Instruction, Request, Sampling, Settings, load_vector
-from pvec.backends.modelfiles import ModelSpec
-from pvec.core.chat import prompt_ids
-from pvec.report.sweep_numbers import Pick, SweepNumbers
-from pvec.workflows import extract, steer_eval, train
+from pvec.evaluation import steer_eval
+from pvec.evaluation.summary import Pick, SweepNumbers
+from pvec.extraction import extract
+from pvec.models.chat import prompt_ids
+from pvec.models.files import ModelSpec
+from pvec.training import train
 
 Result = dict[str, Any]
 

@@ -12,39 +12,39 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from pvec.backends.hf import HFBackend
-    from pvec.core.capture import capture_means
-    from pvec.core.steering import steer
+    from pvec.activations.capture import capture_means
+    from pvec.backends.hf.backend import HFBackend
     from pvec.errors import PvecError
-    from pvec.io.runs import Run
-    from pvec.io.traits import Trait, load_trait
-    from pvec.io.vectorfile import PersonaVector, load_vector, save_vector
+    from pvec.projection.library import monitor, project
+    from pvec.runs.store import Run
     from pvec.settings import Settings
+    from pvec.steering.hooks import steer
     from pvec.training.shift import Alarm, PersonaShiftCallback, Probe
+    from pvec.traits.trait import Trait, load_trait
     from pvec.types import Instruction, Request, Sampling, TokenSpans
-    from pvec.workflows.projections import monitor, project
+    from pvec.vectors.vector import PersonaVector, load_vector, save_vector
 
 _HOMES = {
     "Alarm": "pvec.training.shift",
-    "HFBackend": "pvec.backends.hf",
+    "HFBackend": "pvec.backends.hf.backend",
     "Instruction": "pvec.types",
     "PersonaShiftCallback": "pvec.training.shift",
-    "PersonaVector": "pvec.io.vectorfile",
+    "PersonaVector": "pvec.vectors.vector",
     "Probe": "pvec.training.shift",
     "PvecError": "pvec.errors",
     "Request": "pvec.types",
-    "Run": "pvec.io.runs",
+    "Run": "pvec.runs.store",
     "Sampling": "pvec.types",
     "Settings": "pvec.settings",
     "TokenSpans": "pvec.types",
-    "Trait": "pvec.io.traits",
-    "capture_means": "pvec.core.capture",
-    "load_trait": "pvec.io.traits",
-    "load_vector": "pvec.io.vectorfile",
-    "monitor": "pvec.workflows.projections",
-    "project": "pvec.workflows.projections",
-    "save_vector": "pvec.io.vectorfile",
-    "steer": "pvec.core.steering",
+    "Trait": "pvec.traits.trait",
+    "capture_means": "pvec.activations.capture",
+    "load_trait": "pvec.traits.trait",
+    "load_vector": "pvec.vectors.vector",
+    "monitor": "pvec.projection.library",
+    "project": "pvec.projection.library",
+    "save_vector": "pvec.vectors.vector",
+    "steer": "pvec.steering.hooks",
 }
 
 __all__ = [

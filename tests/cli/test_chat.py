@@ -11,16 +11,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pvec.backends.hf import HFBackend
+from pvec.backends.hf.backend import HFBackend
+from pvec.backends.session import Engine
 from pvec.cli.app import app
-from pvec.core.chat import prompt_ids
 from pvec.errors import InputError, ModelError
-from pvec.io.vectorfile import PersonaVector, save_vector
+from pvec.evaluation.chat import MAIN, PLAIN, Chat, Measured, Said, load_sources
+from pvec.models.chat import prompt_ids
 from pvec.settings import Settings
 from pvec.settings.tree import GenerationSettings, ModelSettings
 from pvec.types import Piece
-from pvec.workflows.chat import MAIN, PLAIN, Chat, Measured, Said, load_sources
-from pvec.workflows.engine import Engine
+from pvec.vectors.vector import PersonaVector, save_vector
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model
 
 

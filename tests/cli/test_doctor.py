@@ -14,8 +14,9 @@ import pytest
 from helpers.shell import Done, pvec
 from packaging.requirements import Requirement
 
-from pvec.workflows import doctor_packages, doctor_tiny
-from pvec.workflows.doctor_finding import Finding
+from pvec.doctor import bundled as doctor_tiny
+from pvec.doctor import packages as doctor_packages
+from pvec.doctor.finding import Finding
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from helpers.models import saved_model
 from helpers.shell import Done, pvec
 from transformers import AutoModelForCausalLM
 
-from pvec.io.runs import Run
-from pvec.io.vectorfile import load_vector
+from pvec.runs.store import Run
+from pvec.vectors.vector import load_vector
 
 LIMIT, ROLLOUTS, PAIRS = 4, 3, 5
 ANSWERS = 2 * LIMIT * ROLLOUTS * PAIRS

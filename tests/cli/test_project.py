@@ -12,8 +12,8 @@ import pytest
 from helpers.models import saved_model
 from helpers.shell import Done, pvec
 
-from pvec.io.vectorfile import PersonaVector, save_vector
-from pvec.workflows import project as workflow
+from pvec.projection import project as workflow
+from pvec.vectors.vector import PersonaVector, save_vector
 
 COLUMN = "{model}_evil_proj_layer2"
 Call = Callable[..., Done]

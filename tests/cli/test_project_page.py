@@ -13,7 +13,7 @@ import pytest
 from helpers.models import save_adapter, saved_model
 from helpers.shell import Done, pvec
 
-from pvec.io.vectorfile import PersonaVector, save_vector
+from pvec.vectors.vector import PersonaVector, save_vector
 
 pytest.importorskip("matplotlib")
 

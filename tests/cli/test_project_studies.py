@@ -18,8 +18,8 @@ from peft import PeftModel
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pvec.io.runs import Run
-from pvec.io.vectorfile import PersonaVector, load_vector, save_vector
+from pvec.runs.store import Run
+from pvec.vectors.vector import PersonaVector, load_vector, save_vector
 
 Call = Callable[..., Done]
 LAYER = 2

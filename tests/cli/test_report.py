@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from pvec.cli.app import main
-from pvec.io.responses import ResponseRecord
-from pvec.io.runs import Run
-from pvec.io.vectorfile import PersonaVector, save_vector
+from pvec.runs.responses import ResponseRecord
+from pvec.runs.store import Run
 from pvec.types import Sampling, Score
+from pvec.vectors.vector import PersonaVector, save_vector
 
 HOSTILE = "</script><script>alert(1)</script>"
 

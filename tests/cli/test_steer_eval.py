@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from pvec.cli.app import main
-from pvec.core.stats import Interval
-from pvec.io.vectorfile import PersonaVector, save_vector
-from pvec.report.sweep_numbers import ScoredAnswer, summarise
+from pvec.evaluation import steer_eval as workflow
+from pvec.evaluation.steer_eval import SteerEvalResult
+from pvec.evaluation.summary import ScoredAnswer, summarise
+from pvec.evaluation.tasks import TaskScore
+from pvec.judges.scoring import JudgeReport
+from pvec.stats import Interval
 from pvec.types import Progress
-from pvec.workflows import steer_eval as workflow
-from pvec.workflows.capability import TaskScore
-from pvec.workflows.scoring import JudgeReport
-from pvec.workflows.steer_eval import SteerEvalResult
+from pvec.vectors.vector import PersonaVector, save_vector
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model
 
 
@@ -183,7 +183,7 @@ def test_without_a_key_for_the_judge_nothing_is_generated(
 def test_increments_are_not_taken_twice(
     vector: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from pvec.io.vectorfile import load_vector, save_vector
+    from pvec.vectors.vector import load_vector, save_vector
 
     whole = load_vector(vector)
     increments = replace(whole, metadata={**whole.metadata, "incremental": "true"})

@@ -11,8 +11,8 @@ import pytest
 from helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model, tiny_model, tiny_tokenizer
 
 from pvec.cli.app import main
-from pvec.io.vectorfile import PersonaVector, save_vector
 from pvec.training import trainer
+from pvec.vectors.vector import PersonaVector, save_vector
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pvec.cli.app import main
-from pvec.io import traits
+from pvec.traits import trait as traits
 
 
 def content(**changes: Any) -> dict[str, Any]:

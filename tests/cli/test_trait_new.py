@@ -12,8 +12,8 @@ from helpers.author_replies import GOOD, draft
 from helpers.judge_server import JudgeServer, Said, say_number
 from helpers.shell import Done, pvec
 
-from pvec.io.trait_check import check_trait
-from pvec.io.traits import load_trait
+from pvec.traits.check import check_trait
+from pvec.traits.trait import load_trait
 
 KEY = "sk-very-secret"
 FILE = Path("my-traits/grumpy.json")

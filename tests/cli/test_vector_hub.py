@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pvec.io.vectorfile import PersonaVector, load_vector, save_vector
+from pvec.vectors.vector import PersonaVector, load_vector, save_vector
 from tests.helpers.hub_server import Hub, HubServer
 
 TOKEN = "hf_secretsecretsecret"

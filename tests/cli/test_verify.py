@@ -7,9 +7,9 @@ import json
 import pytest
 
 from pvec.cli.app import main
-from pvec.workflows import verify as workflow
-from pvec.workflows.verify import VerifyResult
-from pvec.workflows.verify_checks import Check
+from pvec.evaluation.verify import verify as workflow
+from pvec.evaluation.verify.checks import Check
+from pvec.evaluation.verify.verify import VerifyResult
 from tests.helpers.models import saved_model
 
 

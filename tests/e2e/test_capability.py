@@ -16,11 +16,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-from pvec.backends.hf import HFBackend  # noqa: E402
-from pvec.core.layers import find_decoder  # noqa: E402
+from pvec.backends.hf.backend import HFBackend  # noqa: E402
 from pvec.errors import InputError  # noqa: E402
+from pvec.evaluation.tasks import TaskScore, evaluate_tasks  # noqa: E402
+from pvec.models.decoder import find_decoder  # noqa: E402
 from pvec.types import Instruction  # noqa: E402
-from pvec.workflows.capability import TaskScore, evaluate_tasks  # noqa: E402
 from tests.helpers.models import HIDDEN_SIZE, tiny_model, tiny_tokenizer  # noqa: E402
 
 QUESTIONS = [f"Plan early, walk {i} times and talk with" for i in range(24)]

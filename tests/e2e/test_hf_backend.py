@@ -9,10 +9,10 @@ import pytest
 import torch
 from helpers.models import ARCHITECTURES, HIDDEN_SIZE, save_adapter, saved_model
 
-from pvec.backends.hf import HFBackend
-from pvec.backends.loading import inspect_model
-from pvec.backends.modelfiles import ModelSpec
-from pvec.core import chat
+from pvec.backends.hf.backend import HFBackend
+from pvec.models import chat
+from pvec.models.files import ModelSpec
+from pvec.models.load import inspect_model
 from pvec.types import Instruction, Request, Sampling
 
 QUESTIONS = ("How can I save money?", "What should I cook for my friends this evening, please?")

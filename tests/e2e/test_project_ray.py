@@ -14,9 +14,10 @@ import pytest
 from helpers.models import saved_model
 
 from pvec.errors import InputError
-from pvec.io.vectorfile import PersonaVector, save_vector
+from pvec.projection import project
+from pvec.projection import ray as project_ray
 from pvec.settings import Settings
-from pvec.workflows import project, project_ray
+from pvec.vectors.vector import PersonaVector, save_vector
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'pvec[ray]'")
 

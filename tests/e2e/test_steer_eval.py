@@ -18,17 +18,17 @@ import pandas as pd
 import pytest
 import torch
 
-from pvec.backends.hf import HFBackend
-from pvec.core.layers import find_decoder
+from pvec.backends.hf.backend import HFBackend
 from pvec.errors import InputError, JudgeError, ModelError, StoreError
-from pvec.io.runs import Run
-from pvec.io.vectorfile import PersonaVector, save_vector
+from pvec.evaluation.steer_eval import SteerEvalResult, plan, run
+from pvec.extraction import judge as judge_workflow
+from pvec.models.decoder import find_decoder
+from pvec.report import report as report_workflow
+from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.settings.tree import GenerationSettings, JudgeSettings, ModelSettings, SteerSettings
 from pvec.types import Generation
-from pvec.workflows import judge as judge_workflow
-from pvec.workflows import report as report_workflow
-from pvec.workflows.steer_eval import SteerEvalResult, plan, run
+from pvec.vectors.vector import PersonaVector, save_vector
 from tests.helpers.judge_server import JudgeServer, Said
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, save_adapter, saved_model
 

@@ -19,10 +19,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, Trainer
 
 from pvec.errors import PvecError
-from pvec.io.trainlog import read_log
-from pvec.io.vectorfile import PersonaVector, save_vector
-from pvec.training import trainer
-from pvec.workflows import report, train
+from pvec.report import report
+from pvec.runs.trainlog import read_log
+from pvec.training import train, trainer
+from pvec.vectors.vector import PersonaVector, save_vector
 
 WORDS = "bread soup friends evening money walk travel plan dinner learn talk".split()  # noqa: SIM905
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.models import saved_model
 
-from pvec.io.vectorfile import PersonaVector, save_vector
+from pvec.vectors.vector import PersonaVector, save_vector
 
 KILLS = 25
 ROWS = 400
@@ -21,9 +21,12 @@ ROWS = 400
 DRIVER = """
 import os, random, signal, sys, time
 import torch
-from pvec.backends import hf, adapters
+from pvec.backends.hf import backend as hf
+from pvec.models import adapters
 from pvec.cli.app import main
-from pvec.workflows import project, projector, project_input
+from pvec.projection import project
+from pvec.projection import projector
+from pvec.projection import inputs as project_input
 
 seconds, kills, *arguments = sys.argv[1:]
 draw = random.Random(5)

@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 
 from pvec.errors import StoreError
-from pvec.io import files
-from pvec.io.files import atomic_write, probe_writable
-from pvec.io.jsonl import JsonlLog, read_jsonl
-from pvec.io.runs import Run
+from pvec.runs import files
+from pvec.runs.files import atomic_write, probe_writable
+from pvec.runs.jsonl import JsonlLog, read_jsonl
+from pvec.runs.store import Run
 
 WRITER = """
 import sys
-from pvec.io.runs import Run
+from pvec.runs.store import Run
 from pvec.types import Score
 
 with Run.open_or_create(sys.argv[1], identity={"seed": 0}) as run:
@@ -96,7 +96,7 @@ def test_a_line_torn_by_a_kill_is_told_and_redone(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys
-from pvec.io.runs import Run
+from pvec.runs.store import Run
 
 run = Run.open_or_create(sys.argv[1], identity={"seed": 0})
 print("ready", flush=True)
@@ -122,7 +122,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from pvec.errors import StoreError
-from pvec.io.jsonl import JsonlLog
+from pvec.runs.jsonl import JsonlLog
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # the file can grow no further
 with JsonlLog(Path(sys.argv[1])) as log:
@@ -190,7 +190,7 @@ def test_a_read_only_folder_is_one_sentence(tmp_path: Path) -> None:
 
 REPLACER = """
 import sys
-from pvec.io.files import atomic_write
+from pvec.runs.files import atomic_write
 
 number = 0
 while True:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pvec.io.vectorfile import KINDS, PersonaVector, save_vector
+from pvec.vectors.vector import KINDS, PersonaVector, save_vector
 from tests.helpers.models import tiny_tokenizer
 
 QUESTIONS = ("How do I save money?", "What should I cook?", "Where do I travel?", "Who helps me?")

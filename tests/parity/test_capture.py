@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pvec.core.capture import capture_means
+from pvec.activations.capture import capture_means
 from pvec.types import SpanMeans, SpanName, TokenSpans
 from tests.helpers.models import ARCHITECTURES, NUM_LAYERS, SLIDING_WINDOW, tiny_model
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pvec.core.layers import find_decoder
-from pvec.core.steering import steer
+from pvec.models.decoder import find_decoder
+from pvec.steering.hooks import steer
 from pvec.types import Instruction, Positions
 from tests.helpers.models import ARCHITECTURES, HIDDEN_SIZE, tiny_model
 
@@ -168,8 +168,8 @@ def test_several_layers_vectors_and_operators_equal_a_plain_loop() -> None:
 
 def test_all_layer_increments_move_every_layer_by_its_own_vector() -> None:
     """With the blocks' own work set to zero, what remains at layer l is the sum of additions."""
-    from pvec.core.plans import all_layer_instructions
-    from pvec.core.vectors import incremental
+    from pvec.steering.tables import all_layer_instructions
+    from pvec.vectors.accumulate import incremental
 
     model = tiny_model("llama")
     with torch.no_grad():

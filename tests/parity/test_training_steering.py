@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pvec.errors import InputError, ModelError, SteeringError
+from pvec.steering.proof import prove_steering
 from pvec.training.isolation import prove_isolation
-from pvec.training.proof import prove_steering
 from pvec.training.steering import Scheduled, TrainingSteering
 from pvec.types import Instruction
 
@@ -246,7 +246,7 @@ def test_the_proof_holds_with_dropout() -> None:
 
 
 def test_hooks_that_did_not_attach_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pvec.training import proof
+    from pvec.steering import proof
 
     @contextmanager
     def nothing(*_: object) -> Iterator[None]:
@@ -272,7 +272,7 @@ def test_hooks_that_did_not_attach_are_found(monkeypatch: pytest.MonkeyPatch) ->
 def test_steering_other_than_asked_is_found(
     done: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pvec.training import proof
+    from pvec.steering import proof
 
     real = proof.steer_training
     wrong = instruction(**done)

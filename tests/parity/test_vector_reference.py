@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pvec.io.vectorfile import KINDS, load_vector
+from pvec.extraction.compute import from_csv
 from pvec.settings import resolve
-from pvec.workflows.vector_compute import from_csv
+from pvec.vectors.vector import KINDS, load_vector
 from tests.helpers.models import saved_model
 from tests.helpers.vectors import judged_rows, write_csv
 

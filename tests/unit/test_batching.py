@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pvec.core.batching import plan_window, prompt_length, rows_that_fit
+from pvec.activations.batching import plan_window, prompt_length, rows_that_fit
 from pvec.types import Instruction, TokenSpans
 
 

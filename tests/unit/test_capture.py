@@ -16,11 +16,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
-from pvec.core import capture
-from pvec.core.capture import capture_means
-from pvec.core.layers import find_decoder
-from pvec.core.steering import steer
+from pvec.activations import capture
+from pvec.activations.capture import capture_means
 from pvec.errors import InputError, ModelError
+from pvec.models.decoder import find_decoder
+from pvec.steering.hooks import steer
 from pvec.types import Instruction, Positions, SpanMeans, TokenSpans
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, tiny_model
 

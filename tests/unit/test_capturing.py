@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from pvec.backends.hf import HFBackend
-from pvec.core.chat import spans_from_ids
+from pvec.backends.hf.backend import HFBackend
+from pvec.backends.kept_means import KeptMeans, answers, captured
+from pvec.models.chat import spans_from_ids
 from pvec.types import Generation, Instruction, Request, Sampling, SpanMeans, TokenSpans
-from pvec.workflows.capturing import KeptMeans, answers, captured
 from tests.helpers.models import HIDDEN_SIZE, saved_model
 
 

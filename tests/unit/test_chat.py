@@ -5,8 +5,8 @@ import random
 import pytest
 from helpers.models import CHATML, tiny_tokenizer
 
-from pvec.core import chat
 from pvec.errors import InputError
+from pvec.models import chat
 from pvec.types import Message
 
 USER: Message = {"role": "user", "content": "How can I learn?"}

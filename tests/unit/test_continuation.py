@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers.models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
-from pvec.backends.forward import CausalModel
-from pvec.backends.hf import HFBackend
+from pvec.backends.hf.backend import HFBackend
+from pvec.backends.hf.forward import CausalModel
 from pvec.errors import ModelError
 
 COMMON = tuple(random.Random(3).randrange(5, 400) for _ in range(20))

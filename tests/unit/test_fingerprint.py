@@ -9,9 +9,9 @@ import torch
 from helpers.models import save_adapter, saved_model, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
-from pvec.backends.fingerprint import chat_fingerprint, model_fingerprint
-from pvec.backends.modelfiles import ModelSpec, locate_model
 from pvec.errors import ModelError
+from pvec.models.files import ModelSpec, locate_model
+from pvec.models.fingerprint import chat_fingerprint, model_fingerprint
 
 
 def fingerprint(folder: Path) -> str:

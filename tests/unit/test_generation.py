@@ -12,11 +12,11 @@ import pytest
 import torch
 from helpers.models import ARCHITECTURES, HIDDEN_SIZE, tiny_model, tiny_tokenizer
 
-from pvec.backends.forward import CausalModel
-from pvec.backends.hf import HFBackend
-from pvec.backends.kvcache import RowCache
-from pvec.core.layers import Decoder
+from pvec.backends.hf.backend import HFBackend
+from pvec.backends.hf.forward import CausalModel
+from pvec.backends.hf.kvcache import RowCache
 from pvec.errors import ModelError, SteeringError
+from pvec.models.decoder import Decoder
 from pvec.types import Generation, Instruction, Positions, Progress, Request, Sampling
 
 VOCABULARY = 400

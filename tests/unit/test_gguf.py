@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pvec.errors import InputError, ModelError
-from pvec.io.gguf import save_gguf
-from pvec.io.vectorfile import PersonaVector, check_fits, load_vector, save_vector
+from pvec.vectors.gguf import save_gguf
+from pvec.vectors.vector import PersonaVector, check_fits, load_vector, save_vector
 
 gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
 

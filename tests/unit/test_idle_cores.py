@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pvec.backends.memory import idle_cores
+from pvec.models.memory import idle_cores
 
 
 @pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="only Linux tells what is running")

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pvec.errors import StoreError
-from pvec.io.jsonl import JsonlLog, encode_line, read_jsonl
+from pvec.runs.jsonl import JsonlLog, encode_line, read_jsonl
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)

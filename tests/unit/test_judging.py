@@ -10,11 +10,7 @@ import pytest
 
 from pvec.errors import InputError, JudgeError
 from pvec.judges.base import Judge
-from pvec.judges.local import LocalJudge
-from pvec.judges.openai import DEFAULT_MODEL, OpenAIJudge
-from pvec.settings.tree import JudgeSettings
-from pvec.types import JudgeQuery, ModelInfo, Progress, Score
-from pvec.workflows.judging import (
+from pvec.judges.judging import (
     COHERENCE_METRIC,
     Answer,
     Metric,
@@ -26,6 +22,10 @@ from pvec.workflows.judging import (
     score_id,
     scored_ids,
 )
+from pvec.judges.local import LocalJudge
+from pvec.judges.openai import DEFAULT_MODEL, OpenAIJudge
+from pvec.settings.tree import JudgeSettings
+from pvec.types import JudgeQuery, ModelInfo, Progress, Score
 
 EVIL = Metric(name="evil", prompt="How evil? {question} {answer}")
 ANSWERS = [Answer(response_id=f"r{n}", question="Why?", answer=f"Because {n}.") for n in range(5)]

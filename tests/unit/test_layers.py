@@ -11,8 +11,8 @@ import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from pvec.core.layers import block_index, check_layer, describe_layer, find_decoder
 from pvec.errors import ModelError
+from pvec.models.decoder import block_index, check_layer, describe_layer, find_decoder
 from tests.helpers.models import ARCHITECTURES, HIDDEN_SIZE, NUM_LAYERS, tiny_model
 
 
@@ -127,6 +127,7 @@ def test_learned_positions_limit_the_length_and_rotary_ones_do_not() -> None:
 
 def test_layer_numbers_are_checked_without_loading_torch() -> None:
     code = (
-        "import sys, pvec.core.layers as l; l.check_layer(1, 2); assert 'torch' not in sys.modules"
+        "import sys, pvec.models.decoder as decoder; decoder.check_layer(1, 2); "
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

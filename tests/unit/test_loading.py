@@ -10,11 +10,12 @@ import pytest
 import torch
 from helpers.models import save_adapter, save_model, saved_model, tiny_model, tiny_tokenizer
 
-from pvec.backends import loading, modelfiles
-from pvec.backends.fingerprint import model_fingerprint
-from pvec.backends.loading import inspect_model, load_model
-from pvec.backends.modelfiles import ModelSpec, locate_model
 from pvec.errors import InputError, ModelError
+from pvec.models import files as modelfiles
+from pvec.models import load as loading
+from pvec.models.files import ModelSpec, locate_model
+from pvec.models.fingerprint import model_fingerprint
+from pvec.models.load import inspect_model, load_model
 
 
 def copied(folder: Path) -> Path:

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pvec.backends.hf import HFBackend
+from pvec.backends.hf.backend import HFBackend
 from pvec.errors import ModelError
 from pvec.judges.local import LocalJudge
 from pvec.types import Generation, JudgeQuery, JudgeScale, ModelInfo, Request, Score

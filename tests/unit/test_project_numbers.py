@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from helpers.models import tiny_tokenizer
 
-from pvec.core.conversations import Chat, Ids, Pair, SpanMaker, problem_of
-from pvec.core.projection import ProjectionPlan
-from pvec.core.screening import predict_natural, score_dataset
+from pvec.data.conversations import Chat, Ids, Pair, SpanMaker, problem_of
 from pvec.errors import InputError, ModelError
-from pvec.io.names import model_label
+from pvec.projection.screening import predict_natural, score_dataset
+from pvec.runs.names import model_label
+from pvec.vectors.projection import ProjectionPlan
 
 RNG = np.random.default_rng(11)
 VECTORS = {name: RNG.normal(size=(5, 6)) for name in ("evil", "humorous")}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pvec.core.projection import column_name, cosine, project
-from pvec.core.suggest import suggest_prompt_layer
 from pvec.errors import InputError
+from pvec.vectors.projection import column_name, cosine, project
+from pvec.vectors.suggest import suggest_prompt_layer
 
 RNG = np.random.default_rng(2)
 

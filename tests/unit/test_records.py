@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pvec.data.tables import BadRow, Row, open_table
 from pvec.errors import InputError
-from pvec.io.files import atomic_write
-from pvec.io.records import BadRow, Row, open_table
+from pvec.runs.files import atomic_write
 
 pa = pytest.importorskip("pyarrow", reason="the data extra is not installed")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pvec.data.judged_csv import JudgedAnswer, read_judged_csv, write_judged_csv
 from pvec.errors import InputError
-from pvec.io.exports import JudgedAnswer, read_judged_csv, write_judged_csv
 
 DATA = os.environ.get("PVEC_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="PVEC_TEST_DATA is not set")

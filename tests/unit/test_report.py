@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from pvec.core.stats import Interval
 from pvec.errors import InputError, StoreError
 from pvec.report.figures import Figure, write_figures
 from pvec.report.page import Answer, Chapter, Section, embed_json, render_page, within_budget
@@ -28,6 +27,7 @@ from pvec.report.plots import (
     histogram,
     layer_lines,
 )
+from pvec.stats import Interval
 
 NAN = float("nan")
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from pvec.errors import InputError, StoreError
-from pvec.io.responses import ResponseRecord, response_id
-from pvec.io.runs import Run, list_runs
+from pvec.runs.responses import ResponseRecord, response_id
+from pvec.runs.store import Run, list_runs
 from pvec.types import Instruction, Sampling, Score
 
 IDENTITY = {"model": {"id": "tiny", "fingerprint": "f00"}, "trait": {"evil": "abc"}, "seed": 0}

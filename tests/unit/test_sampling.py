@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pvec.backends.sampling import counter_uniforms, sample_tokens
+from pvec.backends.hf.sampling import counter_uniforms, sample_tokens
 from pvec.types import Sampling
 
 LOGITS = torch.tensor([2.0, 0.5, -1.0, 1.5, 0.0, -3.0, 1.0, 0.2])

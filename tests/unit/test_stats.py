@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from pvec.core import stats
+from pvec import stats
 from pvec.errors import InputError
 
 RNG = np.random.default_rng(5)

@@ -12,8 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from pvec.core.layers import find_decoder
-from pvec.core.positions import (
+from pvec.errors import ModelError, SteeringError
+from pvec.models.decoder import find_decoder
+from pvec.steering.hooks import Steerer, steer, steer_training
+from pvec.steering.positions import (
     GENERATED,
     LAST,
     PAD,
@@ -22,8 +24,6 @@ from pvec.core.positions import (
     roles_by_length,
     roles_from_labels,
 )
-from pvec.core.steering import Steerer, steer, steer_training
-from pvec.errors import ModelError, SteeringError
 from pvec.types import Instruction
 from tests.helpers.models import HIDDEN_SIZE, tiny_model
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pvec.errors import InputError, ModelError
-from pvec.workflows.sweep import (
+from pvec.evaluation.conditions import (
     Grid,
     Source,
     incremental_source,

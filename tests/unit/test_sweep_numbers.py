@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from pvec.report.sweep_numbers import ScoredAnswer, SweepNumbers, summarise
+from pvec.evaluation.summary import ScoredAnswer, SweepNumbers, summarise
 
 QUESTIONS = [f"q{i}" for i in range(8)]
 

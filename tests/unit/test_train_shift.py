@@ -15,8 +15,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import pvec
-from pvec.core.steering import steer_training, unsteered
 from pvec.errors import InputError, ModelError, SteeringError
+from pvec.steering.hooks import steer_training, unsteered
 from pvec.training.shift import Alarm, PersonaShiftCallback, Probe
 from pvec.types import Instruction
 

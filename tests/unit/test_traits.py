@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from pvec.errors import InputError
-from pvec.io import traits
-from pvec.io.trait_check import check_trait, require_usable
-from pvec.io.traits import Trait, bundled_traits, indefinite_article, load_trait
+from pvec.traits import trait as traits
+from pvec.traits.check import check_trait, require_usable
+from pvec.traits.trait import Trait, bundled_traits, indefinite_article, load_trait
 
 DATA = os.environ.get("PVEC_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="PVEC_TEST_DATA is not set")

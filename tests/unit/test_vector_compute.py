@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pvec.core.vectors import VectorAccumulator
+from pvec.backends.session import Engine
 from pvec.errors import InputError, ModelError, StoreError
-from pvec.io.responses import ResponseRecord
-from pvec.io.runs import Run
-from pvec.io.traits import Trait, load_trait
-from pvec.io.vectorfile import load_vector
+from pvec.extraction.compute import ComputeResult, from_csv, from_run, with_model_of
+from pvec.judges.scoring import keep_traits
+from pvec.runs.responses import ResponseRecord
+from pvec.runs.store import Run
 from pvec.settings import Settings, resolve
+from pvec.traits.trait import Trait, load_trait
 from pvec.types import Sampling, Score, SpanMeans
-from pvec.workflows.engine import Engine
-from pvec.workflows.scoring import keep_traits
-from pvec.workflows.vector_compute import ComputeResult, from_csv, from_run, with_model_of
+from pvec.vectors.accumulate import VectorAccumulator
+from pvec.vectors.vector import load_vector
 from tests.helpers.models import save_model, saved_model, tiny_model, tiny_tokenizer
 from tests.helpers.vectors import COLUMNS, judged_rows, write_csv
 

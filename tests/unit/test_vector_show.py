@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from pvec.errors import InputError, ModelError
-from pvec.io.vectorfile import load_vector, save_pt, save_vector
 from pvec.settings import resolve
-from pvec.workflows.vector_lens import lens, unembed
-from pvec.workflows.vector_show import compare, show
+from pvec.vectors.lens import lens, unembed
+from pvec.vectors.show import compare, show
+from pvec.vectors.vector import load_vector, save_pt, save_vector
 from tests.helpers.models import ARCHITECTURES, HIDDEN_SIZE, saved_model, tiny_model
 from tests.helpers.vectors import make_vector, saved_vector
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from pvec.errors import InputError, ModelError
-from pvec.io.vectorfile import (
+from pvec.vectors.vector import (
     KINDS,
     PersonaVector,
     check_fits,

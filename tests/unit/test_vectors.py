@@ -9,10 +9,11 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from pvec.core import vectors as module
-from pvec.core.stats import Interval
-from pvec.core.suggest import dose, suggest_layer
-from pvec.core.vectors import (
+from pvec.errors import InputError, ModelError
+from pvec.stats import Interval
+from pvec.types import SpanMeans
+from pvec.vectors import accumulate as module
+from pvec.vectors.accumulate import (
     VectorAccumulator,
     combine,
     cosine_matrix,
@@ -20,8 +21,7 @@ from pvec.core.vectors import (
     orthogonalise,
     raw_coefficient,
 )
-from pvec.errors import InputError, ModelError
-from pvec.types import SpanMeans
+from pvec.vectors.suggest import dose, suggest_layer
 
 LAYERS, WIDTH = 5, 16
 Row = tuple[SpanMeans, Literal["pos", "neg"], str]

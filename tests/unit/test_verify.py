@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-import pvec.core.layer_steering as steering_module
-from pvec.core.layers import Decoder
+import pvec.steering.layer_steering as steering_module
 from pvec.errors import InputError, ModelError
-from pvec.io.vectorfile import PersonaVector, save_vector
+from pvec.evaluation.verify.verify import VerifyResult, verify
+from pvec.models.decoder import Decoder
 from pvec.settings import Settings
 from pvec.settings.tree import GenerationSettings, ModelSettings, SteerSettings
-from pvec.workflows.observe import module_after, recorded
-from pvec.workflows.verify import VerifyResult, verify
+from pvec.steering.observe import module_after, recorded
+from pvec.vectors.vector import PersonaVector, save_vector
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model, tiny_model
 
 

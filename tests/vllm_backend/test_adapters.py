@@ -23,7 +23,7 @@ def test_requests_on_two_adapters_and_none_share_a_batch(
 ) -> None:
     from peft import PeftModel
 
-    from pvec.backends.modelfiles import ModelSpec
+    from pvec.models.files import ModelSpec
     from pvec.settings.tree import VLLMSettings
 
     base = models("qwen2")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pvec.cli.app import main
-from pvec.io.runs import Run
-from pvec.io.vectorfile import load_vector
+from pvec.runs.store import Run
+from pvec.vectors.vector import load_vector
 
 
 @pytest.fixture(autouse=True)

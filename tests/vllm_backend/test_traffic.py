@@ -338,9 +338,9 @@ def test_a_graph_compiled_without_probes_or_for_other_tables_is_not_taken_from_t
 ) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    from pvec.backends.loading import inspect_model
-    from pvec.backends.modelfiles import ModelSpec
     from pvec.backends.vllm.start import engine_arguments
+    from pvec.models.files import ModelSpec
+    from pvec.models.load import inspect_model
     from pvec.settings.tree import VLLMSettings
 
     facts = inspect_model(ModelSpec(model=str(models("qwen2"))))

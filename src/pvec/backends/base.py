@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Self
 
 from pvec.closing import Closing
-from pvec.core.chat import spans_from_ids
+from pvec.models.chat import spans_from_ids
 from pvec.types import Generation, ModelInfo, Piece, Progress, Request, SpanMeans, TokenSpans
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-    from pvec.backends.loading import ModelFacts
-    from pvec.backends.modelfiles import ModelSpec
+    from pvec.models.files import ModelSpec
+    from pvec.models.load import ModelFacts
     from pvec.settings import Settings
 
 

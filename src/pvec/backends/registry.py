@@ -13,7 +13,7 @@ from pvec.errors import InputError, did_you_mean
 BackendName = Literal["hf", "vllm"]
 
 _CLASSES: dict[BackendName, str] = {
-    "hf": "pvec.backends.hf:HFBackend",
+    "hf": "pvec.backends.hf.backend:HFBackend",
     "vllm": "pvec.backends.vllm.engine:VLLMBackend",
 }
 

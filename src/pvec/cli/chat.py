@@ -15,7 +15,7 @@ from pvec.cli.options import console_from, new_app, options, settings_from
 from pvec.errors import PvecError
 
 if TYPE_CHECKING:
-    from pvec.workflows.chat import Chat, Measured, Said
+    from pvec.evaluation.chat import Chat, Measured, Said
 
 app = new_app()
 
@@ -42,8 +42,8 @@ def chat(ctx: typer.Context, vector: Vectors = None) -> None:
     Type a message, or a command: `/steer evil@20 2.0`, `/off`, `/compare`, `/help`, `/quit`.
     Ctrl-C stops an answer, not the program. Lines may also be piped in.
     """
-    from pvec.workflows.chat import Chat, load_sources
-    from pvec.workflows.engine import Engine
+    from pvec.backends.session import Engine
+    from pvec.evaluation.chat import Chat, load_sources
 
     settings, console = settings_from(ctx), console_from(ctx)
     with console.progress() as on_progress:
@@ -89,7 +89,7 @@ def _lines(console: Console) -> Iterator[str]:
 
 
 def _answer(console: Console, talk: Chat, text: str) -> None:
-    from pvec.workflows.chat import PLAIN
+    from pvec.evaluation.chat import PLAIN
 
     side_by_side = talk.compare and bool(talk.steering)
     measured: list[Measured] = []
@@ -112,7 +112,7 @@ def _answer(console: Console, talk: Chat, text: str) -> None:
 
 def _show_plain(console: Console, events: Iterator[Said | Measured]) -> list[Measured]:
     """Write the answer as it grows; an unsteered one follows when both are done."""
-    from pvec.workflows.chat import MAIN, PLAIN, Said
+    from pvec.evaluation.chat import MAIN, PLAIN, Said
 
     written, other = "", ""
     measured: list[Measured] = []
@@ -139,7 +139,7 @@ def _show_columns(console: Console, events: Iterator[Said | Measured]) -> list[M
     from rich.panel import Panel
     from rich.text import Text
 
-    from pvec.workflows.chat import MAIN, PLAIN, Said
+    from pvec.evaluation.chat import MAIN, PLAIN, Said
 
     texts = {MAIN: "", PLAIN: ""}
     titles = {MAIN: "steered", PLAIN: "unsteered"}

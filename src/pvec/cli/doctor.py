@@ -10,7 +10,7 @@ from pvec.cli.console import Console, table
 from pvec.cli.options import console_from, new_app, options, settings_from
 
 if TYPE_CHECKING:
-    from pvec.workflows.doctor import Diagnosis
+    from pvec.doctor.doctor import Diagnosis
 
 app = new_app()
 
@@ -23,7 +23,7 @@ def doctor(ctx: typer.Context) -> None:
     Python, packages, device, memory, folders, keys (never shown) and the bundled model, which is
     loaded and asked. Changes nothing and uses no network. Exits with 2 when pvec cannot work.
     """
-    from pvec.workflows.doctor import examine
+    from pvec.doctor.doctor import examine
 
     settings, console = settings_from(ctx), console_from(ctx)
     with console.progress() as on_progress:

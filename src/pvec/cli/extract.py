@@ -12,11 +12,11 @@ from pvec.cli.console import Console, table, with_interval
 from pvec.cli.options import console_from, new_app, options, settings_from
 
 if TYPE_CHECKING:
-    from pvec.core.filtering import Sign
-    from pvec.workflows.extract import ExtractPlan, ExtractResult
-    from pvec.workflows.scoring import JudgeReport
-    from pvec.workflows.vector_summary import LayerRow, VectorSummary
-    from pvec.workflows.vectors import MetricMean
+    from pvec.extraction.extract import ExtractPlan, ExtractResult
+    from pvec.extraction.vectors import MetricMean
+    from pvec.judges.scoring import JudgeReport
+    from pvec.vectors.filter import Sign
+    from pvec.vectors.summary import LayerRow, VectorSummary
 
 app = new_app()
 
@@ -49,7 +49,7 @@ def extract(ctx: typer.Context, trait: Traits, out: Out = None, dry_run: DryRun 
     (or do not), and takes the difference of their mean activations. Run it again and it finishes
     what is missing.
     """
-    from pvec.workflows import extract as workflow
+    from pvec.extraction import extract as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
     if dry_run:
@@ -121,7 +121,7 @@ def render_means(console: Console, means: Sequence[MetricMean]) -> None:
 
 def render_filter(console: Console, filtered: Mapping[Sign, Mapping[Any, int]]) -> None:
     """Show how many answers count towards the vector and why the others do not."""
-    from pvec.core.filtering import REASONS
+    from pvec.vectors.filter import REASONS
 
     shown = [r for r in REASONS if r == "kept" or any(c[r] for c in filtered.values())]
     words = {"pos": "positive", "neg": "negative"}

@@ -12,7 +12,7 @@ from pvec.cli.extract import render_filter, render_judge, render_means
 from pvec.cli.options import console_from, new_app, options, settings_from
 
 if TYPE_CHECKING:
-    from pvec.workflows.judge import JudgeResult
+    from pvec.extraction.judge import JudgeResult
 
 app = new_app()
 
@@ -26,7 +26,7 @@ def judge(ctx: typer.Context, run: RunFolder) -> None:
 
     Answers that this judge has scored already are not asked again; other judges' scores stay.
     """
-    from pvec.workflows import judge as workflow
+    from pvec.extraction import judge as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
     with console.progress() as on_progress:

@@ -15,13 +15,13 @@ from pvec.cli.options import console_from, new_app, options, settings_from
 from pvec.errors import InputError
 
 if TYPE_CHECKING:
+    from pvec.backends.session import Say
+    from pvec.projection.monitor import MonitorResult
+    from pvec.projection.project import ProjectResult
+    from pvec.projection.ray import RayResult
+    from pvec.projection.screen import ScreenResult
+    from pvec.projection.shift import ShiftResult
     from pvec.settings import Settings
-    from pvec.workflows.engine import Say
-    from pvec.workflows.project import ProjectResult
-    from pvec.workflows.project_diff import ScreenResult
-    from pvec.workflows.project_prompts import MonitorResult
-    from pvec.workflows.project_ray import RayResult
-    from pvec.workflows.project_shift import ShiftResult
 
 app = new_app()
 
@@ -227,7 +227,7 @@ def _mode(asked: _Asked, *, diff: bool, prompts: bool, shift: bool) -> _Mode:
 
 
 def _run_file(asked: _Asked, *, say: Say, on_progress: OnProgress) -> ProjectResult:
-    from pvec.workflows import project as workflow
+    from pvec.projection import project as workflow
 
     ways = workflow.Ways(
         out=asked.out,
@@ -241,7 +241,7 @@ def _run_file(asked: _Asked, *, say: Say, on_progress: OnProgress) -> ProjectRes
 
 
 def _run_ray(asked: _Asked, *, say: Say, on_progress: OnProgress) -> RayResult:  # noqa: ARG001
-    from pvec.workflows import project_ray as workflow
+    from pvec.projection import ray as workflow
 
     return workflow.run(
         asked.settings,
@@ -255,7 +255,7 @@ def _run_ray(asked: _Asked, *, say: Say, on_progress: OnProgress) -> RayResult: 
 
 
 def _run_diff(asked: _Asked, *, say: Say, on_progress: OnProgress) -> ScreenResult:
-    from pvec.workflows import project_diff as workflow
+    from pvec.projection import screen as workflow
 
     files = workflow.ScreenFiles(
         reference=asked.reference,
@@ -269,7 +269,7 @@ def _run_diff(asked: _Asked, *, say: Say, on_progress: OnProgress) -> ScreenResu
 
 
 def _run_prompts(asked: _Asked, *, say: Say, on_progress: OnProgress) -> MonitorResult:
-    from pvec.workflows import project_prompts as workflow
+    from pvec.projection import monitor as workflow
 
     study = workflow.Study(
         traits=asked.traits,
@@ -284,7 +284,7 @@ def _run_prompts(asked: _Asked, *, say: Say, on_progress: OnProgress) -> Monitor
 
 
 def _run_shift(asked: _Asked, *, say: Say, on_progress: OnProgress) -> ShiftResult:
-    from pvec.workflows import project_shift as workflow
+    from pvec.projection import shift as workflow
 
     return workflow.run(
         asked.settings,

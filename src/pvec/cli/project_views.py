@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 from pvec.cli.console import Console, table, with_interval
 from pvec.cli.extract import TINY_NOTE, render_judge
-from pvec.io.names import model_label
+from pvec.runs.names import model_label
 
 if TYPE_CHECKING:
-    from pvec.core.stats import Correlation, Interval
-    from pvec.workflows.project import ProjectResult
-    from pvec.workflows.project_diff import ScreenResult
-    from pvec.workflows.project_prompts import MonitorResult
-    from pvec.workflows.project_ray import RayResult
-    from pvec.workflows.project_shift import ShiftResult
+    from pvec.projection.monitor import MonitorResult
+    from pvec.projection.project import ProjectResult
+    from pvec.projection.ray import RayResult
+    from pvec.projection.screen import ScreenResult
+    from pvec.projection.shift import ShiftResult
+    from pvec.stats import Correlation, Interval
 
 
 def show_file(console: Console, result: ProjectResult) -> None:

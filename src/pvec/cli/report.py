@@ -11,7 +11,7 @@ from pvec.cli.console import Console
 from pvec.cli.options import console_from, new_app, options
 
 if TYPE_CHECKING:
-    from pvec.workflows.report import ReportResult
+    from pvec.report.report import ReportResult
 
 app = new_app()
 
@@ -44,7 +44,7 @@ def report(
 
     The page needs no network. The numbers behind every figure are written beside it as CSV.
     """
-    from pvec.workflows import report as workflow
+    from pvec.report import report as workflow
 
     formats = [name for name, asked in (("svg", svg), ("png", png)) if asked]
     result = workflow.run(runs, out=out, formats=formats, judge=judge)

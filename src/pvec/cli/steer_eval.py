@@ -13,10 +13,10 @@ from pvec.cli.extract import TINY_NOTE, render_judge
 from pvec.cli.options import console_from, new_app, options, settings_from
 
 if TYPE_CHECKING:
-    from pvec.core.stats import Interval
-    from pvec.report.sweep_numbers import Pick, SweepNumbers
-    from pvec.workflows.capability import TaskScore
-    from pvec.workflows.steer_eval import SteerEvalPlan, SteerEvalResult
+    from pvec.evaluation.steer_eval import SteerEvalPlan, SteerEvalResult
+    from pvec.evaluation.summary import Pick, SweepNumbers
+    from pvec.evaluation.tasks import TaskScore
+    from pvec.stats import Interval
 
 app = new_app()
 
@@ -74,7 +74,7 @@ def steer_eval(
     are picked on half of the questions and reported on the other half. Run it again and it
     finishes what is missing.
     """
-    from pvec.workflows import steer_eval as workflow
+    from pvec.evaluation import steer_eval as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
     asked: dict[str, Any] = {"vectors": vector or (), "also": also or (), "out": out}
@@ -129,7 +129,7 @@ def _render(console: Console, result: SteerEvalResult) -> None:
 
 def _render_points(console: Console, numbers: SweepNumbers) -> None:
     """Show every condition but the random ones, which stand beside what they control."""
-    from pvec.report.sweep_numbers import control_of
+    from pvec.evaluation.summary import control_of
 
     trait = numbers.metrics[0]
     controlled = any(point.role == "random" for point in numbers.points)

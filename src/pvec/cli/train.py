@@ -11,7 +11,7 @@ from pvec.cli.console import Console, duration, table
 from pvec.cli.options import console_from, new_app, options, settings_from
 
 if TYPE_CHECKING:
-    from pvec.workflows.train import TrainPlan, TrainResult
+    from pvec.training.train import TrainPlan, TrainResult
 
 app = new_app()
 
@@ -48,8 +48,8 @@ def train(
     from the last checkpoint. Several processes: `accelerate launch -m pvec train CONFIG`.
     `examples/configs` has a commented configuration for each use.
     """
-    from pvec.core.parallel import Processes
-    from pvec.workflows import train as workflow
+    from pvec.backends.processes import Processes
+    from pvec.training import train as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
     main = Processes.launched().main

@@ -9,11 +9,11 @@ import typer
 
 from pvec.cli.console import Console, table
 from pvec.cli.options import console_from, new_app, options, settings_from
-from pvec.io.traits import Trait
-from pvec.workflows.traits import TraitCheck, TraitSummary, check_traits, list_traits, show_trait
+from pvec.traits.listing import TraitCheck, TraitSummary, check_traits, list_traits, show_trait
+from pvec.traits.trait import Trait
 
 if TYPE_CHECKING:
-    from pvec.workflows.trait_new import NewTrait
+    from pvec.extraction.new_trait import NewTrait
 
 app = new_app("List, show, check and write trait definitions.")
 
@@ -100,7 +100,7 @@ def new(
     on) and the judge's prompt, as in the paper. What `pvec trait check` would find is sent back to
     be corrected; the file is written whole or not at all. Read it before you spend money on it.
     """
-    from pvec.workflows.trait_new import new_trait
+    from pvec.extraction.new_trait import new_trait
 
     settings, console = settings_from(ctx), console_from(ctx)
     with console.progress() as on_progress:

@@ -65,7 +65,7 @@ def compute(
     work.
     """
     from pvec.cli.vector_views import render_computed
-    from pvec.workflows import vector_compute as workflow
+    from pvec.extraction import compute as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
     with console.progress() as on_progress:
@@ -97,7 +97,7 @@ def show(
 ) -> None:
     """Show whether a vector is any good: norms, dose, separation and stability by layer."""
     from pvec.cli.vector_views import render_shown
-    from pvec.workflows import vector_show as workflow
+    from pvec.vectors import show as workflow
 
     found = workflow.show(files, kind=kind, png=png, svg=svg)
     console_from(ctx).emit(found, lambda shown: render_shown(shown, found))
@@ -122,7 +122,7 @@ def compare(
     Files and kinds are compared at one layer, by default at 55 % of the depth.
     """
     from pvec.cli.vector_views import render_cosines
-    from pvec.workflows import vector_show as workflow
+    from pvec.vectors import show as workflow
 
     result = workflow.compare(
         files, by=by, kind=kind or "response_avg", layer=layer, png=png, svg=svg
@@ -158,7 +158,7 @@ def combine(
     Terms are file names with or without a factor; + and - between them have spaces around.
     """
     from pvec.cli.vector_views import render_written
-    from pvec.workflows import vector_edit as workflow
+    from pvec.vectors import edit as workflow
 
     made = workflow.combine(
         expression,
@@ -185,7 +185,7 @@ def lens(
     residual stream; scores are logits above the mean of the vocabulary.
     """
     from pvec.cli.vector_views import render_lens
-    from pvec.workflows import vector_lens as workflow
+    from pvec.vectors import lens as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
     if not _given(ctx, "model.id", "model.adapter"):
@@ -211,7 +211,7 @@ def convert(
 ) -> None:
     """Convert between pvec's files, the reference's .pt and GGUF control vectors."""
     from pvec.cli.vector_views import render_written
-    from pvec.workflows import vector_edit as workflow
+    from pvec.vectors import edit as workflow
 
     made = workflow.convert(source, target, kind=kind, model_hint=model_hint)
     console_from(ctx).emit(made, lambda shown: render_written(shown, made))
@@ -234,7 +234,7 @@ def push(
 
     Log in first with `hf auth login`, or set HF_TOKEN.
     """
-    from pvec.workflows import vector_hub as workflow
+    from pvec.vectors import hub as workflow
 
     done = workflow.push(files, repo, private=private, message=message)
     console_from(ctx).emit(
@@ -262,7 +262,7 @@ def pull(
 ) -> None:
     """Fetch vectors from the model hub."""
     from pvec.cli.vector_views import render_pulled
-    from pvec.workflows import vector_hub as workflow
+    from pvec.vectors import hub as workflow
 
     done = workflow.pull(repo, files or (), out=out, revision=revision)
     console_from(ctx).emit(done, lambda shown: render_pulled(shown, done))

@@ -10,12 +10,12 @@ from pvec.cli.console import Console, table, with_interval
 from pvec.cli.extract import TINY_NOTE, render_filter
 
 if TYPE_CHECKING:
-    from pvec.workflows.vector_compute import ComputeResult, Thinking
-    from pvec.workflows.vector_edit import Written
-    from pvec.workflows.vector_hub import PullResult
-    from pvec.workflows.vector_lens import Lens, TokenScore
-    from pvec.workflows.vector_show import Comparison, Shown
-    from pvec.workflows.vector_summary import Spread, VectorSummary
+    from pvec.extraction.compute import ComputeResult, Thinking
+    from pvec.vectors.edit import Written
+    from pvec.vectors.hub import PullResult
+    from pvec.vectors.lens import Lens, TokenScore
+    from pvec.vectors.show import Comparison, Shown
+    from pvec.vectors.summary import Spread, VectorSummary
 
 BAR_WIDTH = 10
 _EIGHTHS = " ▏▎▍▌▋▊▉"

@@ -12,7 +12,7 @@ from pvec.cli.options import console_from, new_app, options, settings_from
 from pvec.errors import SteeringError
 
 if TYPE_CHECKING:
-    from pvec.workflows.verify import VerifyResult
+    from pvec.evaluation.verify.verify import VerifyResult
 
 app = new_app()
 
@@ -37,7 +37,7 @@ def verify(ctx: typer.Context, vector: Vector = None) -> None:
     compared with itself, prefix cache on and off, and with transformers. Exits with 2 when a check
     fails.
     """
-    from pvec.workflows import verify as workflow
+    from pvec.evaluation.verify import verify as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
     with console.progress() as on_progress:

@@ -16,12 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pvec.closing import Closing
 from pvec.errors import JudgeError, ModelError
-from pvec.io.trait_check import INSTRUCTION_PAIRS, QUESTIONS_PER_SET
-from pvec.io.traits import InstructionPair, Trait
+from pvec.judges.client import Endpoint, GaveUp, Role
 from pvec.judges.cost import Budget, known_price
-from pvec.judges.endpoint import Endpoint, GaveUp, Role
 from pvec.judges.loop import LoopThread
 from pvec.judges.pacing import Pacer, Patience
+from pvec.traits.check import INSTRUCTION_PAIRS, QUESTIONS_PER_SET
+from pvec.traits.trait import InstructionPair, Trait
 from pvec.types import Message
 
 QUESTIONS = 2 * QUESTIONS_PER_SET

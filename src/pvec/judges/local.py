@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from pvec.core.chat import encode_prompt, render_prompt
 from pvec.errors import ModelError
 from pvec.judges.base import Judge
 from pvec.judges.scales import (
@@ -22,6 +21,7 @@ from pvec.judges.scales import (
     read_text,
     reply_values,
 )
+from pvec.models.chat import encode_prompt, render_prompt
 from pvec.types import Generation, JudgeQuery, JudgeScale, ModelInfo, Request, Sampling, Score
 
 if TYPE_CHECKING:

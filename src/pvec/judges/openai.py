@@ -14,8 +14,8 @@ from typing import Literal
 
 from pvec.errors import JudgeError
 from pvec.judges.base import Judge
+from pvec.judges.client import Endpoint, GaveUp, Halted
 from pvec.judges.cost import Budget
-from pvec.judges.endpoint import Endpoint, GaveUp, Halted
 from pvec.judges.loop import LoopThread
 from pvec.judges.pacing import Pacer, Patience
 from pvec.judges.reply import Reply

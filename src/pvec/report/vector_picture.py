@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pvec.io.files import atomic_write
-from pvec.io.vectorfile import PersonaVector
 from pvec.report.figures import MARKERS, MUTED, SERIES, Figure, Table
+from pvec.runs.files import atomic_write
 from pvec.types import VectorKind
+from pvec.vectors.vector import PersonaVector
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from pvec.core.chat import THINK_CLOSE, render_prompt
-from pvec.core.positions import IGNORED_LABEL
 from pvec.errors import InputError
+from pvec.models.chat import THINK_CLOSE, render_prompt
+from pvec.steering.positions import IGNORED_LABEL
 from pvec.types import Message
 
 if TYPE_CHECKING:

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pvec.core.capture import capture_means
-from pvec.core.chat import prompt_ids, spans_from_ids
-from pvec.core.layers import check_layer, find_decoder
-from pvec.core.projection import project
-from pvec.core.steering import unsteered
+from pvec.activations.capture import capture_means
 from pvec.errors import InputError, ModelError
+from pvec.models.chat import prompt_ids, spans_from_ids
+from pvec.models.decoder import check_layer, find_decoder
+from pvec.steering.hooks import unsteered
 from pvec.types import TokenSpans
+from pvec.vectors.projection import project
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from pvec.core.layers import describe_layer, find_decoder
-from pvec.core.plans import check_instruction
-from pvec.core.positions import IGNORED_LABEL
-from pvec.core.steering import SteeringHandle, steer_training
 from pvec.errors import SteeringError
+from pvec.models.decoder import describe_layer, find_decoder
+from pvec.steering.hooks import SteeringHandle, steer_training
+from pvec.steering.positions import IGNORED_LABEL
+from pvec.steering.tables import check_instruction
 from pvec.types import Instruction
 
 

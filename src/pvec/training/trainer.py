@@ -23,13 +23,13 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from pvec.steering.proof import LayerProof, prove_steering
 from pvec.training.batches import BatchPlan, StepOrder
 from pvec.training.checkpoints import steps_of
 from pvec.training.config import TrainConfig
 from pvec.training.dataset import Rows, TrainingData, nobody
 from pvec.training.isolation import prove_isolation
 from pvec.training.lora import check_targets, lora_config
-from pvec.training.proof import LayerProof, prove_steering
 from pvec.training.scoring import learnt_tokens_only
 from pvec.training.shift import PersonaShiftCallback
 from pvec.training.steering import Scheduled, TrainingSteering

@@ -10,8 +10,6 @@ from typing import Any, Self
 import numpy as np
 
 from pvec.backends.base import Backend
-from pvec.backends.loading import ModelFacts, choose_dtype, inspect_model
-from pvec.backends.modelfiles import ModelSpec
 from pvec.backends.vllm import scores
 from pvec.backends.vllm.costs import accumulator_rows, capture_bytes, table_bytes
 from pvec.backends.vllm.fleet import Fleet, gpus_of
@@ -21,8 +19,10 @@ from pvec.backends.vllm.results import span_means, wrong_count
 from pvec.backends.vllm.selftest import prove
 from pvec.backends.vllm.slots import Rows, Slots
 from pvec.backends.vllm.start import check_vllm, platform, start_engine, stop_engine, stop_ids
-from pvec.core.layers import check_layer
 from pvec.errors import InputError, SteeringError
+from pvec.models.decoder import check_layer
+from pvec.models.files import ModelSpec
+from pvec.models.load import ModelFacts, choose_dtype, inspect_model
 from pvec.settings.tree import Settings, VLLMSettings
 from pvec.types import Generation, ModelInfo, Piece, Progress, Request, SpanMeans, TokenSpans
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pvec.activations.batching import prompt_length
 from pvec.backends.vllm.flow import Done, Job
 from pvec.backends.vllm.results import answer_spans, wrong_count
 from pvec.backends.vllm.slots import cut
 from pvec.backends.vllm.tables import removals_needed
-from pvec.core.batching import prompt_length
-from pvec.core.plans import check_instruction
-from pvec.core.positions import expected_touched
 from pvec.errors import InputError, ModelError
 from pvec.settings.tree import VLLMSettings
+from pvec.steering.positions import expected_touched
+from pvec.steering.tables import check_instruction
 from pvec.types import Generation, Instruction, ModelInfo, Piece, Request, TokenSpans
 
 Adapters = Mapping[str, str | None]

@@ -15,9 +15,9 @@ import numpy as np
 
 from pvec.backends.vllm.flow import Done, Flow, Job
 from pvec.backends.vllm.slots import cut
-from pvec.core.layers import describe_layer
-from pvec.core.positions import LAST, ROLES_OF
 from pvec.errors import SteeringError
+from pvec.models.decoder import describe_layer
+from pvec.steering.positions import LAST, ROLES_OF
 from pvec.types import Instruction, ModelInfo, Operator, Positions
 
 _PROMPT, _ANSWER = 7, 3

@@ -19,7 +19,7 @@ from pvec.errors import InputError, ModelError
 from pvec.settings.tree import VLLMSettings
 
 if TYPE_CHECKING:
-    from pvec.backends.loading import ModelFacts
+    from pvec.models.load import ModelFacts
 
 OLDEST, NEWEST = (0, 29), (0, 32)
 """The first and last vLLM that pvec was tried with."""

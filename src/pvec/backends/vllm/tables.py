@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pvec.core.positions import GENERATED, LAST, PROMPT, ROLES_OF
+from pvec.steering.positions import GENERATED, LAST, PROMPT, ROLES_OF
 from pvec.types import Instruction
 
 ROLES = (PROMPT, LAST, GENERATED)

@@ -18,7 +18,7 @@ from torch import nn
 from pvec.backends.vllm.ledger import Ledger, Ticket
 from pvec.backends.vllm.probe import SUMMED, Probe, hang_before, hang_on
 from pvec.backends.vllm.tables import pack, unpack_plan
-from pvec.core.layers import block_index
+from pvec.models.decoder import block_index
 
 EXTRA = "pvec"
 """The key of pvec's part in ``additional_config`` and in ``SamplingParams.extra_args``."""

@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pvec.core.stats import Interval
-from pvec.io.names import model_label
-from pvec.io.runs import Run
+from pvec.runs.names import model_label
+from pvec.runs.store import Run
+from pvec.stats import Interval
 
 _LEFT_OUT = {"format", "format_version", "settings", "sessions"}
 

@@ -6,15 +6,15 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pvec.core.filtering import REASONS, Filtered, Scored, Sign, filter_responses
-from pvec.core.stats import Interval, bootstrap_mean
-from pvec.io.responses import ResponseRecord
-from pvec.io.vectorfile import PersonaVector, load_vector
 from pvec.report.figures import Figure, Table
 from pvec.report.page import Answer, Chapter, Section
 from pvec.report.plots import histogram
 from pvec.report.sections.common import RunData, with_interval
 from pvec.report.sections.vector_figures import vector_figures
+from pvec.runs.responses import ResponseRecord
+from pvec.stats import Interval, bootstrap_mean
+from pvec.vectors.filter import REASONS, Filtered, Scored, Sign, filter_responses
+from pvec.vectors.vector import PersonaVector, load_vector
 
 if TYPE_CHECKING:
     from pvec.types import Score

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pvec.io.names import model_label
 from pvec.report.figures import Figure, Table
 from pvec.report.page import Answer, Chapter, Section
 from pvec.report.projection_plots import distributions, scatter
-from pvec.report.projections import DIFF_KIND, PROMPTS_KIND, SHIFT_KIND, read_summary
 from pvec.report.sections.common import RunData
+from pvec.runs.names import model_label
+from pvec.runs.summary import DIFF_KIND, PROMPTS_KIND, SHIFT_KIND, read_summary
 
 _Summary = Mapping[str, Any]
 

@@ -5,12 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from pvec.core.stats import Interval
-from pvec.report.figures import Cell, Figure, Table
-from pvec.report.page import Answer, Chapter, Section
-from pvec.report.plots import Panel, Reference, Series, curves, heat_map
-from pvec.report.sections.common import RunData, with_interval
-from pvec.report.sweep_numbers import (
+from pvec.evaluation.summary import (
     COHERENCE,
     Pick,
     Point,
@@ -19,6 +14,11 @@ from pvec.report.sweep_numbers import (
     read_sweep,
     summarise,
 )
+from pvec.report.figures import Cell, Figure, Table
+from pvec.report.page import Answer, Chapter, Section
+from pvec.report.plots import Panel, Reference, Series, curves, heat_map
+from pvec.report.sections.common import RunData, with_interval
+from pvec.stats import Interval
 
 _CURVES = 6
 """More lines than this in one figure cannot be told apart; the heat map has them all."""

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pvec.io.trainlog import read_log
 from pvec.report.figures import GRID, MARKERS, SERIES, Cell, Figure, Table
 from pvec.report.page import Chapter, Section
 from pvec.report.sections.common import RunData
+from pvec.runs.trainlog import read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pvec.io.vectorfile import PersonaVector
 from pvec.report.figures import Figure
 from pvec.report.plots import layer_lines
+from pvec.vectors.vector import PersonaVector
 
 
 def vector_figures(name: str, vector: PersonaVector) -> Iterator[Figure]:

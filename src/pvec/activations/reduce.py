@@ -1,0 +1,122 @@
+"""From hidden states to span means inside the hooks, and from the device to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from pvec.models.decoder import Decoder
+from pvec.types import SpanMeans, SpanName, TokenSpans
+
+
+class DoneError(Exception):
+    """Raised in the hook of the last wanted layer: the blocks above it need not run."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Parts of span means of a batch: ``means`` ``[B, S, L, H]`` and ``norms`` ``[B, S, L]``.
+
+    A span's part in one forward is its tokens' sum there over the *whole* span's token count, so
+    parts from prompt and answer add up to the mean.
+    """
+
+    means: torch.Tensor
+    norms: torch.Tensor
+
+    def of_rows(self, rows: torch.Tensor) -> Sums:
+        """Return the parts of rows chosen by number, repeats allowed."""
+        return Sums(self.means[rows], self.norms[rows])
+
+    def plus(self, other: Sums) -> Sums:
+        """Return the parts of two pieces of the same rows together."""
+        return Sums(self.means + other.means, self.norms + other.norms)
+
+
+class Reducer:
+    """The hooks of one forward: each turns its layer into span means and forgets it."""
+
+    def __init__(self, layers: tuple[int, ...], weights: torch.Tensor) -> None:
+        self.stop_at: int | None = None
+        self._layers = layers
+        self._weights = {weights.device: weights}  # [B, S, T], copied once to each other device
+        self._means: dict[int, torch.Tensor] = {}
+        self._norms: dict[int, torch.Tensor] = {}
+
+    @contextmanager
+    def attached(self, decoder: Decoder) -> Iterator[None]:
+        """Hold the hooks; none remains whatever happens inside.
+
+        With ``stop_at`` set the forward ends in ``DoneError`` after that layer.
+        """
+        handles: list[RemovableHandle] = []
+        try:
+            for layer in set(self._layers):
+                handles += [decoder.on_layer(layer, partial(self._take, layer))]
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _take(self, layer: int, hidden: torch.Tensor) -> None:
+        if hidden.device not in self._weights:
+            first = next(iter(self._weights.values()))
+            self._weights[hidden.device] = first.to(hidden.device)
+        weights = self._weights[hidden.device]
+        norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)  # [B, T]
+        self._means[layer] = torch.bmm(weights, hidden.float())  # [B, S, H]
+        self._norms[layer] = torch.bmm(weights, norms[..., None])[..., 0]  # [B, S]
+        if layer == self.stop_at:
+            raise DoneError
+
+    def sums(self, device: torch.device) -> Sums:
+        """Return every layer's part, on one device, in the order of the layers asked for."""
+        means = [self._means[layer].to(device) for layer in self._layers]
+        norms = [self._norms[layer].to(device) for layer in self._layers]
+        return Sums(torch.stack(means, dim=2), torch.stack(norms, dim=2))
+
+
+class OnTheWay:
+    """Results being copied to the host while the device computes the next batch."""
+
+    def __init__(self, rows: list[TokenSpans], sums: Sums, names: tuple[SpanName, ...]) -> None:
+        self._rows = rows
+        self._names = names
+        self._means = _to_host(sums.means)
+        self._norms = _to_host(sums.norms)
+        self._copied: torch.Event | None = None
+        if sums.means.is_cuda:
+            self._copied = torch.Event(sums.means.device)
+            self._copied.record()
+
+    def arrive(self, layers: tuple[int, ...]) -> Iterator[SpanMeans]:
+        """Wait for the copy and yield each row's own arrays."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        means, norms = self._means.numpy(), self._norms.numpy()  # [B, S, L, H], [B, S, L]
+        for b, row in enumerate(self._rows):
+            places = [(s, name) for s, name in enumerate(self._names) if name in row.spans]
+            empty = {name for _, name in places if row.spans[name][0] == row.spans[name][1]}
+            yield SpanMeans(
+                id=row.id,
+                layers=layers,
+                means={n: _or_missing(means[b, s], missing=n in empty) for s, n in places},
+                norms={n: _or_missing(norms[b, s], missing=n in empty) for s, n in places},
+            )
+
+
+def _or_missing(values: np.ndarray, *, missing: bool) -> np.ndarray:
+    return np.full_like(values, np.nan) if missing else values.copy()
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

@@ -1,0 +1,1 @@
+"""The transformers backend: batched decoding, steering and capture in this process."""

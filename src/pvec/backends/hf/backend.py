@@ -1,0 +1,155 @@
+"""The transformers backend: any causal LM, on any device, steered and captured row by row."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pvec.activations.capture import capture_means
+from pvec.backends.base import Backend
+from pvec.backends.hf import continuation, generation
+from pvec.backends.hf.forward import CausalModel, causal_model
+from pvec.models.decoder import find_decoder
+from pvec.models.files import ModelSpec
+from pvec.models.load import LoadedModel, ModelFacts, load_model
+from pvec.models.memory import BatchLimits, limits_for
+from pvec.settings import Settings
+from pvec.types import Generation, ModelInfo, Piece, Progress, Request, SpanMeans, TokenSpans
+
+ENGINE = "hf"
+"""Goes into response ids: the same request on another engine may give another text."""
+
+
+class HFBackend(Backend):
+    """One transformers model in this process.
+
+    ``batch_size`` caps the rows of a batch (default: what memory allows, at most 512). ``on_note``
+    gets a sentence whenever something is done for the user on the way (a batch halved, an answer's
+    room cut); ``on_progress`` gets the state of a running ``generate`` after every step.
+    """
+
+    def __init__(
+        self,
+        model: str | ModelSpec | LoadedModel,
+        *,
+        facts: ModelFacts | None = None,
+        batch_size: int | None = None,
+        on_note: Callable[[str], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        """Load a model (``facts`` from ``inspect_model`` save looking at its files twice)."""
+        if isinstance(model, str):
+            model = ModelSpec(model=model)
+        loaded = model if isinstance(model, LoadedModel) else load_model(model, facts=facts)
+        self.info = loaded.info
+        self.token_budget: int | None = None  # of a capture's forward; None: by device
+        self.tokenizer = loaded.tokenizer
+        self.model: PreTrainedModel | None = loaded.model
+        self.on_note = on_note or (lambda _note: None)
+        self.on_progress = on_progress or (lambda _progress: None)
+        self._causal: CausalModel | None = causal_model(loaded.model, loaded.tokenizer)
+        self.limits: BatchLimits = limits_for(
+            self._causal.device,
+            bytes_per_token=self._causal.bytes_per_token,
+            vocab_size=self._causal.vocab_size,
+        )
+        if batch_size is not None:
+            self.limits.rows = min(batch_size, self.limits.rows)
+
+    @classmethod
+    def from_settings(
+        cls,
+        spec: ModelSpec,
+        settings: Settings,
+        *,
+        facts: ModelFacts | None = None,
+        on_note: Callable[[str], None] | None = None,
+    ) -> Self:
+        """Load a model as the settings ask; see ``Backend.from_settings``."""
+        options = settings.backend
+        backend = cls(spec, facts=facts, batch_size=options.max_batch_rows, on_note=on_note)
+        backend.token_budget = options.token_budget
+        return backend
+
+    @classmethod
+    def wrap(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "model",
+        batch_size: int | None = None,
+    ) -> Self:
+        """Return a backend around a model that is already loaded (PEFT wrappers included).
+
+        Its fingerprint is empty: nothing is known of where the weights came from. The caller keeps
+        the model, whose training mode is left as it is: put it into ``eval`` first.
+        """
+        decoder = find_decoder(model)
+        info = ModelInfo(
+            id=name,
+            fingerprint="",
+            num_layers=decoder.num_layers,
+            hidden_size=decoder.hidden_size,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(decoder.device),
+        )
+        loaded = LoadedModel(model=model, tokenizer=tokenizer, info=info)
+        return cls(loaded, batch_size=batch_size)
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
+        """Yield one ``Generation`` per request as it finishes; see ``Backend.generate``."""
+        assert self._causal is not None, "the backend is closed"
+        return generation.generate(
+            self._causal,
+            self.tokenizer,
+            list(requests),
+            limits=self.limits,
+            notify=self.on_note,
+            progress=self.on_progress,
+        )
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Piece]:
+        """Yield a ``Piece`` for every new token; see ``Backend.stream``."""
+        assert self._causal is not None, "the backend is closed"
+        return generation.stream(
+            self._causal, self.tokenizer, list(requests), limits=self.limits, notify=self.on_note
+        )
+
+    def capture(
+        self, sequences: Iterable[TokenSpans], *, layers: Sequence[int] | None = None
+    ) -> Iterator[SpanMeans]:
+        """Yield the span means of each sequence; see ``Backend.capture``."""
+        assert self.model is not None, "the backend is closed"
+        return capture_means(
+            self.model,
+            sequences,
+            layers=layers,
+            token_budget=self.token_budget,
+            on_retry=self._note_retry,
+        )
+
+    def continuation_logprobs(
+        self, prompts: Sequence[tuple[int, ...]], continuations: Sequence[tuple[int, ...]]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield ``(prompt index, logprobs)``; see ``Backend.continuation_logprobs``."""
+        assert self._causal is not None, "the backend is closed"
+        return continuation.continuation_logprobs(
+            self._causal, prompts, continuations, limits=self.limits, notify=self.on_note
+        )
+
+    def close(self) -> None:
+        """Let go of the model and give its memory back."""
+        self.model = None
+        self._causal = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _note_retry(self, budget: int) -> None:
+        self.on_note(f"out of memory: capturing with at most {budget} tokens at once")

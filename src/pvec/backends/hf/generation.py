@@ -1,0 +1,325 @@
+"""The decode loop: many answers at once, each as if it ran alone.
+
+Requests wait in a queue, longest prompts first. Rows that finish leave the batch at once and the
+gap is filled from the queue, so the model always works on many rows. A prompt that several requests
+share is run once. Everything about a row (its draws, its steering, its counts) depends on its
+request only.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pvec.backends.hf.forward import CausalModel, left_padded
+from pvec.backends.hf.kvcache import RowCache
+from pvec.backends.hf.sampling import sample_tokens
+from pvec.errors import ModelError
+from pvec.models.memory import BatchLimits, is_out_of_memory, release_memory
+from pvec.steering.hooks import Steerer
+from pvec.steering.positions import roles_by_length
+from pvec.types import FinishReason, Generation, Piece, Progress, Request
+
+Notify = Callable[[str], None]
+"""Takes a sentence for the user: a batch was halved, an answer's room was cut."""
+
+_REFILL_BELOW = 0.75
+"""The queue is tapped when fewer rows than this share of the last full batch are left."""
+
+
+@dataclass(eq=False)
+class _Row:
+    """An answer in the making."""
+
+    request: Request
+    room: int
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        """Everything the model must have seen before the next token."""
+        return (*self.request.prompt_ids, *self.tokens)
+
+    @property
+    def full_length(self) -> int:
+        return len(self.request.prompt_ids) + self.room
+
+    @property
+    def shared_key(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Rows with equal keys have equal caches."""
+        return self.sequence, tuple(i.fingerprint for i in self.request.steering)
+
+
+def generate(
+    model: CausalModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    *,
+    limits: BatchLimits,
+    notify: Notify,
+    progress: Callable[[Progress], None],
+) -> Iterator[Generation]:
+    """Yield every request's answer as it finishes; see ``Backend.generate``.
+
+    ``limits`` shrink when memory runs out, and ``notify`` is told; ``progress`` hears of every
+    step: answers done, and under ``extra`` the ``tokens`` sampled so far and the ``rows`` running.
+    """
+    rows = _admit(requests, context=model.context, notify=notify)
+    Steerer(model.decoder, [row.request.steering for row in rows])  # refuse before anything runs
+    queue = deque(sorted(rows, key=lambda r: (-len(r.request.prompt_ids), r.shared_key)))
+    batch = _Batch(model)
+    most = done = tokens = 0
+    while queue or batch.rows:
+        try:
+            if queue and len(batch.rows) <= _REFILL_BELOW * most:
+                batch.extend(_take(queue, batch.rows, limits), prefill_tokens=limits.prefill_tokens)
+                most = len(batch.rows)
+            tokens += len(batch.rows)
+            finished = batch.step()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = len(batch.rows)
+            single = batch.rows[0] if batch.rows else None
+        else:
+            done += len(finished)
+            extra = {"tokens": float(tokens), "rows": float(len(batch.rows))}
+            progress(Progress(stage="generate", done=done, total=len(rows), extra=extra))
+            yield from (_generation(answer, tokenizer) for answer in finished)
+            continue
+        # Outside the except clause, so that the traceback no longer holds the batch's tensors.
+        queue.extendleft(reversed(batch.rows))
+        batch = _Batch(model)
+        most = 0
+        release_memory()
+        _shrink(limits, failed, single, notify)
+
+
+def stream(
+    model: CausalModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    *,
+    limits: BatchLimits,
+    notify: Notify,
+) -> Iterator[Piece]:
+    """Yield a piece per answer and step; see ``Backend.stream``. All requests run in one batch."""
+    rows = _admit(requests, context=model.context, notify=notify)
+    batch = _Batch(model)
+    batch.extend(rows, prefill_tokens=limits.prefill_tokens)
+    while batch.rows:
+        running = list(batch.rows)
+        ended = {id(done.row): done for done in batch.step()}
+        for row in running:
+            done = ended.get(id(row))
+            yield Piece(
+                id=row.request.id,
+                token_ids=tuple(row.tokens),
+                finished=_generation(done, tokenizer) if done else None,
+            )
+
+
+def _admit(requests: Sequence[Request], *, context: int | None, notify: Notify) -> list[_Row]:
+    """Give every request its room in the context; ``ModelError`` for one that has none."""
+    rows, cut = [], 0
+    for request in requests:
+        length = len(request.prompt_ids)
+        if length == 0:
+            raise ModelError(f"The prompt of {request.id!r} is empty: give it at least one token.")
+        room = request.sampling.max_tokens
+        if context is not None:
+            if length >= context:
+                raise ModelError(
+                    f"The prompt of {request.id!r} has {length} tokens and leaves no room for an "
+                    f"answer in the model's context of {context}: shorten it."
+                )
+            cut += length + room > context
+            room = min(room, context - length)
+        rows.append(_Row(request, max(room, 1)))
+    if cut:
+        notify(f"{cut} answers may be shorter than asked: the model's context is {context} tokens")
+    return rows
+
+
+def _take(queue: deque[_Row], running: Sequence[_Row], limits: BatchLimits) -> list[_Row]:
+    """Take from the queue what fits beside the running rows; at least one row in all."""
+    taken: list[_Row] = []
+    longest = max((row.full_length for row in running), default=0)
+    while queue:
+        count = len(running) + len(taken) + 1
+        longest = max(longest, queue[0].full_length)
+        if count > 1 and (count > limits.rows or count * longest > limits.cached_tokens):
+            break
+        taken.append(queue.popleft())
+    return taken
+
+
+def _shrink(limits: BatchLimits, failed: int, single: _Row | None, notify: Notify) -> None:
+    if not limits.halve(failed):
+        length = single.full_length if single else 0
+        raise ModelError(
+            f"There is not enough memory for one answer of up to {length} tokens: lower the "
+            f"maximum tokens, or use a smaller model or dtype."
+        )
+    notify(f"out of memory with {failed} rows: going on with at most {limits.rows}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Finished:
+    row: _Row
+    reason: FinishReason
+    touched: tuple[int, ...]
+
+
+def _generation(done: _Finished, tokenizer: PreTrainedTokenizerBase) -> Generation:
+    return Generation(
+        id=done.row.request.id,
+        token_ids=tuple(done.row.tokens),
+        text=str(tokenizer.decode(done.row.tokens, skip_special_tokens=True)),
+        finish_reason=done.reason,
+        touched=done.touched,
+    )
+
+
+class _Batch:
+    """The rows that run now, with their cache, padding, steering and the logits to sample from."""
+
+    def __init__(self, model: CausalModel) -> None:
+        self.rows: list[_Row] = []
+        self._model = model
+        self._cache = RowCache()
+        self._steerer: Steerer | None = None
+        self._logits = torch.empty(0)  # [R, V]
+        self._lengths: list[int] = []  # real tokens in the cache, per row
+
+    def extend(self, rows: Sequence[_Row], *, prefill_tokens: int) -> None:
+        """Add rows: run each distinct prompt once, a limited number of tokens at a time."""
+        self.rows = [*self.rows, *rows]  # before anything can fail: no row gets lost
+        shared: dict[object, list[_Row]] = {}
+        for row in rows:
+            shared.setdefault(row.shared_key, []).append(row)
+        groups = list(shared.values())
+        ready = self.rows[: len(self.rows) - len(rows)]
+        while groups:
+            width = max(len(group[0].sequence) for group in groups)
+            now = max(prefill_tokens // width, 1)
+            ready += self._prefill(groups[:now])
+            groups = groups[now:]
+        self.rows = ready
+
+    @torch.inference_mode()
+    def _prefill(self, groups: Sequence[Sequence[_Row]]) -> list[_Row]:
+        firsts = [group[0] for group in groups]
+        ids, real, positions = left_padded(
+            [row.sequence for row in firsts], pad_id=self._model.pad_id, device=self._model.device
+        )
+        steerer = Steerer(self._model.decoder, [row.request.steering for row in firsts])
+        prompts = torch.tensor([len(row.request.prompt_ids) for row in firsts], device=ids.device)
+        steerer.set_roles(roles_by_length(real, prompts))
+        cache = RowCache()
+        logits = self._model.forward(
+            ids, mask=_mask(real), positions=positions, cache=cache, steerer=steerer
+        )
+        copies = [index for index, group in enumerate(groups) for _ in group]
+        if len(copies) > len(groups):
+            cache.keep(copies)
+            steerer.select(copies)
+            logits = logits[copies]
+        self._join(cache, steerer, logits, [len(firsts[index].sequence) for index in copies])
+        return [row for group in groups for row in group]
+
+    def _join(
+        self, cache: RowCache, steerer: Steerer, logits: torch.Tensor, lengths: list[int]
+    ) -> None:
+        room = len(self.rows)
+        if self._steerer is None or not self._lengths:
+            self._cache, self._steerer, self._logits = cache, steerer, logits
+        else:
+            self._cache.join(cache, room=room)
+            self._steerer.join(steerer)
+            self._logits = torch.cat([self._logits, logits])
+        self._lengths = self._lengths + lengths
+
+    @torch.inference_mode()
+    def step(self) -> list[_Finished]:
+        """Sample one token for every row, let finished rows go, and run the others' tokens."""
+        assert self._steerer is not None
+        sampled = sample_tokens(
+            self._logits,
+            [row.request.sampling for row in self.rows],
+            [len(row.tokens) for row in self.rows],
+        )
+        finished: list[_Finished] = []
+        going: list[int] = []
+        for index, (row, token) in enumerate(zip(self.rows, sampled, strict=True)):
+            stops = token in self._model.stop_ids
+            if not stops:
+                row.tokens.append(token)
+            if stops or len(row.tokens) >= row.room:
+                finished.append(self._finish(index, "stop" if stops else "length"))
+            else:
+                going.append(index)
+        if finished:
+            self._keep(_with_holes_filled(going))
+        if self.rows:
+            self._run_newest()
+        return finished
+
+    def _finish(self, index: int, reason: FinishReason) -> _Finished:
+        assert self._steerer is not None
+        row = self.rows[index]
+        touched = self._steerer.check_touched(
+            index,
+            prompt_tokens=len(row.request.prompt_ids),
+            generated_tokens=self._lengths[index] - len(row.request.prompt_ids),
+        )
+        return _Finished(row=row, reason=reason, touched=touched)
+
+    def _keep(self, indices: list[int]) -> None:
+        self.rows = [self.rows[i] for i in indices]
+        self._lengths = [self._lengths[i] for i in indices]
+        if not indices or self._steerer is None:
+            self._cache, self._steerer, self._logits = RowCache(), None, torch.empty(0)
+            return
+        self._cache.keep(indices)
+        self._cache.drop_columns(self._cache.columns - max(self._lengths))
+        self._steerer.select(indices)
+
+    def _run_newest(self) -> None:
+        assert self._steerer is not None
+        device = self._model.device
+        newest = torch.tensor([[row.tokens[-1]] for row in self.rows], device=device)
+        lengths = torch.tensor(self._lengths, device=device)
+        columns = self._cache.columns + 1
+        real = None
+        if min(self._lengths) + 1 < columns:  # some row is padded
+            real = torch.arange(columns, device=device) >= (columns - 1 - lengths)[:, None]
+        self._steerer.set_generated()
+        self._logits = self._model.forward(
+            newest,
+            mask=real,
+            positions=lengths[:, None],
+            cache=self._cache,
+            steerer=self._steerer,
+        )
+        self._lengths = [length + 1 for length in self._lengths]
+
+
+def _with_holes_filled(kept: list[int]) -> list[int]:
+    """Reorder ascending row numbers so that few rows move: the last ones fill the holes.
+
+    >>> _with_holes_filled([0, 2, 3, 5])
+    [0, 5, 2, 3]
+    """
+    staying = [row for row in kept if row < len(kept)]
+    moving = [row for row in kept if row >= len(kept)]
+    taken = set(staying)
+    return [row if row in taken else moving.pop() for row in range(len(kept))]
+
+
+def _mask(real: torch.Tensor) -> torch.Tensor | None:
+    return None if bool(real.all()) else real

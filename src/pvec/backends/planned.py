@@ -1,0 +1,179 @@
+"""Answers that a run should hold: planned without weights, generated only where missing.
+
+Extraction, evaluation and screening all do the same thing here: they say which answers they want
+(``Wanted``), and ``generate_missing`` fills the run. An answer's id covers everything that could
+change it, so a second call repeats nothing and a changed setting never meets a stale answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from pvec.backends.kept_means import answers
+from pvec.backends.session import Engine
+from pvec.errors import ModelError
+from pvec.models.chat import encode_prompt, render_prompt, think_length
+from pvec.runs.responses import Json, ResponseRecord, response_id
+from pvec.runs.store import Run
+from pvec.types import Generation, Instruction, Message, Progress, Request, Sampling
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Wanted:
+    """One answer that a run should hold. ``condition`` is the workflow's own words for it."""
+
+    trait: str
+    condition: Mapping[str, Json]
+    question: str
+    question_id: str
+    system: str | None
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    engine: str
+    """Identity of model and backend (``Engine.identity``)."""
+    steering: tuple[Instruction, ...] = ()
+
+    @cached_property
+    def id(self) -> str:
+        """The response id; two workflows that want the same answer under one condition share it."""
+        return response_id(
+            model=self.engine,
+            prompt_ids=self.prompt_ids,
+            sampling=self.sampling,
+            steering=self.steering,
+            engine=self.engine,
+            context={"trait": self.trait, "condition": dict(self.condition)},
+        )
+
+    def request(self) -> Request:
+        """Return what the backend is asked for."""
+        return Request(
+            id=self.id,
+            prompt_ids=self.prompt_ids,
+            sampling=self.sampling,
+            steering=self.steering,
+        )
+
+
+class PromptCache:
+    """Renders and tokenises chats, each once: rollouts and conditions share their prompts."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._known: dict[tuple[tuple[str, str], ...], tuple[str, tuple[int, ...]]] = {}
+
+    def __call__(self, messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
+        """Return prompt text and token ids. Raises ``ModelError`` when no answer fits after it."""
+        key = tuple((message["role"], message["content"]) for message in messages)
+        if key not in self._known:
+            tokenizer = self._engine.facts.tokenizer
+            text = render_prompt(tokenizer, messages, thinking=self._engine.thinking)
+            ids = encode_prompt(tokenizer, text)
+            context = self._engine.facts.context
+            if context is not None and len(ids) >= context:
+                raise ModelError(
+                    f"The prompt for {messages[-1]['content'][:60]!r} has {len(ids)} tokens and "
+                    f"the model reads at most {context}: shorten it or choose another model."
+                )
+            self._known[key] = (text, ids)
+        return self._known[key]
+
+
+def question_messages(question: str, *, system: str | None) -> list[Message]:
+    """Return the chat that asks one question, with a system prompt or without."""
+    head: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    return [*head, {"role": "user", "content": question}]
+
+
+def derive_seed(base: int, *parts: str | int) -> int:
+    """Return a seed below 2^48 for one answer from the run's seed and the answer's place in it.
+
+    Leave out of ``parts`` what should be compared under common random numbers.
+    """
+    text = "|".join(map(str, (base, *parts)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
+
+
+def missing(run: Run, wanted: Sequence[Wanted]) -> list[Wanted]:
+    """Return those answers that the run does not hold yet."""
+    have = run.response_ids()
+    return [one for one in wanted if one.id not in have]
+
+
+def generate_missing(
+    run: Run,
+    engine: Engine,
+    wanted: Sequence[Wanted],
+    *,
+    on_progress: OnProgress,
+    stage: str = "generate",
+) -> int:
+    """Generate what the run does not hold yet, appending each answer as it finishes.
+
+    Returns the number generated. The model is loaded only when something is missing.
+    """
+    todo = {one.id: one for one in missing(run, wanted)}
+    if not todo:
+        return 0
+    backend = engine.backend
+    already, done = len(wanted) - len(todo), 0
+    backend.on_progress = _Watch(on_progress, stage=stage, already=already, total=len(wanted))
+    for generation in answers(engine, [one.request() for one in todo.values()]):
+        run.append_response(_record(todo[generation.id], generation, engine))
+        done += 1
+    if done != len(todo):
+        raise ModelError(
+            f"The backend returned {done} of {len(todo)} answers: run the same command again to "
+            f"make the missing ones, and report this as a bug if it happens again."
+        )
+    return done
+
+
+class _Watch:
+    """Turns a backend's progress into the run's: answers that were there before count as done."""
+
+    def __init__(self, show: OnProgress, *, stage: str, already: int, total: int) -> None:
+        self._show = show
+        self._stage = stage
+        self._already = already
+        self._total = total
+        self._started = time.monotonic()
+        self(Progress(stage=stage, done=0, total=total))
+
+    def __call__(self, progress: Progress) -> None:
+        detail = ""
+        if seconds := time.monotonic() - self._started:
+            tokens, rows = (progress.extra.get(name, 0.0) for name in ("tokens", "rows"))
+            detail = f"{tokens / seconds:,.0f} tokens/s, {rows:.0f} at once" if tokens else ""
+        done = self._already + progress.done
+        self._show(
+            Progress(stage=self._stage, done=done, total=self._total, unit="answers", detail=detail)
+        )
+
+
+def _record(wanted: Wanted, generation: Generation, engine: Engine) -> ResponseRecord:
+    return ResponseRecord(
+        id=wanted.id,
+        trait=wanted.trait,
+        condition=wanted.condition,
+        question=wanted.question,
+        question_id=wanted.question_id,
+        system=wanted.system,
+        prompt=wanted.prompt,
+        prompt_ids=wanted.prompt_ids,
+        token_ids=generation.token_ids,
+        answer=generation.text,
+        finish_reason=generation.finish_reason,
+        sampling=wanted.sampling,
+        think_tokens=think_length(
+            engine.facts.tokenizer, generation.token_ids, prompt_ids=wanted.prompt_ids
+        ),
+        steering=tuple(one.describe() for one in wanted.steering),
+    )

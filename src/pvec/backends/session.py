@@ -1,0 +1,189 @@
+"""The model of a command: looked at first, loaded when something has to run, freed at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from pvec.backends.processes import ALONE, Processes
+from pvec.closing import Closing
+from pvec.models.files import ModelSpec
+from pvec.settings import Settings
+from pvec.types import Progress, Sampling
+
+if TYPE_CHECKING:
+    from pvec.backends.base import Backend
+    from pvec.backends.kept_means import KeptMeans
+    from pvec.backends.registry import BackendName
+    from pvec.models.load import ModelFacts
+
+Say = Callable[[str], None]
+"""Shows one note to the user."""
+
+BUNDLED_MAX_TOKENS = 96
+DEFAULT_MAX_TOKENS = 1000
+_BUNDLED_THREADS = 2
+"""As many as its matrices keep busy; on two idle cores it is twice as fast as on one."""
+
+
+def silent(_: object) -> None:
+    """Take a note or progress and show nothing (the default of library calls)."""
+
+
+class Engine(Closing):
+    """What runs the model of one command, as the settings ask.
+
+    Making one reads configuration, tokenizer and fingerprint (``facts``), so that bad input is
+    refused and response ids are known before any weights are loaded. ``backend`` loads them on
+    first use. ``processes`` each load it, on an accelerator of their own where there are some. A
+    context manager; leaving it frees the model.
+
+    Raises ``ModelError`` or ``InputError`` for a model that cannot be used.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        say: Say = silent,
+        on_progress: Callable[[Progress], None] = silent,
+        processes: Processes = ALONE,
+    ) -> None:
+        from pvec.backends.registry import choose_backend
+        from pvec.models.load import inspect_model
+
+        self._settings = settings
+        self._say = say
+        self._on_progress = on_progress
+        self.processes = processes
+        self.spec = replace(model_spec(settings), device=_device(settings, processes))
+        self.facts: ModelFacts = inspect_model(self.spec)
+        self.choice = choose_backend(settings.backend.name, bundled=self.facts.bundled)
+        self._backend: Backend | None = None
+        self.kept_means: KeptMeans | None = None
+        """Where activations go that are captured while generating, if a workflow wants them."""
+
+    @cached_property
+    def identity(self) -> str:
+        """What could change an answer besides prompt, sampling and steering: weights (adapter
+        included), tokenizer and chat template, backend, number format.
+        """
+        from pvec.models.load import choose_device, choose_dtype
+
+        dtype, _ = choose_dtype(self.spec.dtype, choose_device(self.spec.device)[0])
+        name = str(dtype).removeprefix("torch.")
+        return f"{self.facts.fingerprint}/{self.facts.chat_hash}/{self.choice.name}/{name}"
+
+    @property
+    def thinking(self) -> bool:
+        """Whether models that can think aloud are let to."""
+        return self._settings.generation.thinking == "on"
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest answer in tokens: as set, else 1000, and 96 for the bundled model."""
+        default = BUNDLED_MAX_TOKENS if self.facts.bundled else DEFAULT_MAX_TOKENS
+        return self._settings.generation.max_tokens or default
+
+    def sampling(self, seed: int) -> Sampling:
+        """Return the sampling that the settings ask for, with this seed."""
+        generation = self._settings.generation
+        return Sampling(
+            temperature=generation.temperature,
+            top_p=generation.top_p,
+            max_tokens=self.max_tokens,
+            seed=seed,
+        )
+
+    @property
+    def backend(self) -> Backend:
+        """The loaded model; the first use loads it and says what was chosen and why."""
+        if self._backend is None:
+            self._say(f"loading {self.facts.id} on {self.choice.name} ({self.choice.reason})")
+            self._backend = open_backend(
+                self.choice.name, self.spec, self._settings, facts=self.facts, say=self._say
+            )
+            info = self._backend.info
+            self._say(f"{info.num_layers} layers, {info.hidden_size} wide, {info.dtype}")
+            for note in info.notes:
+                self._say(f"  {note}")
+            if info.bundled and info.device == "cpu":
+                self._use_few_threads()
+        return self._backend
+
+    def _use_few_threads(self) -> None:
+        """Keep the bundled model on two threads, or on one where others keep the cores busy.
+
+        Its small matrices have no work for more, and threads that wait for a core cost several
+        times what they save.
+        """
+        import torch
+
+        from pvec.models.memory import idle_cores
+
+        threads = max(1, min(_BUNDLED_THREADS, torch.get_num_threads(), idle_cores()))
+        torch.set_num_threads(threads)
+        self._say(f"  threads: {threads}")
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._backend is not None
+
+    def close(self) -> None:
+        """Free the model; using ``backend`` again would load it again."""
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+
+
+def open_backend(
+    name: BackendName,
+    spec: ModelSpec,
+    settings: Settings,
+    *,
+    facts: ModelFacts | None = None,
+    say: Say = silent,
+) -> Backend:
+    """Load a model on a backend, as the settings ask. Raises ``ModelError`` or ``InputError``."""
+    from pvec.backends.registry import backend_class
+
+    return backend_class(name).from_settings(spec, settings, facts=facts, on_note=say)
+
+
+def load_judge_model(name: str, settings: Settings) -> Backend:
+    """Load a local judge: the model ``name`` without adapter, on transformers."""
+    spec = ModelSpec(
+        model=name, device=settings.model.device, trust_remote_code=settings.model.trust_remote_code
+    )
+    return open_backend("hf", spec, settings)
+
+
+def model_spec(settings: Settings) -> ModelSpec:
+    """Return what the settings say of the model, in the backends' words."""
+    model = settings.model
+    return ModelSpec(
+        model=model.id,
+        adapter=model.adapter,
+        merge_adapter=model.merge_adapter,
+        dtype=model.dtype,
+        device=model.device,
+        device_map=model.device_map,
+        revision=model.revision,
+        chat_template=model.chat_template,
+        allow_pickle=model.allow_pickle,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def _device(settings: Settings, processes: Processes) -> str:
+    """Return the device of this process: as set, or an accelerator of its own beside others."""
+    wanted = settings.model.device
+    if processes.size > 1 and wanted in ("auto", "cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            return f"cuda:{processes.local_rank}"
+    return wanted

@@ -1,1 +1,0 @@
-"""Pure tensors and numbers: layers, steering, capture, vectors, projection, statistics."""

@@ -1,0 +1,161 @@
+"""CSV files as tables: cells stay text, rows keep their bytes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Literal
+
+from pvec.data.tables import BadRow, Row, Table, TableWriter
+from pvec.errors import InputError
+
+_BOM = b"\xef\xbb\xbf"
+
+
+class CsvTable(Table):
+    """A CSV file in UTF-8 with a header, as pandas and the reference write it."""
+
+    def __init__(self, path: Path, *, need: Sequence[str] = (), delimiter: str = ",") -> None:
+        """Read the header. Raises ``InputError`` for a file without one or without ``need``."""
+        self.delimiter = delimiter
+        with path.open("rb") as stream:
+            header = next(_records(stream, delimiter), None)
+        if header is None:
+            raise InputError(f"{path} is empty; a CSV file begins with its column names.")
+        if header.problem:
+            raise InputError(f"{path}:1 {header.problem}; correct the header.")
+        twice = {name for name in header.cells if header.cells.count(name) > 1}
+        if twice:
+            raise InputError(
+                f"{path} has two columns called {min(twice)!r}; rename or remove one of them."
+            )
+        self.header = header
+        super().__init__(path, columns=header.cells, need=need)
+
+    def read(self) -> Iterator[Row | BadRow]:
+        """Yield every row; blank lines are none."""
+        with self.path.open("rb") as stream:
+            records = _records(stream, self.delimiter)
+            next(records)
+            number = 0
+            for record in records:
+                problem = record.problem
+                if not problem and len(record.cells) != len(self.columns):
+                    problem = f"has {len(record.cells)} cells, the header {len(self.columns)}"
+                if problem:
+                    yield BadRow(line=record.line, reason=problem)
+                    continue
+                values = dict(zip(self.columns, record.cells, strict=True))
+                yield Row(number=number, line=record.line, values=values, raw=record.raw)
+                number += 1
+
+    def writer(self, stream: IO[bytes], *, columns: Sequence[str]) -> TableWriter:
+        """Return a writer; rows to which columns are only added keep every byte of theirs."""
+        return _CsvWriter(self, stream, columns)
+
+
+class _CsvWriter(TableWriter):
+    def __init__(self, table: CsvTable, stream: IO[bytes], columns: Sequence[str]) -> None:
+        self._table = table
+        self._stream = stream
+        self._columns = columns
+        self._added = [name for name in columns if name not in table.columns]
+        self._replaced = [name for name in columns if name in table.columns]
+        header: Mapping[str, str] = {name: name for name in (*table.columns, *columns)}
+        self._write(table.header.raw, header, header)
+
+    def write(self, row: Row, values: Mapping[str, float | int | str | None]) -> None:
+        self._write(row.raw, row.values, {name: _cell(values[name]) for name in self._columns})
+
+    def _write(self, raw: bytes, old: Mapping[str, str], new: Mapping[str, str]) -> None:
+        body = raw.rstrip(b"\r\n")
+        end = raw[len(body) :] or b"\n"
+        delimiter = self._table.delimiter
+        if self._replaced:
+            cells = [new.get(name, old[name]) for name in self._table.columns]
+            body = encode_row(cells, delimiter=delimiter)
+        if self._added:
+            added = [new[name] for name in self._added]
+            # one column, empty: a row of its own would be written as "", which is right here too
+            body += delimiter.encode() + encode_row(added, delimiter=delimiter)
+        self._stream.write(body + end)
+
+
+def encode_row(cells: Sequence[str], *, delimiter: str = ",") -> bytes:
+    """Return ``cells`` as one CSV row without its line end, quoted where that is needed."""
+    # Python 3.11 to 3.12 quote no lone carriage return, and then cannot read it back
+    quoting: Literal[0, 1] = (
+        csv.QUOTE_ALL if any("\r" in cell for cell in cells) else csv.QUOTE_MINIMAL
+    )
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, delimiter=delimiter, quoting=quoting, lineterminator="\n").writerow(cells)
+    return buffer.getvalue().removesuffix("\n").encode("utf-8", "backslashreplace")
+
+
+class _Record:
+    """One CSV record: the line it begins on, its bytes, its cells or what is wrong with it."""
+
+    __slots__ = ("cells", "line", "problem", "raw")
+
+    def __init__(self, line: int, raw: bytes, cells: list[str], problem: str = "") -> None:
+        self.line = line
+        self.raw = raw
+        self.cells = cells
+        self.problem = problem
+
+
+class _Lines:
+    """Feeds decoded lines to the csv module and remembers the bytes it took for a record."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.taken: list[bytes] = []
+        self.line = 0
+        self.undecodable = False
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._stream:
+            self.line += 1
+            self.taken.append(line)
+            text = line.removeprefix(_BOM) if self.line == 1 else line
+            try:
+                yield text.decode("utf-8")
+            except UnicodeDecodeError:
+                self.undecodable = True
+                yield text.decode("utf-8", "replace")
+
+    def take(self) -> bytes:
+        """Return the bytes of the lines since the last call."""
+        raw = b"".join(self.taken)
+        self.taken.clear()
+        return raw
+
+
+def _records(stream: IO[bytes], delimiter: str) -> Iterator[_Record]:
+    """Yield the records of a CSV file, each with the bytes that it was read from."""
+    csv.field_size_limit(sys.maxsize)  # the default refuses answers over 128 KiB
+    lines = _Lines(stream)
+    reader = csv.reader(iter(lines), delimiter=delimiter)
+    while True:
+        first = lines.line + 1
+        try:
+            cells = next(reader, None)
+            problem = ""
+        except csv.Error as exc:
+            cells, problem = [], f"is not valid CSV ({exc})"
+        if cells is None:
+            return
+        raw = lines.take()
+        if lines.undecodable:
+            problem = "is not UTF-8 text"
+            lines.undecodable = False
+        if cells or problem:
+            yield _Record(first, raw, cells, problem)
+
+
+def _cell(value: float | int | str | None) -> str:
+    """Return a value as pandas would write it: floats in full, a missing one empty."""
+    return "" if value is None else str(value)

@@ -1,0 +1,102 @@
+"""Judged answers as CSV in the reference's columns, written and read.
+
+``question, prompt, answer, question_id, {trait}, coherence``; a missing score is an empty cell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pvec.data.csv_table import CsvTable, encode_row
+from pvec.errors import InputError
+from pvec.runs.files import atomic_write
+
+_COLUMNS = ("question", "prompt", "answer", "question_id")
+_COHERENCE = "coherence"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedAnswer:
+    """One answer with its scores, 0 to 100 or None where the judge gave none.
+
+    ``prompt`` is the rendered chat template up to where the answer begins.
+    """
+
+    question: str
+    prompt: str
+    answer: str
+    question_id: str
+    trait_score: float | None
+    coherence: float | None
+
+
+def write_judged_csv(path: str | Path, answers: Iterable[JudgedAnswer], *, trait: str) -> int:
+    """Write ``answers`` to ``path``, replacing it as a whole, and return how many there were.
+
+    Raises ``StoreError`` when it cannot be written.
+    """
+    count = 0
+    with atomic_write(path) as stream:
+        stream.write(encode_row([*_COLUMNS, trait, _COHERENCE]) + b"\n")
+        for answer in answers:
+            stream.write(encode_row(_cells(answer)) + b"\n")
+            count += 1
+    return count
+
+
+def read_judged_csv(path: str | Path, *, trait: str) -> Iterator[JudgedAnswer]:
+    """Yield the answers of a CSV with the reference's columns, one at a time.
+
+    ``prompt``, ``answer``, the trait's column and ``coherence`` must be there; ``question`` and
+    ``question_id`` may be missing. Raises ``InputError`` for missing columns (which, what was
+    found), and for a score that is no number from 0 to 100 (file and line).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; check the path.")
+    table = CsvTable(path, need=("prompt", "answer", trait, _COHERENCE))
+    return _judged_rows(table, trait)
+
+
+def _judged_rows(table: CsvTable, trait: str) -> Iterator[JudgedAnswer]:
+    for row in table.rows():
+        where = f"{table.path}:{row.line}"
+        yield JudgedAnswer(
+            question=row.values.get("question", ""),
+            prompt=row.values["prompt"],
+            answer=row.values["answer"],
+            question_id=row.values.get("question_id", ""),
+            trait_score=_score(row.values[trait], where=where, column=trait),
+            coherence=_score(row.values[_COHERENCE], where=where, column=_COHERENCE),
+        )
+
+
+def _cells(answer: JudgedAnswer) -> list[str]:
+    scores = (answer.trait_score, answer.coherence)
+    return [
+        answer.question,
+        answer.prompt,
+        answer.answer,
+        answer.question_id,
+        *("" if score is None else repr(float(score)) for score in scores),
+    ]
+
+
+def _score(cell: str, *, where: str, column: str) -> float | None:
+    """Return a score, or None for the ways in which tables say that there is none."""
+    text = cell.strip()
+    if text.lower() in {"", "nan", "none", "null", "na"}:
+        return None
+    try:
+        score = float(text)
+    except ValueError:
+        score = math.nan
+    if not 0 <= score <= 100:
+        raise InputError(
+            f"{where} has {cell!r} as the score {column!r}; a score is a number from 0 to 100, or "
+            "empty where there is none."
+        )
+    return score

@@ -1,0 +1,1 @@
+"""Whether pvec can work on this machine."""

@@ -1,0 +1,1 @@
+"""What steering with a vector does: conditions, sweeps, verification, chat."""

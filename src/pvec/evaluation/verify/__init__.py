@@ -1,0 +1,1 @@
+"""Proof that steering changes activations exactly as specified."""

@@ -1,0 +1,277 @@
+"""The checks of ``pvec verify``, each comparing two ways of getting the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pvec.evaluation.verify.inputs import ANSWER_TOKENS, POSITIONS, Asked, Check
+from pvec.models.decoder import block_index, describe_layer
+from pvec.types import Instruction, Positions, Request, TokenSpans
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from pvec.backends.hf.backend import HFBackend
+
+
+class Bench(Asked):
+    """A transformers model with what the checks need, and ways to run it and to look inside."""
+
+    def __init__(
+        self, backend: HFBackend, steering: Sequence[Instruction], *, thinking: bool
+    ) -> None:
+        import torch
+
+        from pvec.models.decoder import find_decoder
+        from pvec.steering.observe import module_after
+
+        super().__init__(backend, steering, thinking=thinking)
+        assert backend.model is not None
+        self.backend = backend
+        self.model: Any = backend.model
+        decoder = find_decoder(self.model)
+        self.blocks: nn.ModuleList = decoder.blocks
+        self.device = decoder.device
+        ids = torch.tensor([self.prompts[0]], device=self.device)
+        self.after = module_after(self.model, self.blocks, ids)
+
+    def generated(self, request: Request) -> tuple[tuple[int, ...], list[torch.Tensor]]:
+        """Return the tokens fed to the model and the residual stream per layer ``[T, H]``."""
+        from pvec.steering.observe import recorded
+
+        with recorded(self.blocks, after=self.after) as recording:
+            (answer,) = self.backend.generate([request])
+        states = [state[0] for state in recording.states()]
+        fed = (*request.prompt_ids, *answer.token_ids)[: states[0].shape[0]]
+        return fed, states
+
+    def plain(self, token_ids: Sequence[int]) -> list[torch.Tensor]:
+        """Return the residual stream per layer of one plain, unsteered forward."""
+        import torch
+
+        from pvec.steering.observe import recorded
+
+        with (
+            torch.inference_mode(),
+            recorded(self.blocks, after=self.after) as recording,
+        ):
+            self.model(input_ids=torch.tensor([list(token_ids)], device=self.device))
+        return [state[0] for state in recording.states()]
+
+
+def all_checks(bench: Bench) -> Iterator[Check]:
+    """Yield every check as it is done; a failed one is a result like any other."""
+    before = bench.plain(bench.prompts[1])
+    yield _layer_numbers(bench)
+    for positions in POSITIONS:
+        yield from _change_checks(bench, positions)
+    yield _zero_is_identity(bench)
+    yield _plain_hook_agrees(bench)
+    yield _mixed_batch_equals_alone(bench, steered=False)
+    yield _mixed_batch_equals_alone(bench, steered=True)
+    yield _means_in_a_batch(bench)
+    yield _nothing_is_left(bench, before)
+
+
+def _layer_numbers(bench: Bench) -> Check:
+    """Layer l is transformers' hidden_states[l]; their last one is normed and so not compared."""
+    import torch
+
+    ids = torch.tensor([bench.prompts[1]], device=bench.device)
+    with torch.inference_mode():
+        theirs = bench.model(input_ids=ids, output_hidden_states=True).hidden_states
+    ours = bench.plain(bench.prompts[1])
+    error = max(
+        _relative(ours[layer] - theirs[layer][0].float().cpu(), ours[layer])
+        for layer in range(len(ours) - 1)
+    )
+    return bench.check(
+        "layer numbers are those of transformers' hidden_states", error, "residual norms"
+    )
+
+
+def _positions_of(positions: Positions, *, prompt: int, total: int) -> list[int]:
+    first = {"all": 0, "prompt": 0, "response": prompt - 1}[positions]
+    return list(range(first, prompt if positions == "prompt" else total))
+
+
+def _change_checks(bench: Bench, positions: Positions) -> Iterator[Check]:
+    """Compare a steered answer with a plain forward over the very tokens it had.
+
+    Up to the steered layer nothing but the steering can tell the two apart.
+    """
+    asked = elsewhere = 0.0
+    where, count = "", 0
+    for instruction in bench.steering:
+        layer = instruction.layer
+        request = bench.request(0, replace(instruction, positions=positions), prompt=1)
+        fed, steered = bench.generated(request)
+        plain = bench.plain(fed)
+        touched = _positions_of(positions, prompt=len(request.prompt_ids), total=len(fed))
+        count += len(touched)
+        error = _relative(_unexplained(steered, plain, instruction, touched), plain[layer][touched])
+        if error >= asked:
+            asked, where = error, describe_layer(layer)
+        others = [t for t in range(len(fed)) if t not in set(touched)]
+        for below in range(layer):
+            elsewhere = max(elsewhere, _relative(steered[below] - plain[below], plain[below]))
+        if others:
+            change = steered[layer][others] - plain[layer][others]
+            elsewhere = max(elsewhere, _relative(change, plain[layer][others]))
+    changed = f"positions={positions}: the residual stream changes by coef x v"
+    yield bench.check(changed, asked, f"{count} positions, worst at {where}")
+    yield bench.check(
+        f"positions={positions}: no other token changes, nor any layer below", elsewhere
+    )
+
+
+def _unexplained(
+    steered: list[torch.Tensor],
+    plain: list[torch.Tensor],
+    instruction: Instruction,
+    touched: list[int],
+) -> torch.Tensor:
+    """Return what of the change at the steered layer and tokens is not ``coef x v``, ``[T, H]``."""
+    import torch
+
+    wanted = torch.from_numpy(np.float32(instruction.coef) * instruction.vector)
+    return steered[instruction.layer][touched] - plain[instruction.layer][touched] - wanted
+
+
+def _zero_is_identity(bench: Bench) -> Check:
+    worst = 0.0
+    tokens, plain = bench.generated(bench.request(0, prompt=1))
+    for instruction in bench.steering:
+        zero = replace(instruction, coef=0.0)
+        same, states = bench.generated(bench.request(0, zero, prompt=1))
+        if same != tokens:
+            return _failed("coefficient 0 is the identity", "another text")
+        worst = max(
+            worst, *(float((a - b).abs().max()) for a, b in zip(states, plain, strict=True))
+        )
+    return Check(
+        name="coefficient 0 is the identity",
+        passed=worst == 0.0,
+        measured=worst,
+        allowed=0.0,
+        unit="absolute",
+    )
+
+
+def _plain_hook_agrees(bench: Bench) -> Check:
+    """Greedy text equals that of transformers' generate with a hook written out by hand."""
+    different = 0
+    for instruction in bench.steering:
+        everywhere = replace(instruction, positions="all")
+        (answer,) = bench.backend.generate([bench.request(0, everywhere, prompt=0)])
+        theirs = _generate_by_hand(bench, everywhere)
+        different += theirs[: len(answer.token_ids)] != answer.token_ids
+    return Check(
+        name="greedy text equals model.generate with a hand-written hook",
+        passed=different == 0,
+        measured=float(different),
+        allowed=0.0,
+        unit="answers that differ",
+        detail=f"{len(bench.steering)} answers",
+    )
+
+
+def _generate_by_hand(bench: Bench, instruction: Instruction) -> tuple[int, ...]:
+    import torch
+
+    block = bench.blocks[block_index(instruction.layer)]
+    added = torch.from_numpy(np.float32(instruction.coef) * instruction.vector)
+
+    def add(_module: Any, _args: Any, output: Any) -> Any:
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        hidden = hidden + added.to(device=hidden.device, dtype=hidden.dtype)
+        return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
+
+    ids = torch.tensor([bench.prompts[0]], device=bench.device)
+    handle = block.register_forward_hook(add)
+    try:
+        with torch.inference_mode():
+            output = bench.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=ANSWER_TOKENS,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=0,
+            )
+    finally:
+        handle.remove()
+    return tuple(int(token) for token in output[0, ids.shape[1] :])
+
+
+def _mixed_batch_equals_alone(bench: Bench, *, steered: bool) -> Check:
+    """In one batch every row carries other steering; each answer must be what it is alone."""
+    requests = bench.mixed_requests()
+    together = {answer.id: answer.token_ids for answer in bench.backend.generate(requests)}
+    mine = [request for request in requests if bool(request.steering) is steered]
+    different = 0
+    for request in mine:
+        (alone,) = bench.backend.generate([request])
+        different += alone.token_ids != together[request.id]
+    which = "steered" if steered else "unsteered"
+    return bench.check_texts(
+        f"{which} rows of a mixed batch answer as they do alone",
+        different=different,
+        total=len(mine),
+        detail=f"{len(mine)} answers in a batch of {len(requests)}",
+    )
+
+
+def _means_in_a_batch(bench: Bench) -> Check:
+    """Mean activations of steered and unsteered rows: batched against one at a time."""
+    sequences = [
+        TokenSpans(
+            id=request.id,
+            token_ids=request.prompt_ids,
+            spans={"prompt": (0, len(request.prompt_ids))},
+            steering=request.steering,
+        )
+        for request in bench.mixed_requests()
+    ]
+    together = {means.id: means.means["prompt"] for means in bench.backend.capture(sequences)}
+    worst = 0.0
+    for sequence in sequences:
+        (alone,) = bench.backend.capture([sequence])
+        one = alone.means["prompt"]  # [L + 1, H]
+        gap = np.linalg.norm(together[sequence.id] - one, axis=1) / np.linalg.norm(one, axis=1)
+        worst = max(worst, float(gap.max()))
+    return bench.check(
+        "mean activations in a mixed batch equal those alone",
+        worst,
+        f"{len(sequences)} rows",
+    )
+
+
+def _nothing_is_left(bench: Bench, before: list[torch.Tensor]) -> Check:
+    after = bench.plain(bench.prompts[1])
+    worst = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
+    return Check(
+        name="unsteered, the model computes afterwards what it did before",
+        passed=worst == 0.0,
+        measured=worst,
+        allowed=0.0,
+        unit="absolute",
+    )
+
+
+def _relative(error: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the largest norm of ``error`` ``[T, H]`` in units of the reference's norm there."""
+    return float((error.norm(dim=-1) / reference.norm(dim=-1).clamp_min(1e-12)).max())
+
+
+def _failed(name: str, detail: str) -> Check:
+    return Check(
+        name=name, passed=False, measured=float("inf"), allowed=0.0, unit="absolute", detail=detail
+    )

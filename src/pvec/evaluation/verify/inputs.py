@@ -1,0 +1,99 @@
+"""What ``pvec verify`` asks of any backend, and the form of what it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from pvec.models.chat import prompt_ids
+from pvec.types import Instruction, Positions, Request, Sampling
+
+if TYPE_CHECKING:
+    from pvec.backends.base import Backend
+
+QUESTIONS = (
+    "How do I boil an egg?",
+    "What should I say to a friend who has lost a job and does not want to talk about it?",
+    "Name a colour.",
+)
+ANSWER_TOKENS = 12
+POSITIONS: tuple[Positions, ...] = ("all", "prompt", "response")
+
+_LIMITS = {"float32": 2e-4, "float16": 2e-2, "bfloat16": 8e-2}
+"""How far two computations of the same residual stream may lie apart, in units of its norm at that
+token: rounding, in forwards of different shapes, over all layers below."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was proved or not: the largest error measured and what is allowed."""
+
+    name: str
+    passed: bool
+    measured: float
+    allowed: float
+    unit: str
+    detail: str = ""
+
+
+class Asked:
+    """What the checks ask of any backend: prompts, steering, and the error that is allowed."""
+
+    def __init__(
+        self, backend: Backend, steering: Sequence[Instruction], *, thinking: bool
+    ) -> None:
+        self.dtype = backend.info.dtype
+        self.steering = list(steering)
+        self.allowed = _LIMITS[self.dtype]
+        self.prompts = [
+            prompt_ids(
+                backend.tokenizer, [{"role": "user", "content": question}], thinking=thinking
+            )
+            for question in QUESTIONS
+        ]
+
+    def request(self, number: int, *steering: Instruction, prompt: int = 0) -> Request:
+        """Return a greedy request for a short answer."""
+        sampling = Sampling(temperature=0.0, max_tokens=ANSWER_TOKENS)
+        return Request(
+            id=str(number), prompt_ids=self.prompts[prompt], sampling=sampling, steering=steering
+        )
+
+    def mixed_requests(self) -> list[Request]:
+        """Return requests that are steered in every way, both signs, and not at all."""
+        requests: list[Request] = []
+        for prompt in range(len(self.prompts)):
+            requests.append(self.request(len(requests), prompt=prompt))
+            for instruction in self.steering:
+                for coef in (1.0, -1.0):
+                    dose = replace(instruction, coef=coef * instruction.coef)
+                    requests.append(self.request(len(requests), dose, prompt=prompt))
+        return requests
+
+    def check(self, name: str, error: float, detail: str = "") -> Check:
+        """Return the check of an error in units of the residual stream's norm."""
+        return Check(
+            name=name,
+            passed=error <= self.allowed,
+            measured=error,
+            allowed=self.allowed,
+            unit="residual norms",
+            detail=detail,
+        )
+
+    def check_texts(self, name: str, *, different: int, total: int, detail: str) -> Check:
+        """Return the check of ``total`` greedy answers of which some are ``different``.
+
+        In half precision a batch of another shape rounds differently, and greedy text may then
+        part: up to half of the answers may.
+        """
+        allowed = 0.0 if self.dtype == "float32" else float(total // 2)
+        return Check(
+            name=name,
+            passed=different <= allowed,
+            measured=float(different),
+            allowed=allowed,
+            unit="answers that differ",
+            detail=detail,
+        )

@@ -1,0 +1,137 @@
+"""``pvec verify``: proof, on the user's own model and vector, that steering does what it says.
+
+What is proved is read from outside (``observe``): plain hooks and transformers' own ``generate``,
+not pvec's counters; on vLLM, whose engine no hook can look into, ``verify_vllm`` compares it with
+itself and with transformers. Every check compares two ways of getting the same numbers and states
+the largest difference it found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pvec.backends.session import Engine, Say, silent
+from pvec.errors import InputError
+from pvec.evaluation.conditions import Grid, Source, parse_coefs, parse_layers, steered_conditions
+from pvec.evaluation.verify.checks import Bench, all_checks
+from pvec.evaluation.verify.inputs import Check
+from pvec.models.decoder import describe_layer
+from pvec.settings import Settings
+from pvec.types import Instruction, Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyResult:
+    """All checks, for one model and vector at some layers."""
+
+    model: str
+    vector: str
+    layers: tuple[int, ...]
+    dtype: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+
+def verify(
+    settings: Settings,
+    *,
+    vector: Path | None = None,
+    say: Say = silent,
+    on_progress: Callable[[Progress], None] = silent,
+) -> VerifyResult:
+    """Run every check with ``vector`` (without one, a random direction) at the layers asked for.
+
+    Raises ``InputError`` or ``ModelError``, before weights are loaded, for a vector, layer or dose
+    that does not fit. A failed check is a result, not an exception.
+    """
+    with Engine(settings, say=say, on_progress=on_progress) as engine:
+        source = load_source(settings, vector, engine)
+        steering = _steering(settings, source, num_layers=engine.facts.num_layers)
+        dtype = engine.backend.info.dtype
+        checks: list[Check] = []
+        for done, check in enumerate(_checks(engine, settings, steering, say)):
+            on_progress(Progress(stage="verify", done=done, total=None, unit="checks"))
+            checks.append(check)
+    return VerifyResult(
+        model=engine.facts.id,
+        vector=source.label,
+        layers=tuple(instruction.layer for instruction in steering),
+        dtype=dtype,
+        checks=tuple(checks),
+    )
+
+
+def load_source(settings: Settings, vector: Path | None, engine: Engine) -> Source:
+    """Return the vector file's rows, checked against the model; a random direction without a file.
+
+    The random direction has norm 1 at every layer and is meant for trying a model before there is
+    a vector for it.
+    """
+    from pvec.vectors.find import find_vector
+    from pvec.vectors.vector import check_fits, load_vector
+
+    facts = engine.facts
+    if vector is None:
+        shape = (facts.num_layers + 1, facts.hidden_size)
+        rows = np.random.default_rng(settings.generation.seed).standard_normal(shape)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        return Source(label="random direction", rows=rows.astype(np.float32))
+    loaded = load_vector(find_vector(vector))
+    check_fits(
+        loaded,
+        num_layers=facts.num_layers,
+        hidden_size=facts.hidden_size,
+        fingerprint=None if facts.adapter else facts.fingerprint,
+        model_id=facts.id,
+    )
+    return Source(
+        label=loaded.trait, rows=loaded.kind(settings.steer.kind), mean_norms=loaded.mean_norm
+    )
+
+
+def _steering(settings: Settings, source: Source, *, num_layers: int) -> list[Instruction]:
+    """Return one addition per layer asked for, with the largest of the coefficients."""
+    steer = settings.steer
+    layers = sorted(
+        {layer for choice in parse_layers(steer.layer, num_layers=num_layers) for layer in choice}
+    )
+    coef = max(parse_coefs(steer.coef), key=abs)
+    if coef == 0:
+        raise InputError("--coef 0 changes nothing, so nothing can be verified: use for example 1.")
+    grid = Grid(
+        layers=tuple((layer,) for layer in layers),
+        coefs=(coef,),
+        positions=steer.positions,
+        unit=steer.coef_unit,
+    )
+    conditions = steered_conditions([source], grid)
+    empty = [c.layers[0] for c in conditions if not c.steering[0].vector.any()]
+    if empty:
+        raise InputError(
+            f"The vector is zero at {describe_layer(empty[0])}, so nothing can be verified there: "
+            f"choose another --layer."
+        )
+    return [condition.steering[0] for condition in conditions]
+
+
+def _checks(
+    engine: Engine, settings: Settings, steering: list[Instruction], say: Say
+) -> Iterator[Check]:
+    if engine.choice.name == "vllm":
+        from pvec.evaluation.verify.vllm import engine_checks
+
+        return engine_checks(engine, settings, steering, say=say)
+
+    from pvec.backends.hf.backend import HFBackend
+
+    backend = engine.backend
+    assert isinstance(backend, HFBackend), "there are two backends"
+    return all_checks(Bench(backend, steering, thinking=engine.thinking))

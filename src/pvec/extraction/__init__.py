@@ -1,0 +1,1 @@
+"""From a trait to its persona vector: generate, judge, filter, compute."""

@@ -1,0 +1,313 @@
+"""``pvec vector compute``: a persona vector from a run, or from judged answers in CSV files.
+
+Under a launcher (``accelerate launch``) every process captures its share of the answers; the main
+one writes and returns the result, the others return None.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pvec.backends.processes import Processes
+from pvec.backends.session import Engine, Say, silent
+from pvec.data.judged_csv import JudgedAnswer, read_judged_csv
+from pvec.errors import InputError, ModelError, StoreError
+from pvec.extraction.vectors import Contribution, compute_vector, filter_provenance, vector_of_run
+from pvec.judges.scoring import traits_of
+from pvec.models.chat import encode_pair, spans_from_ids, think_length
+from pvec.runs.files import probe_writable
+from pvec.runs.names import run_name
+from pvec.runs.store import Run
+from pvec.settings import Settings
+from pvec.types import Progress
+from pvec.vectors.filter import Filtered, Reason, Scored, Sign, filter_responses
+from pvec.vectors.summary import VectorSummary, summarize
+from pvec.vectors.vector import save_vector
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thinking:
+    """How much of the answers is thinking: ``answers`` of ``of`` think, and ``share`` of all the
+    answers' tokens; ``averaged`` says whether it counts towards the vector.
+    """
+
+    answers: int
+    of: int
+    share: float
+    averaged: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeResult:
+    """A vector that was computed, and from what.
+
+    ``empty`` answers were kept and have no token to average. ``merged`` ones share a token with
+    their prompt's end, which counts as theirs.
+    """
+
+    trait: str
+    model: str
+    path: Path
+    filtered: Mapping[Sign, Mapping[Reason, int]]
+    thinking: Thinking
+    summary: VectorSummary
+    empty: int
+    merged: int = 0
+    next: tuple[str, ...] = ()
+
+
+def from_run(
+    settings: Settings,
+    path: Path,
+    *,
+    judge: str | None = None,
+    out: Path | None = None,
+    say: Say = silent,
+    on_progress: Callable[[Progress], None] = silent,
+) -> ComputeResult | None:
+    """Compute the vector of an extraction that was judged, with the model that gave its answers.
+
+    ``judge`` says whose scores count when several judges scored it. The vector goes into the run,
+    or to ``out``. Raises ``StoreError`` for a folder that is no extraction, ``ModelError`` when the
+    model of the settings is another one, and ``InputError`` when too few answers count.
+    """
+    seen = Run.read(path)
+    if seen.kind != "extract":
+        raise StoreError(
+            f"{path} is a run of {seen.kind!r}: vectors are made from the runs of `pvec extract`."
+        )
+    chosen = seen.choose_judge(judge)
+    if chosen is None:
+        raise InputError(f"{path} has no scores yet: score it with `pvec judge {path}`.")
+    (trait,) = traits_of(seen)
+    with _engine(settings, say=say, on_progress=on_progress) as engine, ExitStack() as stack:
+        main = engine.processes.main
+        _require_same_model(seen, engine)
+        store = stack.enter_context(_writable(seen)) if main else seen
+        # answers to one prompt side by side, so that one process computes it once for all of them
+        records = sorted(store.responses(), key=lambda record: (record.prompt_ids, record.id))
+        vector = vector_of_run(
+            store,
+            trait,
+            records,
+            judge=chosen,
+            engine=engine,
+            settings=settings,
+            out=out,
+            on_progress=on_progress if main else silent,
+        )
+        if not main:
+            return None
+        store.end_session(timings={})
+    return ComputeResult(
+        trait=trait.name,
+        model=engine.facts.id,
+        path=vector.path,
+        filtered=vector.filtered,
+        thinking=_thinking(
+            [(record.think_tokens, len(record.token_ids)) for record in records], averaged=False
+        ),
+        summary=vector.summary,
+        empty=_empty(vector.filtered, vector.summary),
+        next=(f"pvec vector show {vector.path}",),
+    )
+
+
+def with_model_of(settings: Settings, path: Path) -> Settings:
+    """Return ``settings`` with the model and adapter that gave the answers of a run."""
+    made_by = Run.read(path).manifest.get("model", {})
+    named = {"id": made_by.get("id"), "adapter": made_by.get("adapter")}
+    if named["id"] is None:
+        return settings
+    return settings.model_copy(update={"model": settings.model.model_copy(update=named)})
+
+
+def from_csv(
+    settings: Settings,
+    pos: Path,
+    neg: Path,
+    *,
+    trait: str,
+    out: Path | None = None,
+    say: Say = silent,
+    on_progress: Callable[[Progress], None] = silent,
+) -> ComputeResult | None:
+    """Compute a vector from two CSV files of judged answers in the reference's columns.
+
+    ``trait`` names the column of its score; ``prompt`` is the rendered chat template. The vector
+    goes to ``out``, by default ``vectors/TRAIT-MODEL.safetensors``. Raises ``InputError`` for
+    missing files, columns and scores that are no numbers, and when too few answers count.
+    """
+    paths: dict[Sign, Path] = {"pos": pos, "neg": neg}
+    answers = {sign: list(read_judged_csv(path, trait=trait)) for sign, path in paths.items()}
+    filtered = _filter(answers, paths=paths, settings=settings)
+    name = run_name(trait, model=settings.model.id, adapter=settings.model.adapter)
+    target = out or Path("vectors") / f"{name}.safetensors"
+    with _engine(settings, say=say, on_progress=on_progress) as engine:
+        main = engine.processes.main
+        show = on_progress if main else silent
+        engine.processes.on_main(lambda: probe_writable(target.parent))
+        tokenised = _tokenised(answers, engine, on_progress=show)
+        kept = [one for one in tokenised if filtered.kept(one.contribution.spans.id)]
+        vector = compute_vector(
+            engine,
+            trait,
+            [one.contribution for one in kept],
+            filtered=filtered,
+            provenance={
+                **filter_provenance(settings, filtered),
+                "source": f"{pos.name}, {neg.name}",
+            },
+            on_progress=show,
+        )
+        engine.processes.on_main(lambda: save_vector(vector, target))
+        if not main:
+            return None
+    summary = summarize(vector)
+    return ComputeResult(
+        trait=trait,
+        model=engine.facts.id,
+        path=target,
+        filtered=filtered.counts,
+        thinking=_thinking([(one.thinking, one.answer) for one in kept], averaged=engine.thinking),
+        summary=summary,
+        empty=_empty(filtered.counts, summary),
+        merged=sum(one.merged for one in kept),
+        next=(f"pvec vector show {target}",),
+    )
+
+
+@contextmanager
+def _engine(
+    settings: Settings, *, say: Say, on_progress: Callable[[Progress], None]
+) -> Iterator[Engine]:
+    """Open the engine of this process; only the main one of a launch says anything."""
+    with Processes.launched() as processes:
+        if not processes.main:
+            say = on_progress = silent
+        with Engine(settings, say=say, on_progress=on_progress, processes=processes) as engine:
+            yield engine
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Tokenised:
+    """An answer of a CSV as tokens: how many it has, and how many of them are thinking."""
+
+    contribution: Contribution
+    answer: int
+    thinking: int
+    merged: bool
+
+
+def _tokenised(
+    answers: Mapping[Sign, Sequence[JudgedAnswer]],
+    engine: Engine,
+    *,
+    on_progress: Callable[[Progress], None],
+) -> Iterator[_Tokenised]:
+    tokenizer = engine.facts.tokenizer
+    total = sum(map(len, answers.values()))
+    done = 0
+    for sign, rows in answers.items():
+        for number, row in enumerate(rows):
+            yield _tokenise(
+                f"{sign}-{number}", row, sign=sign, tokenizer=tokenizer, thinking=engine.thinking
+            )
+            done += 1
+            on_progress(Progress(stage="tokenising", done=done, total=total, unit="answers"))
+
+
+def _tokenise(
+    identity: str,
+    row: JudgedAnswer,
+    *,
+    sign: Sign,
+    tokenizer: PreTrainedTokenizerBase,
+    thinking: bool,
+) -> _Tokenised:
+    pair = encode_pair(tokenizer, prompt=row.prompt, answer=row.answer)
+    head, tail = pair.token_ids[: pair.prompt_length], pair.token_ids[pair.prompt_length :]
+    thought = think_length(tokenizer, tail, prompt_ids=head)
+    spans = spans_from_ids(
+        identity, prompt_ids=head, answer_ids=tail, skip=0 if thinking else thought
+    )
+    question = row.question_id or row.question or row.prompt
+    return _Tokenised(
+        contribution=Contribution(sign=sign, question=question, spans=spans),
+        answer=len(tail),
+        thinking=thought,
+        merged=pair.merged,
+    )
+
+
+def _filter(
+    answers: Mapping[Sign, Sequence[JudgedAnswer]],
+    *,
+    paths: Mapping[Sign, Path],
+    settings: Settings,
+) -> Filtered:
+    """Filter by score; with ``--paired`` row i of one file belongs to row i of the other."""
+    counts = {sign: len(rows) for sign, rows in answers.items()}
+    if settings.filter.paired and counts["pos"] != counts["neg"]:
+        raise InputError(
+            f"--paired needs row i of both files to belong together, but {paths['pos']} has "
+            f"{counts['pos']} rows and {paths['neg']} {counts['neg']}: leave --paired away."
+        )
+    return filter_responses(
+        [
+            Scored(
+                id=f"{sign}-{number}",
+                sign=sign,
+                trait=row.trait_score,
+                coherence=row.coherence,
+                pair=number,
+            )
+            for sign, rows in answers.items()
+            for number, row in enumerate(rows)
+        ],
+        threshold=settings.filter.threshold,
+        coherence=settings.filter.coherence,
+        paired=settings.filter.paired,
+    )
+
+
+def _require_same_model(run: Run, engine: Engine) -> None:
+    made_by = run.manifest.get("model", {})
+    fingerprint = made_by.get("fingerprint")
+    if fingerprint and fingerprint != engine.facts.fingerprint:
+        adapter = f" with the adapter {made_by['adapter']}" if made_by.get("adapter") else ""
+        raise ModelError(
+            f"The answers of {run.path} are by {made_by.get('id')}{adapter} (fingerprint "
+            f"{fingerprint}), not by {engine.facts.id} ({engine.facts.fingerprint}): give that "
+            f"model with --model and --adapter."
+        )
+
+
+def _writable(seen: Run) -> Run:
+    identity = {k: v for k, v in seen.manifest["identity"].items() if k != "kind"}
+    store = Run.open_or_create(seen.path, kind=seen.kind, identity=identity)
+    store.begin_session(command=sys.argv)
+    return store
+
+
+def _thinking(answers: Sequence[tuple[int, int]], *, averaged: bool) -> Thinking:
+    """Sum up (tokens of thinking, tokens) of each answer."""
+    tokens = sum(length for _, length in answers)
+    return Thinking(
+        answers=sum(thinking > 0 for thinking, _ in answers),
+        of=len(answers),
+        share=sum(thinking for thinking, _ in answers) / tokens if tokens else 0.0,
+        averaged=averaged,
+    )
+
+
+def _empty(filtered: Mapping[Sign, Mapping[Reason, int]], summary: VectorSummary) -> int:
+    return sum(counts["kept"] - summary.counts[sign] for sign, counts in filtered.items())

@@ -1,0 +1,1 @@
+"""Models as files and in memory: found, loaded, fingerprinted, their layers and chat templates."""

@@ -1,0 +1,281 @@
+"""Looking at a model without loading it, and loading it: dtype, device, adapter, tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pvec.errors import InputError, ModelError
+from pvec.models.chat import chat_format
+from pvec.models.files import ModelFiles, ModelSpec, locate_model, read_config
+from pvec.models.fingerprint import chat_fingerprint, model_fingerprint
+from pvec.types import ModelInfo
+
+_TOKENIZER_FILES = ("tokenizer*.json", "*.model", "vocab.*", "tokenizer*.py", "*.tiktoken")
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelFacts:
+    """What is known of a model before its weights are loaded.
+
+    ``context`` is the number of tokens that prompt and answer may have together, or None when the
+    configuration does not say. ``chat_hash`` covers tokenizer and chat template; ``model_type`` is
+    the architecture in transformers' words.
+    """
+
+    id: str
+    model_type: str
+    fingerprint: str
+    chat_hash: str
+    num_layers: int
+    hidden_size: int
+    context: int | None
+    tokenizer: PreTrainedTokenizerBase
+    files: ModelFiles
+    bundled: bool
+    adapter: str | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedModel:
+    """A model ready to run, in eval mode, with what is known about it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    info: ModelInfo
+
+
+def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelFacts:
+    """Read configuration, tokenizer and fingerprint of a model; no weights are loaded.
+
+    Refuses with one sentence (``ModelError``, ``InputError``) what loading would trip over later.
+    ``weights=False`` does not fetch a hub model's weights either; its fingerprint is then empty.
+    """
+    files = locate_model(spec, weights=weights)
+    config = _load_config(spec, files)
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False) or not hasattr(text, "num_hidden_layers"):
+        raise ModelError(
+            f"{spec.model!r} ({config.model_type}) is no decoder-only language model: choose a "
+            f"causal LM."
+        )
+    tokenizer = load_tokenizer(spec, files)
+    notes = chat_format(tokenizer).notes if tokenizer.chat_template else ()
+    return ModelFacts(
+        id=files.id,
+        model_type=text.model_type,
+        fingerprint=model_fingerprint(files) if weights else "",
+        chat_hash=chat_fingerprint(tokenizer),
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        context=getattr(text, "max_position_embeddings", None),
+        tokenizer=tokenizer,
+        files=files,
+        bundled=files.bundled,
+        adapter=str(files.adapter_folder) if files.adapter_folder else None,
+        notes=(*files.notes, *notes),
+    )
+
+
+def load_model(spec: ModelSpec, *, facts: ModelFacts | None = None) -> LoadedModel:
+    """Load a model for inference. ``facts`` saves looking at its files twice."""
+    facts = facts or inspect_model(spec)
+    device, device_note = choose_device(spec.device)
+    dtype, dtype_note = choose_dtype(spec.dtype, device)
+    placement = _device_map(spec, facts.files, device)
+    notes = [*facts.notes, f"{str(dtype).removeprefix('torch.')}: {dtype_note}"]
+    with _quiet_transformers():
+        model = _load_weights(spec, facts.files, dtype=dtype, device_map=placement)
+        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+            model.set_attn_implementation("eager")
+            notes.append("eager attention: faster kernels leave out this model's logit caps")
+        if facts.files.adapter_folder is not None:
+            model = _load_adapter(model, facts.files.adapter_folder, merge=spec.merge_adapter)
+    if placement is None:
+        model.to(device)
+    else:
+        device_note = f"spread by device_map {placement!r}"
+    model.eval().requires_grad_(False)
+    info = ModelInfo(
+        id=facts.id,
+        fingerprint=facts.fingerprint,
+        num_layers=facts.num_layers,
+        hidden_size=facts.hidden_size,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        adapter=facts.adapter,
+        bundled=facts.bundled,
+        notes=(*notes, f"{device}: {device_note}"),
+    )
+    return LoadedModel(model=model, tokenizer=facts.tokenizer, info=info)
+
+
+def choose_device(wanted: str) -> tuple[str, str]:
+    """Return the device and the reason for it; ``ModelError`` when it is not there."""
+    import torch
+
+    have_mps = torch.backends.mps.is_available()
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return "cuda:0", torch.cuda.get_device_name(0)
+        return ("mps", "Apple GPU found") if have_mps else ("cpu", "no accelerator found")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ModelError(f"There is no device {wanted!r}: use cpu, cuda, cuda:N or mps.") from error
+    missing = (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()) or (
+        device.type == "mps" and not have_mps
+    )
+    if missing:
+        raise ModelError(f"The device {wanted!r} is not available here: use --device auto or cpu.")
+    return wanted, "as asked"
+
+
+def choose_dtype(wanted: str, device: str) -> tuple[torch.dtype, str]:
+    """Return the dtype to run in and the reason for it."""
+    import torch
+
+    if wanted != "auto":
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype, "as asked"
+    if device == "cpu":
+        return torch.float32, "exact and fastest on a CPU"
+    if device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16, "this GPU has no bfloat16"
+    return torch.bfloat16, "the usual dtype on a GPU"
+
+
+def load_tokenizer(spec: ModelSpec, files: ModelFiles) -> PreTrainedTokenizerBase:
+    """Load the tokenizer with the chat template that was asked for."""
+    from transformers import AutoTokenizer
+
+    # Without any of its files transformers would hand out an empty tokenizer.
+    if not any(next(files.tokenizer_folder.glob(p), None) for p in _TOKENIZER_FILES):
+        raise ModelError(
+            f"The model {spec.model!r} has no tokenizer in {str(files.tokenizer_folder)!r}: save "
+            f"its tokenizer there too."
+        )
+    try:
+        with _quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                files.tokenizer_folder, trust_remote_code=spec.trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"The tokenizer of {spec.model!r} cannot be loaded ({_first_line(error)}): the folder "
+            f"must hold a transformers tokenizer."
+        ) from error
+    if spec.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(spec.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"The chat template {spec.chat_template!r} cannot be read: check the path."
+            ) from error
+    return tokenizer
+
+
+def _load_config(spec: ModelSpec, files: ModelFiles) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    declared = read_config(files.folder)
+    if "auto_map" in declared and not spec.trust_remote_code and "model_type" not in declared:
+        raise ModelError(
+            f"{spec.model!r} brings its own code: read it, then use --trust-remote-code."
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            files.folder, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"The configuration of {spec.model!r} cannot be used ({_first_line(error)}): it may "
+            f"need a newer transformers or --trust-remote-code."
+        ) from error
+    return config
+
+
+def _load_weights(
+    spec: ModelSpec, files: ModelFiles, *, dtype: torch.dtype, device_map: str | None
+) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    if not any(files.folder.glob("*.safetensors")) and not spec.allow_pickle:
+        raise ModelError(
+            f"{spec.model!r} has no safetensors weights, and .bin weights can run code when "
+            f"loaded: convert them, or use --allow-pickle if you trust them."
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            files.folder,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=None if spec.allow_pickle else True,
+            trust_remote_code=spec.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"The weights of {spec.model!r} cannot be loaded ({_first_line(error)}): fetch or save "
+            f"the model again."
+        ) from error
+
+
+def _load_adapter(model: Any, folder: Path, *, merge: bool) -> Any:
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(str(folder))
+    if config.is_prompt_learning:
+        raise ModelError(
+            f"The adapter {str(folder)!r} is a {config.peft_type} adapter, which adds virtual "
+            f"tokens: only adapters that change weights (LoRA and its kin) can be used."
+        )
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"The adapter {str(folder)!r} does not fit its base model ({_first_line(error)}): give "
+            f"the model it was trained on."
+        ) from error
+    return adapted.merge_and_unload() if merge else adapted
+
+
+def _device_map(spec: ModelSpec, files: ModelFiles, device: str) -> str | None:
+    """Return the map asked for, or ``auto`` when several GPUs are needed for the weights."""
+    import torch
+
+    if spec.device_map is not None:
+        return spec.device_map
+    if spec.device != "auto" or not device.startswith("cuda") or torch.cuda.device_count() < 2:
+        return None
+    weights = sum(path.stat().st_size for path in files.folder.glob("*.safetensors"))
+    free, _ = torch.cuda.mem_get_info(0)
+    return "auto" if weights * 1.3 > free else None
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own progress bars and advice off the terminal while loading."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", maxsplit=1)[0][:200]

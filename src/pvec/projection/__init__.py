@@ -1,0 +1,1 @@
+"""Projecting responses, data sets, prompts and checkpoints on persona vectors."""

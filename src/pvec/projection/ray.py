@@ -1,0 +1,281 @@
+"""``pvec project --engine ray``: the same batches on the workers of a Ray cluster.
+
+For data that outgrows a machine: blocks of Parquet or JSON lines are read, projected and written by
+workers with one model each; a worker that dies is replaced and its blocks are done again. The
+numbers are those of a local run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pvec.backends.session import Engine, Say, silent
+from pvec.data.jsonl_table import extended_line
+from pvec.data.tables import Row
+from pvec.errors import InputError
+from pvec.projection.inputs import conversation_of
+from pvec.projection.project import model_name
+from pvec.projection.projector import Directions, Values, open_directions, projector
+from pvec.runs.files import probe_writable
+from pvec.settings import Settings
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import ray.data
+
+_INSTALL = "pip install 'pvec[ray]'"
+_LINE = "text"
+"""Name of the only column of JSON lines as Ray reads them: whole lines, so that nothing in them
+changes.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayResult:
+    """Where the parts went: ``files`` in ``output``, in the input's order by name."""
+
+    input: Path
+    output: Path
+    model: str
+    rows: int
+    columns: tuple[str, ...]
+    files: tuple[Path, ...]
+    workers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayJob:
+    """What a worker needs to know; it travels to other processes."""
+
+    settings: Settings
+    vectors: tuple[str, ...]
+    columns: tuple[str, ...]
+    wanted: tuple[str, ...]
+    chats: bool
+    lines: bool
+    skip_bad: bool
+
+
+class RayWorker:
+    """One model, and batches of rows for it. Ray makes one per worker."""
+
+    def __init__(self, job: RayJob) -> None:
+        self.job = job
+        self._engine = Engine(job.settings)
+        directions = open_directions(job.settings, job.vectors, self._engine)
+        self._project = projector(self._engine, directions.plan(job.settings), job.settings)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Return a block of rows with the wanted columns added."""
+        return self._lines(batch) if self.job.lines else self._table(batch)
+
+    def _table(self, batch: pa.Table) -> pa.Table:
+        import pyarrow as pa
+
+        good, conversations = [], []
+        for number, values in enumerate(batch.to_pylist()):
+            found = conversation_of(values, self.job.settings.project, chats=self.job.chats)
+            if isinstance(found, str):
+                self._refuse(f"a row that {found}")
+                continue
+            good.append(number)
+            conversations.append(found)
+        made = self._cells(self._project(conversations).rows)
+        kept = batch.take(pa.array(good, type=pa.int64()))
+        for name in self.job.wanted:
+            column = pa.array([cells[name] for cells in made], type=pa.float64())
+            if name in kept.column_names:
+                kept = kept.set_column(kept.column_names.index(name), name, column)
+            else:
+                kept = kept.append_column(name, column)
+        return kept
+
+    def _lines(self, batch: pa.Table) -> pa.Table:
+        import pyarrow as pa
+
+        rows, conversations = [], []
+        for number, line in enumerate(batch.column(_LINE).to_pylist()):
+            row = _parse(number, line)
+            found = row if isinstance(row, str) else self._conversation(row)
+            if isinstance(found, str):
+                self._refuse(f"a line that {found}: {line[:80]!r}")
+                continue
+            assert not isinstance(row, str)
+            rows.append(row)
+            conversations.append(found)
+        made = self._cells(self._project(conversations).rows)
+        written = [
+            extended_line(row, cells).decode().rstrip("\n")
+            for row, cells in zip(rows, made, strict=True)
+        ]
+        return pa.table({_LINE: pa.array(written, type=pa.string())})
+
+    def _conversation(self, row: Row) -> Any:
+        return conversation_of(row.values, self.job.settings.project, chats=self.job.chats)
+
+    def _cells(self, rows: Sequence[Sequence[Values]]) -> list[dict[str, float | None]]:
+        made = []
+        for turns in rows:
+            whole = dict(zip(self.job.columns, turns[0], strict=True))
+            made.append({name: whole[name] for name in self.job.wanted})
+        return made
+
+    def _refuse(self, what: str) -> None:
+        if not self.job.skip_bad:
+            raise InputError(f"There is {what}. Correct it, or leave such rows out: --skip-bad.")
+
+
+def run(
+    settings: Settings,
+    path: Path,
+    vectors: Sequence[str],
+    *,
+    out: Path | None = None,
+    overwrite: bool = False,
+    skip_bad: bool = False,
+    say: Say = silent,
+    worker: type[RayWorker] = RayWorker,
+) -> RayResult:
+    """Project the rows of a Parquet or JSON lines file, or a folder of such, on Ray's workers.
+
+    Uses the cluster that this process belongs to, or starts a local one. The output is a folder of
+    part files. Raises ``InputError`` when Ray is missing, for other formats, for ``--turns each``,
+    and for vectors that do not fit, before a worker starts.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise InputError(f"--engine ray needs Ray, which is not installed: {_INSTALL}.")
+    if settings.project.turns == "each":
+        raise InputError("--engine ray writes a row per row: use --turns last or all.")
+    lines = _holds_lines(path)
+    target = out or path.with_name(f"{path.stem}.projected")
+    if target.exists():
+        raise InputError(f"{target} is there already: delete it or give another --out.")
+    probe_writable(target.parent)
+    with Engine(settings, say=say) as engine:
+        directions = open_directions(settings, vectors, engine, say=say)
+        columns = directions.plan(settings).columns(model=model_name(engine))
+    import ray
+
+    if not ray.is_initialized():
+        # a CPU per worker, and one that reads and writes: without it nothing would ever arrive
+        cpus = settings.project.workers + 1
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+    data = _read(path, lines=lines)
+    there = _columns(data, lines=lines)
+    wanted = tuple(name for name in columns if overwrite or name not in there)
+    job = RayJob(
+        settings=_pinned(settings, directions),
+        vectors=tuple(str(Path(name).resolve()) for name in vectors),
+        columns=columns,
+        wanted=wanted,
+        chats=settings.project.messages_column in there,
+        lines=lines,
+        skip_bad=skip_bad,
+    )
+    rows = _write(_projected(data, job, worker), target, lines=lines)
+    files = tuple(sorted(p for p in target.iterdir() if p.is_file()))
+    return RayResult(
+        input=path,
+        output=target,
+        model=engine.facts.id,
+        rows=rows,
+        columns=wanted,
+        files=files,
+        workers=settings.project.workers,
+    )
+
+
+def _projected(data: ray.data.Dataset, job: RayJob, worker: type[RayWorker]) -> ray.data.Dataset:
+    import ray
+    import torch
+
+    project = job.settings.project
+    return data.map_batches(
+        worker,
+        fn_constructor_args=(job,),
+        batch_format="pyarrow",
+        batch_size=project.chunk_rows,
+        compute=ray.data.ActorPoolStrategy(size=project.workers),
+        num_gpus=1 if torch.cuda.is_available() else 0,
+    )
+
+
+def _read(path: Path, *, lines: bool) -> ray.data.Dataset:
+    import ray
+
+    # Before anything is read: a dataset keeps the options of the moment it was made.
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    place = str(path.resolve())
+    return ray.data.read_text(place) if lines else ray.data.read_parquet(place)
+
+
+def _columns(data: ray.data.Dataset, *, lines: bool) -> tuple[str, ...]:
+    if not lines:
+        return tuple(data.schema().names)
+    first = data.take(1)
+    row = _parse(0, first[0][_LINE]) if first else "is missing"
+    if isinstance(row, str):
+        raise InputError(f"The first line {row}: give a file with one JSON object per line.")
+    return tuple(row.values)
+
+
+def _write(data: ray.data.Dataset, target: Path, *, lines: bool) -> int:
+    """Write the parts, named so that their order is the input's; return how many rows there are."""
+    if lines:
+        from pvec.projection.ray_sink import LinesSink
+
+        data.write_datasink(LinesSink(str(target), file_format="jsonl"))
+    else:
+        data.write_parquet(str(target))
+    return sum(_rows_of(path, lines=lines) for path in target.iterdir())
+
+
+def _rows_of(path: Path, *, lines: bool) -> int:
+    if lines:
+        with path.open("rb") as stream:
+            return sum(1 for _ in stream)
+    from pyarrow import parquet
+
+    return int(parquet.read_metadata(path).num_rows)
+
+
+def _parse(number: int, line: str) -> Row | str:
+    try:
+        values = json.loads(line)
+    except ValueError as exc:
+        return f"is not valid JSON ({exc})"
+    if not isinstance(values, dict):
+        return "is not a JSON object"
+    return Row(number=number, line=number + 1, values=values, raw=f"{line}\n".encode())
+
+
+def _holds_lines(path: Path) -> bool:
+    names = _files(path)
+    suffixes = {name.suffix.lower() for name in names}
+    if suffixes and suffixes <= {".jsonl", ".ndjson"}:
+        return True
+    if suffixes == {".parquet"}:
+        return False
+    raise InputError(
+        f"--engine ray reads .parquet and .jsonl files, or a folder of one kind; {path} is not: "
+        f"use --engine local."
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return [one for one in path.iterdir() if one.is_file() and not one.name.startswith(".")]
+    if not path.exists():
+        raise InputError(f"there is no file {path}; check the path.")
+    return [path]
+
+
+def _pinned(settings: Settings, directions: Directions) -> Settings:
+    """Return the settings with the layers that were chosen, so that every worker takes the same."""
+    project = settings.project.model_copy(update={"layers": directions.layers})
+    return settings.model_copy(update={"project": project})

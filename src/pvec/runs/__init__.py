@@ -1,0 +1,1 @@
+"""The run store: a folder that holds everything a job has made."""

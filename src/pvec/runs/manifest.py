@@ -1,0 +1,143 @@
+"""A run's ``manifest.json``: what the run is, and what has been done in it.
+
+The *identity* is the part that must not change: answers made under another one do not belong in
+the same folder. Everything else may be updated.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pvec.errors import StoreError
+from pvec.runs.files import atomic_write
+
+FILE_NAME = "manifest.json"
+FORMAT = "pvec-run"
+FORMAT_VERSION = 1
+
+_ABSENT = object()
+_SECRET_ENDINGS = ("api_key", "token", "secret", "password", "authorization")
+_PACKAGES = ("pvec", "torch", "transformers", "peft", "vllm", "numpy")
+
+
+def new_manifest(*, kind: str, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a run that begins now."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "created": timestamp(),
+        "identity": identity,
+        "versions": package_versions(),
+        "sessions": [],
+    }
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest in ``folder``. Raises ``StoreError`` when there is none to be read."""
+    path = folder / FILE_NAME
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise StoreError(
+            f"{folder} is not a run folder (it has no {FILE_NAME}); "
+            "give the folder of a run, or a new one."
+        ) from None
+    except OSError as exc:
+        raise StoreError(f"cannot read {path}: {exc.strerror}; check the path.") from exc
+    except ValueError as exc:
+        raise StoreError(
+            f"{path} is damaged ({exc}); restore it from a copy or start a new run folder."
+        ) from exc
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise StoreError(f"{path} was not written by pvec; give another folder.")
+    if manifest["format_version"] > FORMAT_VERSION:
+        raise StoreError(
+            f"{folder} was made by a newer pvec (run format {manifest['format_version']}, this "
+            f"one reads up to {FORMAT_VERSION}); update pvec or use another folder."
+        )
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Replace the manifest in ``folder`` as a whole; values under secret-looking keys are hidden.
+
+    Raises ``StoreError`` when it cannot be written.
+    """
+    text = json.dumps(without_secrets(manifest), indent=2, ensure_ascii=False, allow_nan=False)
+    with atomic_write(folder / FILE_NAME, mode="w") as stream:
+        stream.write(text + "\n")
+
+
+def refuse_other_identity(
+    folder: Path, *, recorded: Mapping[str, Any], asked: Mapping[str, Any]
+) -> None:
+    """Raise ``StoreError`` when the run in ``folder`` was made with another configuration.
+
+    The message names what differs (the first three of it), old and new.
+    """
+    differences = list(_differences(recorded, json.loads(json.dumps(asked))))
+    if not differences:
+        return
+    shown = "; ".join(f"{key}: {_shown(old)} → {_shown(new)}" for key, old, new in differences[:3])
+    more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+    raise StoreError(
+        f"{folder} holds a run of another configuration ({shown}{more}); "
+        "choose another run folder, or go back to the old setting to continue this one."
+    )
+
+
+def without_secrets(value: Any) -> Any:
+    """Return ``value`` with the texts under keys such as ``api_key`` replaced by ``"***"``.
+
+    A second line of defence: callers should not pass secrets in the first place.
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: "***"
+            if isinstance(item, str) and item and str(key).lower().endswith(_SECRET_ENDINGS)
+            else without_secrets(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [without_secrets(item) for item in value]
+    return value
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python, pvec and the packages that could change a result."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # an optional one that is not installed
+    return versions
+
+
+def timestamp() -> str:
+    """Return the time now, in UTC to the second, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield ``(dotted key, old, new)`` for every leaf that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            path = f"{prefix}.{key}" if prefix else str(key)
+            yield from _differences(old.get(key, _ABSENT), new.get(key, _ABSENT), path)
+    elif old != new:
+        yield prefix, old, new
+
+
+def _shown(value: Any, *, limit: int = 80) -> str:
+    if value is _ABSENT:
+        return "not set"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else f"{text[:limit]}…"

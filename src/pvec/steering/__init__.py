@@ -1,0 +1,1 @@
+"""Changing the residual stream after chosen blocks, and proving that it was changed."""

@@ -1,0 +1,334 @@
+"""Steering: hooks that change the residual stream after chosen blocks, and count what they touch.
+
+``steer`` is for people: a context manager for any transformers model. ``Steerer`` is the machinery
+under it, for loops in which every row of a batch carries its own instructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from pvec.errors import SteeringError
+from pvec.models.decoder import Decoder, describe_layer, find_decoder
+from pvec.steering.layer_steering import LayerSteering
+from pvec.steering.positions import (
+    GENERATED,
+    NUM_ROLES,
+    ROLES_OF,
+    expected_touched,
+    roles_from_labels,
+)
+from pvec.steering.tables import Plan, check_instruction
+from pvec.steering.tracking import RoleTracker
+from pvec.types import Instruction
+
+
+class Steerer:
+    """The steering of a batch: each row has a plan (its instructions), each token has a role.
+
+    Before every forward say which tokens come (``set_roles`` or ``set_generated``); ``attached``
+    holds the hooks; ``select`` follows the batch when rows finish or a shared prompt is expanded.
+    Activations are never edited in place; rows whose plan is empty are unchanged, and so is every
+    row under coefficient 0. Additions are made in the dtype of the hidden state, projections in
+    float32. Vectors move to their layer's device once, so ``device_map`` needs no care.
+
+    Raises ``ModelError`` at construction when a layer or a width does not fit the model.
+    """
+
+    def __init__(self, decoder: Decoder, plans: Sequence[Sequence[Instruction]]) -> None:
+        for plan in plans:
+            for instruction in plan:
+                check_instruction(instruction, decoder)
+        distinct: dict[tuple[str, ...], Plan] = {}
+        keys = [tuple(i.fingerprint for i in plan) for plan in plans]
+        for key, plan in zip(keys, plans, strict=True):
+            distinct.setdefault(key, tuple(plan))
+        number = {key: n for n, key in enumerate(distinct)}
+        self._decoder = decoder
+        self._plans = list(distinct.values())
+        self._rows = np.array([number[key] for key in keys], dtype=np.int64)  # [B] row -> plan
+        layers = sorted({i.layer for plan in self._plans for i in plan})
+        self._layers = {layer: LayerSteering(self._plans, layer) for layer in layers}
+        self._follow_rows()
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The instructions of each row now in the batch."""
+        return [self._plans[n] for n in self._rows]
+
+    @property
+    def active(self) -> bool:
+        """Whether any row has any instruction."""
+        return bool(self._layers)
+
+    @contextmanager
+    def attached(self) -> Iterator[Steerer]:
+        """Hold the hooks, one per steered layer; none remains whatever happens inside."""
+        handles = []
+        try:
+            for layer, steering in self._layers.items():
+                handles.append(self._decoder.on_layer(layer, steering.apply))
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def set_roles(self, roles: torch.Tensor) -> None:
+        """Say what the tokens of the next forward are: ``[B, T]`` of ``positions`` roles."""
+        assert roles.shape[0] == len(self._rows), "one row of roles per row of the batch"
+        roles = roles.long()
+        counts = torch.nn.functional.one_hot(roles, NUM_ROLES).sum(dim=1).cpu().numpy()
+        for steering in self._layers.values():
+            steering.expect(roles, counts)
+
+    def set_generated(self, tokens: int = 1) -> None:
+        """Say that the next forward holds ``tokens`` generated tokens of every row, no padding."""
+        counts = np.zeros((len(self._rows), NUM_ROLES), dtype=np.int64)
+        counts[:, GENERATED] = tokens
+        for steering in self._layers.values():
+            steering.expect(None, counts)
+
+    def pause(self) -> None:
+        """Let forwards pass unsteered and uncounted until roles are set again."""
+        for steering in self._layers.values():
+            steering.paused = True
+
+    def select(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> None:
+        """Make row ``k`` of the batch what row ``indices[k]`` was; repeats and gaps are allowed.
+
+        Touched counts go with their rows: read those of rows that leave before this.
+        """
+        chosen = np.asarray(indices.cpu() if isinstance(indices, torch.Tensor) else indices)
+        self._rows = self._rows[chosen.astype(np.int64)]
+        for steering in self._layers.values():
+            steering.touched = steering.touched[chosen.astype(np.int64)]
+        self._follow_rows()
+
+    def join(self, other: Steerer) -> None:
+        """Append the rows of ``other`` with their counts, as when two batches become one."""
+        joined = Steerer(self._decoder, [*self.plans, *other.plans])
+        for layer, steering in joined._layers.items():
+            steering.touched = np.concatenate([self._counts(layer), other._counts(layer)])
+        self._plans, self._rows, self._layers = joined._plans, joined._rows, joined._layers
+
+    def _counts(self, layer: int) -> np.ndarray:
+        """Return the counts ``[B, roles]`` at a layer; zero where no row is steered there."""
+        if layer in self._layers:
+            return self._layers[layer].touched
+        return np.zeros((len(self._rows), NUM_ROLES), dtype=np.int64)
+
+    def repeat_plan(self, batch: int) -> None:
+        """Start a batch of ``batch`` rows that all carry the first plan, counts at zero."""
+        self._rows = np.zeros(batch, dtype=np.int64)
+        self._follow_rows()
+        for steering in self._layers.values():
+            steering.touched = np.zeros((batch, NUM_ROLES), dtype=np.int64)
+
+    def touched(self) -> list[tuple[int, ...]]:
+        """Return, per row and instruction, how many positions a hook has changed so far.
+
+        Counted inside the hooks: a hook that never ran, or saw other tokens, leaves no count.
+        """
+        return [self._touched_of(row) for row in range(len(self._rows))]
+
+    def _touched_of(self, row: int) -> tuple[int, ...]:
+        return tuple(
+            int(self._layers[i.layer].touched[row, list(ROLES_OF[i.positions])].sum())
+            for i in self._plans[self._rows[row]]
+        )
+
+    def check_complete(self) -> None:
+        """Raise ``SteeringError`` if a hook did not run on the tokens last announced."""
+        for layer, steering in self._layers.items():
+            if steering.waiting:
+                raise SteeringError(
+                    f"Steering at {describe_layer(layer)} did not run: the model skipped that "
+                    f"block, so this model cannot be steered there."
+                )
+
+    def check_touched(
+        self, row: int, *, prompt_tokens: int, generated_tokens: int
+    ) -> tuple[int, ...]:
+        """Return the touched counts of ``row``; raise ``SteeringError`` if they are not those due.
+
+        ``generated_tokens`` counts the generated tokens that were fed back to the model.
+        """
+        counts = self._touched_of(row)
+        for instruction, count in zip(self._plans[self._rows[row]], counts, strict=True):
+            due = expected_touched(
+                instruction.positions,
+                prompt_tokens=prompt_tokens,
+                generated_tokens=generated_tokens,
+            )
+            if count != due:
+                raise SteeringError(
+                    f"Steering with {instruction.name!r} at {describe_layer(instruction.layer)} "
+                    f"touched {count} positions instead of {due}: the result was discarded, "
+                    f"please report this with the model's name."
+                )
+        return counts
+
+    def _follow_rows(self) -> None:
+        for steering in self._layers.values():
+            steering.follow(self._rows)
+
+
+class SteeringHandle:
+    """What ``steer`` yields: the counts of touched positions, one per instruction."""
+
+    def __init__(self, instructions: Sequence[Instruction]) -> None:
+        self.instructions = tuple(instructions)
+        self._finished = np.zeros(len(self.instructions), dtype=np.int64)
+        self._steerer: Steerer | None = None
+
+    @property
+    def touched(self) -> tuple[int, ...]:
+        """Positions changed so far by each instruction, over all rows and forwards."""
+        running = np.zeros_like(self._finished)
+        if self._steerer is not None:
+            running += np.array(self._steerer.touched(), dtype=np.int64).sum(axis=0)
+        return tuple(int(n) for n in self._finished + running)
+
+    def _start_batch(self, steerer: Steerer, batch: int) -> None:
+        self._finished = np.array(self.touched, dtype=np.int64)
+        steerer.repeat_plan(batch)
+        self._steerer = steerer
+
+    def _check(self) -> None:
+        for instruction, count in zip(self.instructions, self.touched, strict=True):
+            if count == 0:
+                raise SteeringError(
+                    f"Steering with {instruction.name!r} at {describe_layer(instruction.layer)} "
+                    f"(positions: {instruction.positions}) touched no token: run this very model "
+                    f"inside the steering context, on tokens of those positions."
+                )
+
+
+@contextmanager
+def steer(
+    model: nn.Module,
+    instructions: Sequence[Instruction],
+    *,
+    prompt_lengths: Sequence[int] | None = None,
+) -> Iterator[SteeringHandle]:
+    """Steer every forward and ``generate`` of a transformers model inside the context.
+
+    Prompt and generated tokens are told apart by the cache: a forward without past tokens is a
+    prompt (its last real token is the *last prompt token*), later ones are generated. Give
+    ``prompt_lengths`` (real prompt tokens per row) when a forward holds both, or when a prompt
+    arrives in several pieces. Padding, left or right, is read from the attention mask and is never
+    touched. Works on any decoder-only architecture and under PEFT.
+
+    Raises ``ModelError`` before anything runs when an instruction does not fit the model, and
+    ``SteeringError`` when prompt and answer cannot be told apart, or on leaving when an instruction
+    touched no position at all, coefficient 0 and an idle model included. An exception from inside
+    is passed on unchanged.
+    """
+    decoder = find_decoder(model)
+    steerer = Steerer(decoder, [tuple(instructions)])
+    handle = SteeringHandle(instructions)
+    tracker = RoleTracker(
+        prompt_lengths=prompt_lengths,
+        split_matters=any(i.positions != "all" for i in instructions),
+    )
+
+    def before(_body: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        seen = tracker.read(args, kwargs)
+        if seen.starts:
+            handle._start_batch(steerer, seen.batch)  # noqa: SLF001 - one pair of objects
+        if seen.roles is None:
+            steerer.set_generated(seen.tokens)
+        else:
+            steerer.set_roles(seen.roles)
+
+    hook = decoder.body.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        with steerer.attached():
+            yield handle
+    finally:
+        hook.remove()
+    handle._check()  # noqa: SLF001
+
+
+@contextmanager
+def steer_training(
+    model: nn.Module, instructions: Sequence[Instruction]
+) -> Iterator[SteeringHandle]:
+    """Steer every training forward of ``model`` (the module the trainer calls), differentiably.
+
+    Labelled tokens are the response, the token before them the last prompt token, the rest prompt
+    (``positions.roles_from_labels``). Forwards in evaluation mode run unsteered: evaluation loss
+    and generation in a callback see the plain model. Gradient checkpointing is counted once.
+    Raises as ``steer`` does, and ``SteeringError`` for a training forward without labels.
+    """
+    steerer = Steerer(find_decoder(model), [tuple(instructions)])
+    handle = SteeringHandle(instructions)
+
+    def before(module: nn.Module, _args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if not module.training:
+            steerer.pause()
+            return
+        labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+        if not isinstance(labels, torch.Tensor):
+            raise SteeringError(
+                "Steering in training needs labels to tell prompt from response: pass labels= to "
+                "the model in every training step."
+            )
+        real = mask.bool() if isinstance(mask, torch.Tensor) else torch.ones_like(labels).bool()
+        handle._start_batch(steerer, len(labels))  # noqa: SLF001 - one pair of objects
+        steerer.set_roles(roles_from_labels(labels, real))
+
+    hook = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        with steerer.attached():
+            yield handle
+    finally:
+        hook.remove()
+    handle._check()  # noqa: SLF001
+
+
+class Unsteered:
+    """What ``unsteered`` yields: how many layers' forwards were steered inside it (none)."""
+
+    def __init__(self, layers: Sequence[LayerSteering]) -> None:
+        self._layers = layers
+        self._before = [layer.applied for layer in layers]
+
+    @property
+    def steered(self) -> int:
+        """Steered forwards so far, counted by the hooks themselves, summed over layers."""
+        return sum(
+            layer.applied - before for layer, before in zip(self._layers, self._before, strict=True)
+        )
+
+
+@contextmanager
+def unsteered(model: nn.Module) -> Iterator[Unsteered]:
+    """Let forwards pass as if no steering were attached to the model, whoever attached it.
+
+    For measurements in the middle of a steered training; steering goes on afterwards as before.
+    Raises ``SteeringError`` on leaving when a hook steered all the same.
+    """
+    decoder = find_decoder(model)
+    hooks = [hook for n in range(1, decoder.num_layers + 1) for hook in decoder.hooks_on(n)]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    layers = [owner for owner in owners if isinstance(owner, LayerSteering)]
+    paused = [layer.paused for layer in layers]
+    seen = Unsteered(layers)
+    for layer in layers:
+        layer.paused = True
+    try:
+        yield seen
+    finally:
+        for layer, before in zip(layers, paused, strict=True):
+            layer.paused = before
+    if seen.steered:
+        raise SteeringError(
+            f"{seen.steered} forwards were steered while the plain model was being measured: run "
+            f"the measurement in evaluation mode, outside any training step."
+        )

@@ -1,0 +1,171 @@
+"""What is wrong, or merely weak, about a trait definition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pvec.errors import InputError
+from pvec.traits.trait import Trait
+
+Severity = Literal["error", "warning"]
+"""``error``: results would be wrong or nothing would run. ``warning``: weaker than it could be."""
+
+INSTRUCTION_PAIRS = 5
+QUESTIONS_PER_SET = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing to correct; ``where`` names the part of the file (``questions.extract[3]``)."""
+
+    severity: Severity
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+def check_trait(trait: Trait) -> list[Finding]:
+    """Return everything that is wrong with ``trait``, errors first; an empty list is praise."""
+    findings = [
+        *_counts(trait),
+        *_empty_texts(trait),
+        *_instructions(trait),
+        *_questions(trait),
+        *_prompt(trait),
+        *_assistants(trait),
+    ]
+    return sorted(findings, key=lambda finding: finding.severity)
+
+
+def require_usable(trait: Trait) -> None:
+    """Raise ``InputError`` with the first error of ``check_trait``, if there is one.
+
+    Called before money or time is spent on a trait.
+    """
+    errors = [finding for finding in check_trait(trait) if finding.severity == "error"]
+    if errors:
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise InputError(
+            f"trait {trait.name!r} cannot be used: {errors[0]}{more}; "
+            f"see them all with `pvec trait check {trait.source or trait.name}`."
+        )
+
+
+def _error(where: str, message: str) -> Finding:
+    return Finding(severity="error", where=where, message=message)
+
+
+def _warning(where: str, message: str) -> Finding:
+    return Finding(severity="warning", where=where, message=message)
+
+
+def _counts(trait: Trait) -> Iterator[Finding]:
+    if not trait.instructions:
+        yield _error("instruction", "there are no instruction pairs")
+    elif len(trait.instructions) != INSTRUCTION_PAIRS:
+        yield _warning(
+            "instruction",
+            f"{len(trait.instructions)} pairs instead of the usual {INSTRUCTION_PAIRS}",
+        )
+    sets = (("extract", trait.extract_questions), ("eval", trait.eval_questions))
+    for name, questions in sets:
+        if not questions:
+            yield _warning(f"questions.{name}", "there are no questions in this set")
+        elif len(questions) != QUESTIONS_PER_SET:
+            yield _warning(
+                f"questions.{name}",
+                f"{len(questions)} questions instead of the usual {QUESTIONS_PER_SET}",
+            )
+    if not (trait.extract_questions or trait.eval_questions):
+        yield _error("questions", "there are no questions at all")
+
+
+def _empty_texts(trait: Trait) -> Iterator[Finding]:
+    texts = [("eval_prompt", trait.eval_prompt)]
+    for index, pair in enumerate(trait.instructions):
+        texts.append((f"instruction[{index}].pos", pair.pos))
+        texts.append((f"instruction[{index}].neg", pair.neg))
+    for where, text in [*texts, *_numbered_questions(trait)]:
+        if not text.strip():
+            yield _error(where, "the text is empty")
+    if not trait.description.strip():
+        yield _warning("description", "there is none; one sentence helps whoever lists the traits")
+
+
+def _instructions(trait: Trait) -> Iterator[Finding]:
+    first_seen: dict[tuple[str, str], int] = {}
+    for index, pair in enumerate(trait.instructions):
+        key = (_folded(pair.pos), _folded(pair.neg))
+        if key[0] == key[1] and key[0]:
+            yield _error(f"instruction[{index}]", "pos and neg say the same")
+        if key in first_seen:
+            yield _warning(f"instruction[{index}]", f"the same as instruction[{first_seen[key]}]")
+        first_seen.setdefault(key, index)
+
+
+def _questions(trait: Trait) -> Iterator[Finding]:
+    first_seen: dict[str, str] = {}
+    for where, question in _numbered_questions(trait):
+        key = _folded(question)
+        if not key:
+            continue
+        earlier = first_seen.setdefault(key, where)
+        if earlier == where:
+            continue
+        if earlier.partition("[")[0] == where.partition("[")[0]:
+            yield _warning(where, f"the same question as {earlier}")
+        else:
+            yield _error(
+                where,
+                f"the same question as {earlier}: a vector would be tested on what it was made of",
+            )
+
+
+def _prompt(trait: Trait) -> Iterator[Finding]:
+    prompt = trait.eval_prompt
+    if not prompt.strip():
+        return
+    for placeholder in ("{question}", "{answer}"):
+        if placeholder not in prompt:
+            yield _error("eval_prompt", f"{placeholder} is missing, so the judge would not see it")
+    unbalanced = _unbalanced_brace(prompt)
+    if unbalanced is not None:
+        line = prompt.count("\n", 0, unbalanced) + 1
+        yield _error(
+            "eval_prompt", f"the brace {prompt[unbalanced]!r} on its line {line} has no partner"
+        )
+
+
+def _assistants(trait: Trait) -> Iterator[Finding]:
+    if _folded(trait.assistant_pos) == _folded(trait.assistant_neg):
+        yield _error(
+            "assistant_names", f"pos and neg are both {trait.assistant_pos!r}; they must differ"
+        )
+
+
+def _numbered_questions(trait: Trait) -> Iterator[tuple[str, str]]:
+    for name, questions in (("extract", trait.extract_questions), ("eval", trait.eval_questions)):
+        for index, question in enumerate(questions):
+            yield f"questions.{name}[{index}]", question
+
+
+def _folded(text: str) -> str:
+    """Return ``text`` as it compares: neither case nor spacing makes a difference."""
+    return " ".join(text.casefold().split())
+
+
+def _unbalanced_brace(text: str) -> int | None:
+    """Return the index of the first brace without a partner."""
+    opened: list[int] = []
+    for index, character in enumerate(text):
+        if character == "{":
+            opened.append(index)
+        elif character == "}":
+            if not opened:
+                return index
+            opened.pop()
+    return opened[0] if opened else None

@@ -1,0 +1,1 @@
+"""Persona vectors: from captured responses to files, their quality, and their arithmetic."""

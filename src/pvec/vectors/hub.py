@@ -1,0 +1,120 @@
+"""``pvec vector push`` and ``pull``: vector files on the model hub, with a card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pvec.errors import InputError, did_you_mean
+from pvec.runs.files import atomic_write, probe_writable
+from pvec.vectors import repository as hub
+from pvec.vectors.find import SUFFIX, open_vectors
+from pvec.vectors.vector import load_vector, save_vector
+
+_LARGEST = 2**30
+"""Bytes: a file larger than this is a model's weights, not a vector."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushResult:
+    """A repository and the files that were put into it, in one commit."""
+
+    repo: str
+    url: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PulledFile:
+    """A vector file that was fetched."""
+
+    path: Path
+    trait: str
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullResult:
+    """A repository and the vectors that were fetched from it."""
+
+    repo: str
+    files: tuple[PulledFile, ...]
+
+
+def push(
+    paths: Sequence[Path], repo: str, *, private: bool = False, message: str | None = None
+) -> PushResult:
+    """Put vector files and a card into a model repository, created if need be, in one commit.
+
+    Other formats than pvec's are turned into it. Raises ``InputError`` for a file that is no
+    vector, two files of one name, and whatever the hub says no to.
+    """
+    from pvec.vectors.card import updated_card
+
+    found = open_vectors(paths)
+    names = {path: f"{path.stem}{SUFFIX}" for path in found}
+    if len(set(names.values())) < len(names):
+        raise InputError("Two of these files have the same name: rename one before pushing.")
+    repo = hub.create_repository(repo, private=private)
+    vectors = {names[path]: vector for path, vector in found.items()}
+    with TemporaryDirectory() as folder:
+        files = {
+            name: save_vector(vector, Path(folder) / name).read_bytes()
+            for name, vector in vectors.items()
+        }
+    files[hub.CARD] = updated_card(hub.read_card(repo), repo=repo, vectors=vectors).encode()
+    said = message or f"Add {', '.join(vectors)}"
+    pushed = hub.commit_files(repo, files, message=said)
+    return PushResult(repo=repo, url=pushed.url, files=tuple(files))
+
+
+def pull(
+    repo: str,
+    names: Sequence[str] = (),
+    *,
+    out: Path = Path("vectors"),
+    revision: str | None = None,
+) -> PullResult:
+    """Fetch vector files of a model repository (default: all) into the folder ``out``.
+
+    Raises ``InputError`` for a repository or file that is not there, and for files that are no
+    vectors; ``StoreError`` when they cannot be written.
+    """
+    probe_writable(out)
+    wanted = _choose(repo, hub.list_files(repo, revision=revision), names)
+    fetched = [hub.fetch_file(repo, name, revision=revision) for name in wanted]
+    vectors = [load_vector(path) for path in fetched]  # all are vectors before any is kept
+    files = []
+    for path, vector in zip(fetched, vectors, strict=True):
+        target = out / path.name
+        with atomic_write(target) as stream:
+            stream.write(path.read_bytes())
+        model = vector.metadata.get("model_id", "")
+        files.append(PulledFile(path=target, trait=vector.trait, model=model))
+    return PullResult(repo=repo, files=tuple(files))
+
+
+def _choose(repo: str, there: Sequence[hub.RemoteFile], names: Sequence[str]) -> list[str]:
+    files = {file.name: file for file in there}
+    vectors = [name for name in files if name.endswith((SUFFIX, ".pt", ".gguf"))]
+    wanted = [_named(repo, name, vectors) for name in names] or vectors
+    if not wanted:
+        raise InputError(f"{repo} has no vector files.")
+    large = [name for name in wanted if (files[name].size or 0) > _LARGEST]
+    if large:
+        raise InputError(
+            f"{large[0]} in {repo} is too large to be a vector file: name the files that you want."
+        )
+    return wanted
+
+
+def _named(repo: str, name: str, vectors: Sequence[str]) -> str:
+    for candidate in (name, f"{name}{SUFFIX}"):
+        if candidate in vectors:
+            return candidate
+    raise InputError(
+        f"{repo} has no vector file {name!r}.{did_you_mean(name, vectors)} "
+        f"It has: {', '.join(vectors) or 'none'}."
+    )

@@ -1,0 +1,157 @@
+"""``pvec vector lens``: the tokens that a vector promotes and suppresses.
+
+The vector is read as the last residual stream would be: through the final norm and the unembedding.
+With ``u = v / rms(v)`` the score of a token is its row of ``W_U (norm(u) - norm(0))``, minus the
+mean over the vocabulary, which no softmax sees. For RMS norms that is ``W_U (gamma * u)``; for a
+layer norm ``u`` is centred first, and its bias drops out. Scores rank tokens; the layers between
+the vector's and the last are skipped, so early layers need not read as words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pvec.backends.session import Engine, Say, model_spec, silent
+from pvec.errors import ModelError
+from pvec.models.decoder import describe_layer
+from pvec.settings import Settings
+from pvec.types import VectorKind
+from pvec.vectors.find import find_vector
+from pvec.vectors.summary import summarize
+from pvec.vectors.vector import check_fits, load_vector
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScore:
+    """One token of the vocabulary and its score, in logits above the mean."""
+
+    id: int
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lens:
+    """What a vector says in tokens, the strongest first."""
+
+    trait: str
+    model: str
+    kind: VectorKind
+    layer: int
+    where: str
+    promoted: tuple[TokenScore, ...]
+    suppressed: tuple[TokenScore, ...]
+    notes: tuple[str, ...] = ()
+
+
+def lens(
+    settings: Settings,
+    path: Path,
+    *,
+    layer: int | None = None,
+    kind: VectorKind | None = None,
+    top: int = 10,
+    say: Say = silent,
+) -> Lens:
+    """Return the ``top`` tokens that a vector promotes and suppresses at ``layer``.
+
+    ``layer`` defaults to the suggested one, else to 55 % of the depth. Raises ``ModelError`` when
+    the vector is for a model of another shape, and ``InputError`` for a layer or kind it lacks.
+    """
+    from pvec.models.load import load_model
+    from pvec.vectors.show import middle_layer
+
+    vector = load_vector(find_vector(path))
+    kind = kind or vector.main_kind
+    if layer is None:
+        layer = summarize(vector, kind=kind).suggested_layer or middle_layer(vector)
+    row = vector.row(layer, kind=kind)
+    with Engine(settings, say=say) as engine:
+        facts = engine.facts
+        check_fits(
+            vector, num_layers=facts.num_layers, hidden_size=facts.hidden_size, model_id=facts.id
+        )
+        recorded = vector.metadata.get("model_fingerprint")
+        notes = []
+        if recorded and recorded != facts.fingerprint:
+            notes.append(f"the vector was made with {vector.metadata.get('model_id')}")
+        # always through transformers: an engine for serving does not hand out its modules
+        loaded = load_model(model_spec(settings), facts=facts)
+    scores = unembed(loaded.model, row, token_ids=_any_tokens(loaded.tokenizer))
+    scores = scores[: len(loaded.tokenizer)]  # what follows is padding of the matrix
+    order = scores.argsort()
+    return Lens(
+        trait=vector.trait,
+        model=facts.id,
+        kind=kind,
+        layer=layer,
+        where=describe_layer(layer),
+        promoted=_tokens(loaded.tokenizer, scores, order[::-1][:top]),
+        suppressed=_tokens(loaded.tokenizer, scores, order[:top]),
+        notes=tuple(notes),
+    )
+
+
+def with_model_of(settings: Settings, path: Path) -> Settings:
+    """Return ``settings`` with the model and adapter that the vector says it was made with."""
+    metadata = load_vector(find_vector(path)).metadata
+    if not metadata.get("model_id"):
+        return settings
+    named = {"id": metadata["model_id"], "adapter": metadata.get("adapter") or None}
+    return settings.model_copy(update={"model": settings.model.model_copy(update=named)})
+
+
+def unembed(model: PreTrainedModel, vector: np.ndarray, *, token_ids: Sequence[int]) -> np.ndarray:
+    """Return the score of every token, float32 ``[vocabulary]``, for a vector ``[H]``.
+
+    ``token_ids`` is any valid prompt: running it once finds the final norm. Raises ``ModelError``
+    for a model without an unembedding.
+    """
+    import torch
+
+    from pvec.models.decoder import find_decoder
+    from pvec.steering.observe import module_after
+
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no unembedding: use a causal language model.")
+    parameter = next(head.parameters())
+    prompt = torch.tensor([list(token_ids)], device=find_decoder(model).device)
+    norm = module_after(model, find_decoder(model).blocks, prompt)
+    unit = torch.tensor(vector, device=parameter.device, dtype=torch.float32)
+    unit = unit / unit.square().mean().sqrt().clamp(min=1e-30)
+    pair = torch.stack([unit, torch.zeros_like(unit)]).to(parameter.dtype)[None]  # [1, 2, H]
+    with torch.no_grad():
+        normed: torch.Tensor = pair if norm is head else norm(pair)
+        logits = head(normed).float()[0]  # [2, V]
+    scores = logits[0] - logits[1]
+    centred: np.ndarray = (scores - scores.mean()).cpu().numpy()
+    return centred
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, scores: np.ndarray, order: np.ndarray
+) -> tuple[TokenScore, ...]:
+    return tuple(
+        TokenScore(id=int(i), text=_token_text(tokenizer, int(i)), score=float(scores[i]))
+        for i in order
+    )
+
+
+def _token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Return a token's text, or its name in the vocabulary where it is part of a character."""
+    text = str(tokenizer.decode([token]))
+    return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text
+
+
+def _any_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer("a b", add_special_tokens=False)["input_ids"]) or [0]

@@ -1,1 +1,0 @@
-"""What each command does: ``run(settings, …)`` → a result. No printing, no options."""
