@@ -221,9 +221,9 @@ def useful_flops(model: PreTrainedModel, rows: Sequence[TokenSpans]) -> float:
     weights = sum(p.numel() for p in decoder.blocks.parameters() if p.dim() > 1)
     width = decoder.config.hidden_size * decoder.num_layers
     prompts = {row.token_ids[: row.spans["prompt"][1]] for row in rows}
-    pieces = [(0, len(prompt)) for prompt in prompts]
-    pieces += [(row.spans["prompt"][1], len(row.token_ids)) for row in rows]
-    return sum(2 * weights * (b - a) + 2 * width * (b * b - a * a) for a, b in pieces)
+    chunks = [(0, len(prompt)) for prompt in prompts]
+    chunks += [(row.spans["prompt"][1], len(row.token_ids)) for row in rows]
+    return sum(2 * weights * (b - a) + 2 * width * (b * b - a * a) for a, b in chunks)
 
 
 def usual_flops(model: PreTrainedModel, rows: Sequence[TokenSpans]) -> float:

@@ -25,7 +25,7 @@ import torch
 
 from pvec.backends.base import Backend
 from pvec.backends.planned import derive_seed, question_messages
-from pvec.backends.session import Engine
+from pvec.backends.session import ModelSession
 from pvec.evaluation.conditions import Grid, Source, random_like, steered_conditions
 from pvec.models.chat import prompt_ids, spans_from_ids
 from pvec.models.decoder import find_decoder
@@ -56,9 +56,9 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = Settings(model=ModelSettings(id=options.model))
-    with Engine(settings) as engine:
-        backend, trait = engine.backend, load_trait(TRAIT)
-        print(f"{engine.facts.id}: {backend.info.dtype} on {backend.info.device}, "
+    with ModelSession(settings) as session:
+        backend, trait = session.backend, load_trait(TRAIT)
+        print(f"{session.metadata.id}: {backend.info.dtype} on {backend.info.device}, "
               f"{torch.get_num_threads()} threads")  # fmt: skip
         source = class_difference(backend, trait)
         points = sweep(backend, trait, source)

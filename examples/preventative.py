@@ -94,7 +94,7 @@ def vector_of(trait: str, out: Path) -> Path:
     run = out / f"{trait}-vector"
     path = run / "vectors" / f"{trait}.safetensors"
     if not path.exists():
-        extract.run(Settings(extract={"rollouts": 3}), [trait], out=run, say=print)
+        extract.run(Settings(extract={"rollouts": 3}), [trait], out=run, notify=print)
     return path
 
 
@@ -109,7 +109,7 @@ def trained(arm: Arm, *, vector: Path, data: Path, folder: Path) -> train.TrainR
     path = folder.with_suffix(".json")
     with atomic_write(path, mode="w") as stream:
         json.dump(config, stream, indent=2)
-    return train.run(path, out=folder, say=print)
+    return train.run(path, out=folder, notify=print)
 
 
 def judged(
@@ -120,7 +120,7 @@ def judged(
         model={"adapter": str(adapter) if adapter else None},
         steer={"rollouts": rollouts, "prompt_baseline": False},
     )
-    result = steer_eval.run(settings, trait, out=out, say=print)
+    result = steer_eval.run(settings, trait, out=out, notify=print)
     assert result.numbers is not None
     unsteered = result.numbers.point("unsteered").scores
     return unsteered[trait], unsteered["coherence"]

@@ -122,7 +122,7 @@ class Generation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class StreamChunk:
     """How far one streamed answer is: its tokens so far, and the finished answer at its end."""
 
     id: str

@@ -12,14 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 from pvec.backends.hf.backend import HFBackend
-from pvec.backends.session import Engine
+from pvec.backends.session import ModelSession
 from pvec.cli.app import app
 from pvec.errors import InputError, ModelError
 from pvec.evaluation.chat import MAIN, PLAIN, Chat, Measured, Said, load_sources
 from pvec.models.chat import prompt_ids
 from pvec.settings import Settings
 from pvec.settings.tree import GenerationSettings, ModelSettings
-from pvec.types import Piece
+from pvec.types import StreamChunk
 from pvec.vectors.vector import PersonaVector, save_vector
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model
 
@@ -37,8 +37,8 @@ def talk(vector: Path) -> Iterator[Chat]:
         model=ModelSettings(id=str(saved_model()), device="cpu"),
         generation=GenerationSettings(temperature=0.0, max_tokens=10),
     )
-    with Engine(settings) as engine:
-        yield Chat(settings, engine, load_sources(settings, engine, [vector]))
+    with ModelSession(settings) as session:
+        yield Chat(settings, session, load_sources(settings, session, [vector]))
 
 
 def answers(talk: Chat, text: str) -> dict[str, str]:
@@ -82,7 +82,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(
 ) -> None:
     right = HFBackend.stream
 
-    def interrupted(self: HFBackend, requests: object) -> Iterator[Piece]:
+    def interrupted(self: HFBackend, requests: object) -> Iterator[StreamChunk]:
         yield from itertools.islice(right(self, requests), 2)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
@@ -98,7 +98,7 @@ def test_text_grows_and_ends_as_generate_gives_it(talk: Chat) -> None:
     assert [event.done for event in events].count(True) == 1
     for before, after in itertools.pairwise(events):
         assert after.text.startswith(before.text)
-    backend = talk._engine.backend
+    backend = talk._session.backend
     ids = prompt_ids(backend.tokenizer, [{"role": "user", "content": "Hello?"}])
     with torch.inference_mode():
         plain = backend.model.generate(  # type: ignore[attr-defined]
@@ -138,7 +138,7 @@ def test_projections_are_measured_without_steering(talk: Chat) -> None:
     events = list(talk.answer("Hello?"))
     (measured,) = [event for event in events if isinstance(event, Measured)]
     answer = next(e for e in events if isinstance(e, Said) and e.done)
-    backend = talk._engine.backend
+    backend = talk._session.backend
     prompt = prompt_ids(backend.tokenizer, [{"role": "user", "content": "Hello?"}])
     tokens = backend.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
     with torch.inference_mode():

@@ -29,11 +29,11 @@ def in_turn(*replies: str | Said) -> Callable[[str], Said]:
     """Say one reply after the other, the last one for ever."""
     left = list(replies)
 
-    def say(_prompt: str) -> Said:
+    def notify(_prompt: str) -> Said:
         reply = left.pop(0) if len(left) > 1 else left[0]
         return Said(reply) if isinstance(reply, str) else reply
 
-    return say
+    return notify
 
 
 def new(server: JudgeServer, *more: object, name: str = "grumpy") -> Done:
@@ -51,7 +51,7 @@ def left_behind() -> list[str]:
 
 
 def test_a_good_draft_becomes_a_trait_without_a_fault() -> None:
-    with JudgeServer(say=in_turn(GOOD)) as server:
+    with JudgeServer(notify=in_turn(GOOD)) as server:
         done = new(server)
     assert done.code == 0, done.err
     trait = load_trait("grumpy")
@@ -68,7 +68,7 @@ def test_a_good_draft_becomes_a_trait_without_a_fault() -> None:
 
 
 def test_the_questions_are_dealt_at_random_but_always_alike() -> None:
-    with JudgeServer(say=in_turn(GOOD)) as server:
+    with JudgeServer(notify=in_turn(GOOD)) as server:
         new(server)
         first = FILE.read_bytes()
         new(server, "--force")
@@ -79,7 +79,7 @@ def test_the_questions_are_dealt_at_random_but_always_alike() -> None:
 
 
 def test_the_request_carries_name_description_and_a_schema_without_a_token_limit() -> None:
-    with JudgeServer(say=in_turn(GOOD)) as server:
+    with JudgeServer(notify=in_turn(GOOD)) as server:
         new(server)
     (body,) = server.bodies
     assert "Trait: grumpy\nDescription: Complains about everything." in sent(server, 0)
@@ -98,7 +98,7 @@ def test_the_request_carries_name_description_and_a_schema_without_a_token_limit
 def test_a_server_without_structured_output_is_asked_for_plain_json(
     rejects: Sequence[str], formats: list[str | None]
 ) -> None:
-    with JudgeServer(say=in_turn(GOOD), rejects=rejects) as server:
+    with JudgeServer(notify=in_turn(GOOD), rejects=rejects) as server:
         done = new(server)
     assert done.code == 0, done.err
     assert [body.get("response_format", {}).get("type") for body in server.bodies] == formats
@@ -118,7 +118,7 @@ def test_a_server_without_structured_output_is_asked_for_plain_json(
     ids=["thinking", "fenced", "indented", "too many", "one repeated but enough"],
 )
 def test_what_can_be_put_right_here_is_not_sent_back(text: str) -> None:
-    with JudgeServer(say=in_turn(text)) as server:
+    with JudgeServer(notify=in_turn(text)) as server:
         assert new(server).code == 0
     assert len(server.bodies) == 1
     assert check_trait(load_trait("grumpy")) == []
@@ -157,7 +157,7 @@ BAD: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(("reply", "problem"), BAD.values(), ids=BAD)
 def test_a_faulty_draft_is_sent_back_with_what_is_wrong(reply: Any, problem: str) -> None:
     text = reply if isinstance(reply, str) else json.dumps(draft(**reply))
-    with JudgeServer(say=in_turn(text, GOOD)) as server:
+    with JudgeServer(notify=in_turn(text, GOOD)) as server:
         done = new(server, "--json")
     assert done.json["corrections"] == 1
     assert problem in sent(server, 1)
@@ -167,7 +167,7 @@ def test_a_faulty_draft_is_sent_back_with_what_is_wrong(reply: Any, problem: str
 
 
 def test_a_model_that_never_gets_it_right_is_refused_and_nothing_is_written() -> None:
-    with JudgeServer(say=in_turn("{}")) as server:
+    with JudgeServer(notify=in_turn("{}")) as server:
         done = new(server, "--author-repairs", 2)
     assert done.code == 2
     assert "wrote no usable definition of 'grumpy' in 3 drafts" in done.sentence
@@ -177,7 +177,7 @@ def test_a_model_that_never_gets_it_right_is_refused_and_nothing_is_written() ->
 
 
 def test_a_refusal_is_said_in_the_models_words() -> None:
-    with JudgeServer(say=in_turn(Said("", refusal="I can't help with that."))) as server:
+    with JudgeServer(notify=in_turn(Said("", refusal="I can't help with that."))) as server:
         done = new(server)
     assert done.code == 2
     assert "refused to write the trait (I can't help with that.)" in done.sentence
@@ -186,7 +186,9 @@ def test_a_refusal_is_said_in_the_models_words() -> None:
 
 @pytest.mark.parametrize("fault", ["429 seconds", "500", "reset", "garbage", "truncated json"])
 def test_a_server_that_stumbles_is_asked_again(fault: str) -> None:
-    with JudgeServer(say=in_turn(GOOD), fault=lambda _, nth: fault if nth == 0 else None) as server:
+    with JudgeServer(
+        notify=in_turn(GOOD), fault=lambda _, nth: fault if nth == 0 else None
+    ) as server:
         done = new(server)
     assert done.code == 0, done.err
     assert server.faults == {fault: 1}
@@ -203,9 +205,9 @@ def test_a_server_that_only_fails_is_one_sentence_and_nothing_is_written() -> No
 
 def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with JudgeServer(say=in_turn(GOOD), key=KEY) as server:
+    with JudgeServer(notify=in_turn(GOOD), key=KEY) as server:
         good = new(server, "-v", "--debug")
-    with JudgeServer(say=in_turn(GOOD), key="another") as server:
+    with JudgeServer(notify=in_turn(GOOD), key="another") as server:
         refused = new(server, "--force", "-v", "--debug")
     assert (good.code, refused.code) == (0, 2)
     assert "refused the key" in refused.sentence
@@ -224,7 +226,7 @@ def test_without_key_or_server_it_says_what_to_set() -> None:
 def test_a_trait_that_is_there_is_kept_without_asking_anybody() -> None:
     FILE.parent.mkdir()
     FILE.write_text("mine")
-    with JudgeServer(say=in_turn(GOOD)) as server:
+    with JudgeServer(notify=in_turn(GOOD)) as server:
         kept = new(server)
         assert (kept.code, server.bodies, FILE.read_text()) == (2, [], "mine")
         assert "--force" in kept.sentence
@@ -233,11 +235,11 @@ def test_a_trait_that_is_there_is_kept_without_asking_anybody() -> None:
 
 
 def test_a_trait_that_appears_meanwhile_is_kept_too() -> None:
-    def say(_prompt: str) -> Said:
+    def notify(_prompt: str) -> Said:
         FILE.write_text("mine")
         return Said(GOOD)
 
-    with JudgeServer(say=say) as server:
+    with JudgeServer(notify=notify) as server:
         done = new(server)
     assert done.code == 2
     assert FILE.read_text() == "mine"
@@ -257,7 +259,7 @@ def test_a_trait_that_appears_meanwhile_is_kept_too() -> None:
 def test_wrong_input_is_refused_before_anybody_is_asked(
     name: str, more: tuple[object, ...], said: str
 ) -> None:
-    with JudgeServer(say=in_turn(GOOD)) as server:
+    with JudgeServer(notify=in_turn(GOOD)) as server:
         done = new(server, *more, name=name)
     assert done.code == 2
     assert said in done.sentence
@@ -266,7 +268,7 @@ def test_wrong_input_is_refused_before_anybody_is_asked(
 
 
 def test_a_name_that_means_two_traits_is_refused() -> None:
-    with JudgeServer(say=in_turn(GOOD)) as server:
+    with JudgeServer(notify=in_turn(GOOD)) as server:
         assert new(server, "--out", "my-traits/evil.json", name="evil").code == 0
     done = pvec("trait", "show", "evil")
     assert done.code == 2
@@ -275,12 +277,12 @@ def test_a_name_that_means_two_traits_is_refused() -> None:
 
 
 def test_a_new_trait_is_listed_and_extracted_by_name() -> None:
-    def say(prompt: str) -> Said:
+    def notify(prompt: str) -> Said:
         if prompt.startswith("You design"):
             return Said(GOOD)
         return Said("100") if "coherent" in prompt else say_number(prompt)
 
-    with JudgeServer(say=say) as server:
+    with JudgeServer(notify=notify) as server:
         assert new(server).code == 0
         judge = ("--judge-url", server.url, "--judge-model", "judge")
         few = ("--limit", 3, "-n", 2, "--max-tokens", 16)

@@ -56,9 +56,9 @@ def test_answers_are_captured_from_the_ids_they_were_generated_with(architecture
 
 def test_texts_are_the_decoded_ids_and_the_facts_are_those_of_inspection() -> None:
     spec = ModelSpec(model=str(saved_model("qwen2")), device="cpu")
-    facts = inspect_model(spec)
-    with HFBackend(spec, facts=facts, batch_size=4) as backend:
-        assert backend.info.fingerprint == facts.fingerprint
+    metadata = inspect_model(spec)
+    with HFBackend(spec, metadata=metadata, batch_size=4) as backend:
+        assert backend.info.fingerprint == metadata.fingerprint
         assert backend.limits.rows == 4
         for answer in backend.generate(asked(backend)):
             assert answer.text == backend.tokenizer.decode(

@@ -40,7 +40,7 @@ QUESTIONS = [
 ]
 
 
-def say(prompt: str) -> Said:
+def notify(prompt: str) -> Said:
     """Score by something that anyone can count in the answer: its letters e and a."""
     answer = prompt.rpartition("Answer:")[2]
     letter = "a" if "coherent" in prompt else "e"
@@ -49,7 +49,7 @@ def say(prompt: str) -> Said:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[JudgeServer]:
-    with JudgeServer(say=say) as running:
+    with JudgeServer(notify=notify) as running:
         yield running
 
 
@@ -386,7 +386,7 @@ def test_a_judge_that_scores_nothing_is_an_error_and_the_answers_stay(
     def refuse(prompt: str) -> Said:
         return Said("75") if re.search(r"number 75", prompt) else Said("I would rather not.")
 
-    with JudgeServer(say=refuse) as unwilling, pytest.raises(JudgeError, match="scored none"):
+    with JudgeServer(notify=refuse) as unwilling, pytest.raises(JudgeError, match="scored none"):
         run(settings(unwilling), str(trait), vectors=[vector], out=tmp_path / "run")
     assert len(list(Run.read(tmp_path / "run").responses())) == 88
 

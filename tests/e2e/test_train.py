@@ -127,7 +127,7 @@ def test_steering_is_proved_counted_and_logged_at_every_step(tmp_path: Path) -> 
     )
     said: list[str] = []
     plan = train.check(path, out=tmp_path / "run")
-    result = train.run(path, out=tmp_path / "run", say=said.append)
+    result = train.run(path, out=tmp_path / "run", notify=said.append)
     assert len(plan.steering) == 2
     assert sum("steering proved at layer" in line for line in said) == 2
     log = [line for line in read_log(result.run) if "loss" in line]
@@ -154,7 +154,7 @@ def test_an_alarm_stops_the_training_and_keeps_the_adapter(tmp_path: Path) -> No
     said: list[str] = []
     alarm = {"shift": far / 4, "action": "stop"}
     path = config(tmp_path, monitor={**watched, "alarm": alarm})
-    result = train.run(path, out=tmp_path / "b", say=said.append)
+    result = train.run(path, out=tmp_path / "b", notify=said.append)
     assert result.stopped_early
     assert result.steps < 6
     assert sum("ALARM, step" in line and "training stops" in line for line in said) >= 1

@@ -257,12 +257,12 @@ def test_queries_are_taken_as_they_are_needed() -> None:
 
 
 def test_a_distribution_is_read_as_its_mean() -> None:
-    def say(prompt: str) -> Said:
+    def notify(prompt: str) -> Said:
         if prompt.startswith(PROBE_WORDS):
             return Said("75")
         return Said("80", first={"80": 0.5, "90": 0.25, " 70": 0.125, "Eighty": 0.125})
 
-    with JudgeServer(say=say) as server, judge(server) as asked:
+    with JudgeServer(notify=notify) as server, judge(server) as asked:
         (score,) = asked.score(queries(1))
     assert score.score == pytest.approx((80 * 0.5 + 90 * 0.25 + 70 * 0.125) / 0.875)
     body = server.bodies[-1]
@@ -278,10 +278,10 @@ def test_refusals_and_chatter_are_missing_scores_never_zero() -> None:
         "4": Said("", finish_reason="content_filter"),
     }
 
-    def say(prompt: str) -> Said:
+    def notify(prompt: str) -> Said:
         return Said("75") if prompt.startswith(PROBE_WORDS) else answers[prompt[-2]]
 
-    with JudgeServer(say=say) as server, judge(server) as asked:
+    with JudgeServer(notify=notify) as server, judge(server) as asked:
         scores = {score.id: score for score in asked.score(queries(5))}
     assert [scores[f"s{n}"].status for n in range(5)] == [
         "refusal",
@@ -295,17 +295,17 @@ def test_refusals_and_chatter_are_missing_scores_never_zero() -> None:
 
 
 def test_a_server_without_logprobs_is_read_as_text_and_says_so() -> None:
-    def say(prompt: str) -> Said:
+    def notify(prompt: str) -> Said:
         if prompt.startswith(PROBE_WORDS):
             return Said("75", logprobs=False)
         return Said("Score: 64", tokens=["Score", ":", " 64"], logprobs=False)
 
-    with JudgeServer(say=say) as server, judge(server) as asked:
+    with JudgeServer(notify=notify) as server, judge(server) as asked:
         (score,) = asked.score(queries(1))
         assert score.score == 64.0
         assert any("no logprobs" in note for note in asked.notes)
     with (
-        JudgeServer(say=say) as server,
+        JudgeServer(notify=notify) as server,
         judge(server, require_logprobs=True) as strict,
         pytest.raises(JudgeError, match="no logprobs"),
     ):
@@ -313,11 +313,11 @@ def test_a_server_without_logprobs_is_read_as_text_and_says_so() -> None:
 
 
 def test_a_single_reply_without_logprobs_is_read_as_text_with_a_note_on_the_score() -> None:
-    def say(prompt: str) -> Said:
+    def notify(prompt: str) -> Said:
         said = say_number(prompt)
         return Said(said.text, logprobs=not prompt.endswith("answer 1?"))
 
-    with JudgeServer(say=say) as server, judge(server) as asked:
+    with JudgeServer(notify=notify) as server, judge(server) as asked:
         scores = {score.id: score for score in asked.score(queries(2))}
     assert scores["s1"].score == expected(1)
     assert "no logprobs" in scores["s1"].detail
@@ -325,23 +325,23 @@ def test_a_single_reply_without_logprobs_is_read_as_text_with_a_note_on_the_scor
 
 
 def test_a_tokenizer_that_splits_numbers_is_not_read_from_its_first_digit() -> None:
-    def say(prompt: str) -> Said:
+    def notify(prompt: str) -> Said:
         text = say_number(prompt).text
         return Said(text, tokens=list(text))
 
-    with JudgeServer(say=say) as server, judge(server) as asked:
+    with JudgeServer(notify=notify) as server, judge(server) as asked:
         scores = list(asked.score(queries(20)))
         assert any("splits numbers" in note for note in asked.notes)
     assert {s.id: s.score for s in scores} == {f"s{n}": expected(n) for n in range(20)}
 
 
 def test_a_model_that_thinks_is_given_room_and_read_after_its_thoughts() -> None:
-    def say(prompt: str) -> Said:
+    def notify(prompt: str) -> Said:
         text = say_number(prompt).text
         words = ["<think>", *["hm "] * 50, "20", "</think>", text]
         return Said("".join(words), tokens=words)
 
-    with JudgeServer(say=say) as server, judge(server) as asked:
+    with JudgeServer(notify=notify) as server, judge(server) as asked:
         scores = list(asked.score(queries(5)))
     assert {s.id: s.score for s in scores} == {f"s{n}": expected(n) for n in range(5)}
 
@@ -359,7 +359,7 @@ def test_parameters_that_a_model_refuses_are_left_out() -> None:
 
 
 def test_other_scales_ask_for_what_they_need() -> None:
-    def say(prompt: str) -> Said:
+    def notify(prompt: str) -> Said:
         if prompt.startswith(PROBE_WORDS):
             return Said("75")
         if prompt.endswith("answer 2?"):
@@ -369,6 +369,6 @@ def test_other_scales_ask_for_what_they_need() -> None:
         return Said("YES", first={"YES": 0.6, "No": 0.2}) if prompt.endswith("1?") else Said("7")
 
     asks = [query(0, scale="0-10"), query(1, scale="binary"), query(2, scale="binary-text")]
-    with JudgeServer(say=say) as server, judge(server) as asked:
+    with JudgeServer(notify=notify) as server, judge(server) as asked:
         scores = {score.id: score.score for score in asked.score(asks)}
     assert scores == {"s0": 70.0, "s1": pytest.approx(75.0), "s2": 100.0}

@@ -172,12 +172,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
-            pieces = []
+            chunks = []
             while size := int(self.rfile.readline(), 16):
-                pieces.append(self.rfile.read(size))
+                chunks.append(self.rfile.read(size))
                 self.rfile.readline()
             self.rfile.readline()
-            return b"".join(pieces)
+            return b"".join(chunks)
         return self.rfile.read(int(self.headers.get("Content-Length", "0")))
 
     def _json(self, value: dict[str, Any], *, status: int = 200, code: str | None = None) -> None:

@@ -87,7 +87,7 @@ def one_in(share: int, *, seed: int, kinds: Sequence[str] = FAULTS) -> Callable[
 class JudgeServer:
     """The server; a context manager. All fields may be set before or while it runs."""
 
-    say: Callable[[str], Said] = say_number
+    notify: Callable[[str], Said] = say_number
     fault: Callable[[str, int], str | None] = no_fault
     key: str | None = None
     models: Sequence[str] | None = None
@@ -206,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
                 judge.count(judge.faults, fault)
                 self._misbehave(fault, prompt, body)
                 return
-            self._send(200, completion(judge.say(prompt), body))
+            self._send(200, completion(judge.notify(prompt), body))
             judge.count(judge.answered, prompt)
         finally:
             judge.leave()
@@ -230,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _misbehave(self, fault: str, prompt: str, body: dict[str, Any]) -> None:
-        answer = json.dumps(completion(self.server.judge.say(prompt), body)).encode()
+        answer = json.dumps(completion(self.server.judge.notify(prompt), body)).encode()
         limited = _error("Rate limit reached", code="rate_limit_exceeded")
         soon = format_datetime(datetime.now(UTC) + timedelta(seconds=0.05), usegmt=True)
         plain: dict[str, tuple[int, Any, dict[str, str]]] = {

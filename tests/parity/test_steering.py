@@ -116,10 +116,10 @@ def test_a_prompt_that_arrives_in_pieces_is_steered_as_a_whole(positions: Positi
     lengths = prompts()[1].sum(dim=1).tolist()
     with steer(model, [instruction]) as whole:
         wanted = greedy(model)
-    with steer(model, [instruction], prompt_lengths=lengths) as pieces:
+    with steer(model, [instruction], prompt_lengths=lengths) as chunks:
         text = greedy(model, prefill_chunk_size=5)
     assert torch.equal(text, wanted)
-    assert pieces.touched == whole.touched
+    assert chunks.touched == whole.touched
 
 
 def test_several_layers_vectors_and_operators_equal_a_plain_loop() -> None:

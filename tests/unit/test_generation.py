@@ -373,8 +373,8 @@ def test_a_cache_keeps_joins_and_drops_like_plain_tensors() -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(2, 3, n, 4, generator=generator) for n in (5, 7))
     cache, other = RowCache(), RowCache()
-    for piece in (first[:, :, :2], first[:, :, 2:]):
-        cache.update(piece, -piece, 0)
+    for chunk in (first[:, :, :2], first[:, :, 2:]):
+        cache.update(chunk, -chunk, 0)
     other.update(second, -second, 0)
     cache.join(other)
     expected = torch.cat([torch.nn.functional.pad(first, (0, 0, 2, 0)), second])

@@ -25,17 +25,17 @@ def copied(folder: Path) -> Path:
 
 def test_inspecting_reads_everything_but_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_load_weights", lambda *_a, **_k: pytest.fail("weights loaded"))
-    facts = inspect_model(ModelSpec(model=str(saved_model("gemma3"))))
-    assert (facts.num_layers, facts.hidden_size, facts.context) == (3, 32, 256)
-    assert len(facts.fingerprint) == len(facts.chat_hash) == 16
-    assert facts.tokenizer.chat_template == tiny_tokenizer().chat_template
-    assert facts.adapter is None
+    metadata = inspect_model(ModelSpec(model=str(saved_model("gemma3"))))
+    assert (metadata.num_layers, metadata.hidden_size, metadata.context) == (3, 32, 256)
+    assert len(metadata.fingerprint) == len(metadata.chat_hash) == 16
+    assert metadata.tokenizer.chat_template == tiny_tokenizer().chat_template
+    assert metadata.adapter is None
 
 
 def test_a_loaded_model_says_what_was_chosen_and_why() -> None:
     loaded = load_model(ModelSpec(model=str(saved_model("qwen2"))))
-    facts = inspect_model(ModelSpec(model=str(saved_model("qwen2"))))
-    assert loaded.info.fingerprint == facts.fingerprint
+    metadata = inspect_model(ModelSpec(model=str(saved_model("qwen2"))))
+    assert loaded.info.fingerprint == metadata.fingerprint
     assert loaded.info.dtype == str(loaded.model.dtype).removeprefix("torch.")
     assert any(note.startswith(f"{loaded.info.dtype}: ") for note in loaded.info.notes)
     assert any(note.startswith(f"{loaded.info.device}: ") for note in loaded.info.notes)
@@ -91,11 +91,11 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_the_latest_checkpoint_of_a_folder_is_taken_and_said(tmp_path: Path) -> None:
     for number, seed in ((20, 1), (100, 2), (3, 3)):
         save_model(tiny_model(seed=seed), tmp_path / f"checkpoint-{number}")
-    facts = inspect_model(ModelSpec(model=str(tmp_path)))
-    assert facts.id == f"{tmp_path}/checkpoint-100"
-    assert f"checkpoint-100: the latest of 3 checkpoints in {tmp_path}" in facts.notes
+    metadata = inspect_model(ModelSpec(model=str(tmp_path)))
+    assert metadata.id == f"{tmp_path}/checkpoint-100"
+    assert f"checkpoint-100: the latest of 3 checkpoints in {tmp_path}" in metadata.notes
     direct = inspect_model(ModelSpec(model=str(tmp_path / "checkpoint-100")))
-    assert facts.fingerprint == direct.fingerprint
+    assert metadata.fingerprint == direct.fingerprint
 
 
 def test_an_adapter_finds_its_base_and_is_the_same_active_or_merged(tmp_path: Path) -> None:
@@ -175,11 +175,11 @@ def test_a_chat_template_file_replaces_the_tokenizers(tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
     template.write_text("{{ messages[0]['content'] }}")
     base = str(saved_model("qwen2"))
-    facts = inspect_model(ModelSpec(model=base, chat_template=str(template)))
+    metadata = inspect_model(ModelSpec(model=base, chat_template=str(template)))
     plain = inspect_model(ModelSpec(model=base))
-    assert facts.tokenizer.chat_template == template.read_text()
-    assert facts.chat_hash != plain.chat_hash
-    assert facts.fingerprint == plain.fingerprint
+    assert metadata.tokenizer.chat_template == template.read_text()
+    assert metadata.chat_hash != plain.chat_hash
+    assert metadata.fingerprint == plain.fingerprint
     with pytest.raises(InputError, match="cannot be read"):
         inspect_model(ModelSpec(model=base, chat_template=str(tmp_path / "absent")))
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pvec.backends.session import Engine
+from pvec.backends.session import ModelSession
 from pvec.errors import InputError, ModelError, StoreError
 from pvec.extraction.compute import ComputeResult, from_csv, from_run, with_model_of
 from pvec.judges.scoring import keep_traits
@@ -144,11 +144,11 @@ def trait() -> Trait:
 def make_run(folder: Path, trait: Trait, *, judges: tuple[str, ...] = ("alice",)) -> Path:
     """Write a finished extraction of 24 answers a side, as ``extract`` and ``judge`` leave it."""
     tokenizer = tiny_tokenizer()
-    with Engine(settings()) as engine:
-        facts = engine.facts
+    with ModelSession(settings()) as session:
+        metadata = session.metadata
     with Run.open_or_create(folder, kind="extract", identity={"trait": trait.name}) as run:
         keep_traits(run, [trait])
-        run.update_manifest(model={"id": facts.id, "fingerprint": facts.fingerprint})
+        run.update_manifest(model={"id": metadata.id, "fingerprint": metadata.fingerprint})
         for sign in ("pos", "neg"):
             for number, row in enumerate(judged_rows(sign)):
                 record = ResponseRecord(

@@ -125,6 +125,6 @@ def test_what_is_observed_is_what_transformers_reports(architecture: str) -> Non
     for layer in range(NUM_LAYERS):
         torch.testing.assert_close(ours[layer], theirs[layer])
     torch.testing.assert_close(after(ours[NUM_LAYERS]), theirs[NUM_LAYERS])
-    before = [pieces.shape[1] for pieces in recording.states()]
+    before = [chunks.shape[1] for chunks in recording.states()]
     model(input_ids=ids)
-    assert [pieces.shape[1] for pieces in recording.states()] == before
+    assert [chunks.shape[1] for chunks in recording.states()] == before

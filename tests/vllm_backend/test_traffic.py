@@ -18,7 +18,7 @@ import pytest
 
 from pvec.backends.vllm.engine import VLLMBackend
 from pvec.errors import InputError, ModelError, SteeringError
-from pvec.types import Instruction, Piece, Progress, Request, Sampling, TokenSpans
+from pvec.types import Instruction, Progress, Request, Sampling, StreamChunk, TokenSpans
 from vllm_backend.conftest import CACHE_BYTES, Start
 from vllm_backend.oracle import WIDTH, forward, greedy, hf_model
 from vllm_backend.requests import battery, plans, vector
@@ -99,15 +99,15 @@ def test_streamed_answers_grow_token_by_token_to_what_generate_gives(
 ) -> None:
     requests = battery(copies=1)
     whole = {g.id: g for g in backend.generate(requests)}
-    grown: dict[str, list[Piece]] = {r.id: [] for r in requests}
-    for piece in backend.stream(requests):
-        grown[piece.id].append(piece)
-    for name, pieces in grown.items():
-        assert [p.finished for p in pieces] == [*[None] * (len(pieces) - 1), whole[name]]
-        assert pieces[-1].token_ids == whole[name].token_ids
-        for number, piece in enumerate(pieces[:-1], start=1):
-            assert piece.token_ids == whole[name].token_ids[:number]
-    assert max(len(pieces) for pieces in grown.values()) >= 5
+    grown: dict[str, list[StreamChunk]] = {r.id: [] for r in requests}
+    for chunk in backend.stream(requests):
+        grown[chunk.id].append(chunk)
+    for name, chunks in grown.items():
+        assert [p.finished for p in chunks] == [*[None] * (len(chunks) - 1), whole[name]]
+        assert chunks[-1].token_ids == whole[name].token_ids
+        for number, chunk in enumerate(chunks[:-1], start=1):
+            assert chunk.token_ids == whole[name].token_ids[:number]
+    assert max(len(chunks) for chunks in grown.values()) >= 5
 
 
 def test_progress_is_told_of_every_answer(
@@ -343,7 +343,7 @@ def test_a_graph_compiled_without_probes_or_for_other_tables_is_not_taken_from_t
     from pvec.models.load import inspect_model
     from pvec.settings.tree import VLLMSettings
 
-    facts = inspect_model(ModelSpec(model=str(models("qwen2"))))
+    metadata = inspect_model(ModelSpec(model=str(models("qwen2"))))
 
     def key(arguments: dict[str, Any]) -> str:
         """Return what vLLM files a compiled graph under."""
@@ -352,7 +352,7 @@ def test_a_graph_compiled_without_probes_or_for_other_tables_is_not_taken_from_t
 
     def ours(**settings: Any) -> dict[str, Any]:
         options = VLLMSettings(cache_bytes=CACHE_BYTES, block_size=32, **settings)
-        return engine_arguments(facts, options, dtype="float32", trust_code=False)
+        return engine_arguments(metadata, options, dtype="float32", trust_code=False)
 
     plain = ours() | {"additional_config": {}}
     asked = [plain, ours(), ours(slots=8), ours(removals=2), ours(captures=8)]

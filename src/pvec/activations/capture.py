@@ -222,15 +222,15 @@ class _Engine:
         cache: Cache | None = None,
     ) -> Sums:
         """Run tokens ``[start, stop)`` of each row and return their parts of the means."""
-        pieces = [row.token_ids[start:stop] for row in rows]
-        width = max(len(piece) for piece in pieces)
+        chunks = [row.token_ids[start:stop] for row in rows]
+        width = max(len(chunk) for chunk in chunks)
         # Filled on the right, so under causal attention no real token ever sees a filler.
         ids = [
-            piece + (row.token_ids[-1],) * (width - len(piece))
-            for row, piece in zip(rows, pieces, strict=True)
+            chunk + (row.token_ids[-1],) * (width - len(chunk))
+            for row, chunk in zip(rows, chunks, strict=True)
         ]
         reducer = Reducer(self._layers, self._weights(rows, start=start, width=width))
-        steerer = self._steerer(rows, lengths=[len(p) for p in pieces], start=start)
+        steerer = self._steerer(rows, lengths=[len(p) for p in chunks], start=start)
         if steerer is None:
             reducer.stop_at = max(self._layers)
         with torch.no_grad(), ExitStack() as stack:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Self
 
 from pvec.closing import Closing
 from pvec.models.chat import spans_from_ids
-from pvec.types import Generation, ModelInfo, Piece, Progress, Request, SpanMeans, TokenSpans
+from pvec.types import Generation, ModelInfo, Progress, Request, SpanMeans, StreamChunk, TokenSpans
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     from pvec.models.files import ModelSpec
-    from pvec.models.load import ModelFacts
+    from pvec.models.load import ModelMetadata
     from pvec.settings import Settings
 
 
@@ -43,7 +43,7 @@ class Backend(Closing):
         spec: ModelSpec,
         settings: Settings,
         *,
-        facts: ModelFacts | None = None,
+        metadata: ModelMetadata | None = None,
         on_note: Callable[[str], None] | None = None,
     ) -> Self:
         """Load the model ``spec`` names, with the engine options of ``settings``.
@@ -60,14 +60,14 @@ class Backend(Closing):
         ``ModelError`` for a prompt that leaves no room in the model's context.
         """
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Piece]:
+    def stream(self, requests: Iterable[Request]) -> Iterator[StreamChunk]:
         """Yield a ``Piece`` for every new token of a few requests that run side by side.
 
         The last piece of each carries its ``Generation``. A backend that cannot stream yields that
         one alone. Raises as ``generate`` does.
         """
         for generation in self.generate(requests):
-            yield Piece(id=generation.id, token_ids=generation.token_ids, finished=generation)
+            yield StreamChunk(id=generation.id, token_ids=generation.token_ids, finished=generation)
 
     @property
     def captures_while_generating(self) -> bool:

@@ -16,7 +16,7 @@ from pvec.closing import Closing
 from pvec.types import Generation, Request, SpanMeans, SpanName, TokenSpans
 
 if TYPE_CHECKING:
-    from pvec.backends.session import Engine
+    from pvec.backends.session import ModelSession
 
 _SPANS: tuple[SpanName, ...] = ("prompt", "prompt_last", "response")
 
@@ -62,9 +62,9 @@ class KeptMeans(Closing):
         self._file.close()
 
 
-def answers(engine: Engine, requests: Sequence[Request]) -> Iterator[Generation]:
+def answers(session: ModelSession, requests: Sequence[Request]) -> Iterator[Generation]:
     """Generate; where the engine keeps means and its backend can, keep those of every answer."""
-    backend, kept = engine.backend, engine.kept_means
+    backend, kept = session.backend, session.kept_means
     if kept is None or not backend.captures_while_generating:
         yield from backend.generate(requests)
         return
@@ -73,9 +73,9 @@ def answers(engine: Engine, requests: Sequence[Request]) -> Iterator[Generation]
         yield generation
 
 
-def captured(engine: Engine, sequences: Iterable[TokenSpans]) -> Iterator[SpanMeans]:
+def captured(session: ModelSession, sequences: Iterable[TokenSpans]) -> Iterator[SpanMeans]:
     """Yield the span means of each sequence; only those that were not kept are run."""
-    kept, others = engine.kept_means, []
+    kept, others = session.kept_means, []
     for sequence in sequences:
         means = kept.get(sequence) if kept is not None else None
         if means is None:
@@ -83,4 +83,4 @@ def captured(engine: Engine, sequences: Iterable[TokenSpans]) -> Iterator[SpanMe
         else:
             yield means
     if others:
-        yield from engine.backend.capture(others)
+        yield from session.backend.capture(others)

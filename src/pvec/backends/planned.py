@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pvec.backends.kept_means import answers
-from pvec.backends.session import Engine
+from pvec.backends.session import ModelSession
 from pvec.errors import ModelError
 from pvec.models.chat import encode_prompt, render_prompt, think_length
 from pvec.runs.responses import Json, ResponseRecord, response_id
@@ -25,7 +25,7 @@ OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Wanted:
+class PlannedResponse:
     """One answer that a run should hold. ``condition`` is the workflow's own words for it."""
 
     trait: str
@@ -37,7 +37,7 @@ class Wanted:
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     engine: str
-    """Identity of model and backend (``Engine.identity``)."""
+    """Identity of model and backend (``ModelSession.identity``)."""
     steering: tuple[Instruction, ...] = ()
 
     @cached_property
@@ -65,18 +65,18 @@ class Wanted:
 class PromptCache:
     """Renders and tokenises chats, each once: rollouts and conditions share their prompts."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, session: ModelSession) -> None:
+        self._session = session
         self._known: dict[tuple[tuple[str, str], ...], tuple[str, tuple[int, ...]]] = {}
 
     def __call__(self, messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
         """Return prompt text and token ids. Raises ``ModelError`` when no answer fits after it."""
         key = tuple((message["role"], message["content"]) for message in messages)
         if key not in self._known:
-            tokenizer = self._engine.facts.tokenizer
-            text = render_prompt(tokenizer, messages, thinking=self._engine.thinking)
+            tokenizer = self._session.metadata.tokenizer
+            text = render_prompt(tokenizer, messages, thinking=self._session.thinking)
             ids = encode_prompt(tokenizer, text)
-            context = self._engine.facts.context
+            context = self._session.metadata.context
             if context is not None and len(ids) >= context:
                 raise ModelError(
                     f"The prompt for {messages[-1]['content'][:60]!r} has {len(ids)} tokens and "
@@ -101,7 +101,7 @@ def derive_seed(base: int, *parts: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
 
 
-def missing(run: Run, wanted: Sequence[Wanted]) -> list[Wanted]:
+def missing(run: Run, wanted: Sequence[PlannedResponse]) -> list[PlannedResponse]:
     """Return those answers that the run does not hold yet."""
     have = run.response_ids()
     return [one for one in wanted if one.id not in have]
@@ -109,8 +109,8 @@ def missing(run: Run, wanted: Sequence[Wanted]) -> list[Wanted]:
 
 def generate_missing(
     run: Run,
-    engine: Engine,
-    wanted: Sequence[Wanted],
+    session: ModelSession,
+    wanted: Sequence[PlannedResponse],
     *,
     on_progress: OnProgress,
     stage: str = "generate",
@@ -122,11 +122,11 @@ def generate_missing(
     todo = {one.id: one for one in missing(run, wanted)}
     if not todo:
         return 0
-    backend = engine.backend
+    backend = session.backend
     already, done = len(wanted) - len(todo), 0
     backend.on_progress = _Watch(on_progress, stage=stage, already=already, total=len(wanted))
-    for generation in answers(engine, [one.request() for one in todo.values()]):
-        run.append_response(_record(todo[generation.id], generation, engine))
+    for generation in answers(session, [one.request() for one in todo.values()]):
+        run.append_response(_record(todo[generation.id], generation, session))
         done += 1
     if done != len(todo):
         raise ModelError(
@@ -158,7 +158,9 @@ class _Watch:
         )
 
 
-def _record(wanted: Wanted, generation: Generation, engine: Engine) -> ResponseRecord:
+def _record(
+    wanted: PlannedResponse, generation: Generation, session: ModelSession
+) -> ResponseRecord:
     return ResponseRecord(
         id=wanted.id,
         trait=wanted.trait,
@@ -173,7 +175,7 @@ def _record(wanted: Wanted, generation: Generation, engine: Engine) -> ResponseR
         finish_reason=generation.finish_reason,
         sampling=wanted.sampling,
         think_tokens=think_length(
-            engine.facts.tokenizer, generation.token_ids, prompt_ids=wanted.prompt_ids
+            session.metadata.tokenizer, generation.token_ids, prompt_ids=wanted.prompt_ids
         ),
         steering=tuple(one.describe() for one in wanted.steering),
     )

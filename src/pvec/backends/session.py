@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from pvec.backends.base import Backend
     from pvec.backends.kept_means import KeptMeans
     from pvec.backends.registry import BackendName
-    from pvec.models.load import ModelFacts
+    from pvec.models.load import ModelMetadata
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 """Shows one note to the user."""
 
 BUNDLED_MAX_TOKENS = 96
@@ -28,11 +28,11 @@ _BUNDLED_THREADS = 2
 """As many as its matrices keep busy; on two idle cores it is twice as fast as on one."""
 
 
-def silent(_: object) -> None:
+def ignore(_: object) -> None:
     """Take a note or progress and show nothing (the default of library calls)."""
 
 
-class Engine(Closing):
+class ModelSession(Closing):
     """What runs the model of one command, as the settings ask.
 
     Making one reads configuration, tokenizer and fingerprint (``facts``), so that bad input is
@@ -47,20 +47,20 @@ class Engine(Closing):
         self,
         settings: Settings,
         *,
-        say: Say = silent,
-        on_progress: Callable[[Progress], None] = silent,
+        notify: Notify = ignore,
+        on_progress: Callable[[Progress], None] = ignore,
         processes: Processes = ALONE,
     ) -> None:
         from pvec.backends.registry import choose_backend
         from pvec.models.load import inspect_model
 
         self._settings = settings
-        self._say = say
+        self._say = notify
         self._on_progress = on_progress
         self.processes = processes
         self.spec = replace(model_spec(settings), device=_device(settings, processes))
-        self.facts: ModelFacts = inspect_model(self.spec)
-        self.choice = choose_backend(settings.backend.name, bundled=self.facts.bundled)
+        self.metadata: ModelMetadata = inspect_model(self.spec)
+        self.choice = choose_backend(settings.backend.name, bundled=self.metadata.bundled)
         self._backend: Backend | None = None
         self.kept_means: KeptMeans | None = None
         """Where activations go that are captured while generating, if a workflow wants them."""
@@ -74,7 +74,7 @@ class Engine(Closing):
 
         dtype, _ = choose_dtype(self.spec.dtype, choose_device(self.spec.device)[0])
         name = str(dtype).removeprefix("torch.")
-        return f"{self.facts.fingerprint}/{self.facts.chat_hash}/{self.choice.name}/{name}"
+        return f"{self.metadata.fingerprint}/{self.metadata.chat_hash}/{self.choice.name}/{name}"
 
     @property
     def thinking(self) -> bool:
@@ -84,7 +84,7 @@ class Engine(Closing):
     @property
     def max_tokens(self) -> int:
         """Longest answer in tokens: as set, else 1000, and 96 for the bundled model."""
-        default = BUNDLED_MAX_TOKENS if self.facts.bundled else DEFAULT_MAX_TOKENS
+        default = BUNDLED_MAX_TOKENS if self.metadata.bundled else DEFAULT_MAX_TOKENS
         return self._settings.generation.max_tokens or default
 
     def sampling(self, seed: int) -> Sampling:
@@ -101,9 +101,13 @@ class Engine(Closing):
     def backend(self) -> Backend:
         """The loaded model; the first use loads it and says what was chosen and why."""
         if self._backend is None:
-            self._say(f"loading {self.facts.id} on {self.choice.name} ({self.choice.reason})")
+            self._say(f"loading {self.metadata.id} on {self.choice.name} ({self.choice.reason})")
             self._backend = open_backend(
-                self.choice.name, self.spec, self._settings, facts=self.facts, say=self._say
+                self.choice.name,
+                self.spec,
+                self._settings,
+                metadata=self.metadata,
+                notify=self._say,
             )
             info = self._backend.info
             self._say(f"{info.num_layers} layers, {info.hidden_size} wide, {info.dtype}")
@@ -144,13 +148,13 @@ def open_backend(
     spec: ModelSpec,
     settings: Settings,
     *,
-    facts: ModelFacts | None = None,
-    say: Say = silent,
+    metadata: ModelMetadata | None = None,
+    notify: Notify = ignore,
 ) -> Backend:
     """Load a model on a backend, as the settings ask. Raises ``ModelError`` or ``InputError``."""
     from pvec.backends.registry import backend_class
 
-    return backend_class(name).from_settings(spec, settings, facts=facts, on_note=say)
+    return backend_class(name).from_settings(spec, settings, metadata=metadata, on_note=notify)
 
 
 def load_judge_model(name: str, settings: Settings) -> Backend:

@@ -42,16 +42,16 @@ def chat(ctx: typer.Context, vector: Vectors = None) -> None:
     Type a message, or a command: `/steer evil@20 2.0`, `/off`, `/compare`, `/help`, `/quit`.
     Ctrl-C stops an answer, not the program. Lines may also be piped in.
     """
-    from pvec.backends.session import Engine
+    from pvec.backends.session import ModelSession
     from pvec.evaluation.chat import Chat, load_sources
 
     settings, console = settings_from(ctx), console_from(ctx)
     with console.progress() as on_progress:
-        engine = Engine(settings, say=console.note, on_progress=on_progress)
-        sources = load_sources(settings, engine, vector or [])
-    with engine:
-        _ = engine.backend  # load before the first question, not after it
-        _converse(console, Chat(settings, engine, sources))
+        session = ModelSession(settings, notify=console.note, on_progress=on_progress)
+        sources = load_sources(settings, session, vector or [])
+    with session:
+        _ = session.backend  # load before the first question, not after it
+        _converse(console, Chat(settings, session, sources))
 
 
 def _converse(console: Console, talk: Chat) -> None:

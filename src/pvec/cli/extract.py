@@ -57,7 +57,9 @@ def extract(ctx: typer.Context, trait: Traits, out: Out = None, dry_run: DryRun 
         console.emit(plans, lambda shown: _render_plans(shown, plans))
         return
     with console.progress() as on_progress:
-        results = workflow.run(settings, trait, out=out, say=console.note, on_progress=on_progress)
+        results = workflow.run(
+            settings, trait, out=out, notify=console.note, on_progress=on_progress
+        )
     console.emit(results, lambda shown: _render(shown, results))
 
 

@@ -30,7 +30,7 @@ def judge(ctx: typer.Context, run: RunFolder) -> None:
 
     settings, console = settings_from(ctx), console_from(ctx)
     with console.progress() as on_progress:
-        result = workflow.run(settings, run, say=console.note, on_progress=on_progress)
+        result = workflow.run(settings, run, notify=console.note, on_progress=on_progress)
     console.emit(result, lambda shown: _render(shown, result))
 
 

@@ -15,7 +15,7 @@ from pvec.cli.options import console_from, new_app, options, settings_from
 from pvec.errors import InputError
 
 if TYPE_CHECKING:
-    from pvec.backends.session import Say
+    from pvec.backends.session import Notify
     from pvec.projection.monitor import MonitorResult
     from pvec.projection.project import ProjectResult
     from pvec.projection.ray import RayResult
@@ -167,7 +167,7 @@ def project(
     )
     mode = _mode(asked, diff=diff, prompts=prompts, shift=shift)
     with console.progress() as on_progress:
-        result = mode.run(asked, say=console.note, on_progress=on_progress)
+        result = mode.run(asked, notify=console.note, on_progress=on_progress)
     console.emit(result, lambda shown: mode.render(shown, result))
 
 
@@ -226,7 +226,7 @@ def _mode(asked: _Asked, *, diff: bool, prompts: bool, shift: bool) -> _Mode:
     return mode
 
 
-def _run_file(asked: _Asked, *, say: Say, on_progress: OnProgress) -> ProjectResult:
+def _run_file(asked: _Asked, *, notify: Notify, on_progress: OnProgress) -> ProjectResult:
     from pvec.projection import project as workflow
 
     ways = workflow.Ways(
@@ -236,11 +236,11 @@ def _run_file(asked: _Asked, *, say: Say, on_progress: OnProgress) -> ProjectRes
         skip_bad=asked.skip_bad,
     )
     return workflow.run(
-        asked.settings, asked.file, asked.vectors, ways=ways, say=say, on_progress=on_progress
+        asked.settings, asked.file, asked.vectors, ways=ways, notify=notify, on_progress=on_progress
     )
 
 
-def _run_ray(asked: _Asked, *, say: Say, on_progress: OnProgress) -> RayResult:  # noqa: ARG001
+def _run_ray(asked: _Asked, *, notify: Notify, on_progress: OnProgress) -> RayResult:  # noqa: ARG001
     from pvec.projection import ray as workflow
 
     return workflow.run(
@@ -250,11 +250,11 @@ def _run_ray(asked: _Asked, *, say: Say, on_progress: OnProgress) -> RayResult: 
         out=asked.out,
         overwrite=asked.overwrite,
         skip_bad=asked.skip_bad,
-        say=say,
+        notify=notify,
     )
 
 
-def _run_diff(asked: _Asked, *, say: Say, on_progress: OnProgress) -> ScreenResult:
+def _run_diff(asked: _Asked, *, notify: Notify, on_progress: OnProgress) -> ScreenResult:
     from pvec.projection import screen as workflow
 
     files = workflow.ScreenFiles(
@@ -264,11 +264,16 @@ def _run_diff(asked: _Asked, *, say: Say, on_progress: OnProgress) -> ScreenResu
         skip_bad=asked.skip_bad,
     )
     return workflow.run(
-        asked.settings, asked.file, asked.vectors, files=files, say=say, on_progress=on_progress
+        asked.settings,
+        asked.file,
+        asked.vectors,
+        files=files,
+        notify=notify,
+        on_progress=on_progress,
     )
 
 
-def _run_prompts(asked: _Asked, *, say: Say, on_progress: OnProgress) -> MonitorResult:
+def _run_prompts(asked: _Asked, *, notify: Notify, on_progress: OnProgress) -> MonitorResult:
     from pvec.projection import monitor as workflow
 
     study = workflow.Study(
@@ -279,11 +284,16 @@ def _run_prompts(asked: _Asked, *, say: Say, on_progress: OnProgress) -> Monitor
         skip_bad=asked.skip_bad,
     )
     return workflow.run(
-        asked.settings, asked.file, asked.vectors, study=study, say=say, on_progress=on_progress
+        asked.settings,
+        asked.file,
+        asked.vectors,
+        study=study,
+        notify=notify,
+        on_progress=on_progress,
     )
 
 
-def _run_shift(asked: _Asked, *, say: Say, on_progress: OnProgress) -> ShiftResult:
+def _run_shift(asked: _Asked, *, notify: Notify, on_progress: OnProgress) -> ShiftResult:
     from pvec.projection import shift as workflow
 
     return workflow.run(
@@ -293,7 +303,7 @@ def _run_shift(asked: _Asked, *, say: Say, on_progress: OnProgress) -> ShiftResu
         traits=asked.traits,
         questions=asked.questions,
         out=asked.out,
-        say=say,
+        notify=notify,
         on_progress=on_progress,
     )
 

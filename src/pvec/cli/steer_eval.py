@@ -88,7 +88,7 @@ def steer_eval(
             trait,
             **asked,
             tasks=tasks or (),
-            say=console.note,
+            notify=console.note,
             on_progress=on_progress,
         )
     console.emit(result, lambda shown: _render(shown, result))

@@ -60,12 +60,12 @@ def train(
         if check:
             plan = workflow.check(
                 file, overrides=overrides, out=out, runs=runs,
-                say=console.note, on_progress=on_progress,
+                notify=console.note, on_progress=on_progress,
             )  # fmt: skip
         else:
             result = workflow.run(
                 file, overrides=overrides, out=out, runs=runs,
-                say=console.note, on_progress=on_progress,
+                notify=console.note, on_progress=on_progress,
             )  # fmt: skip
     if not main:
         return

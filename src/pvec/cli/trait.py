@@ -110,7 +110,7 @@ def new(
             description=description,
             out=out,
             force=force,
-            say=console.note,
+            notify=console.note,
             on_progress=on_progress,
         )
     result = {

@@ -75,11 +75,17 @@ def compute(
             if not _given(ctx, "model.id", "model.adapter"):
                 settings = workflow.with_model_of(settings, run)
             result = workflow.from_run(
-                settings, run, judge=judge, out=out, say=console.note, on_progress=on_progress
+                settings, run, judge=judge, out=out, notify=console.note, on_progress=on_progress
             )
         elif pos and neg and trait:
             result = workflow.from_csv(
-                settings, pos, neg, trait=trait, out=out, say=console.note, on_progress=on_progress
+                settings,
+                pos,
+                neg,
+                trait=trait,
+                out=out,
+                notify=console.note,
+                on_progress=on_progress,
             )
         else:
             raise InputError(
@@ -190,7 +196,7 @@ def lens(
     settings, console = settings_from(ctx), console_from(ctx)
     if not _given(ctx, "model.id", "model.adapter"):
         settings = workflow.with_model_of(settings, file)
-    seen = workflow.lens(settings, file, layer=layer, kind=kind, top=top, say=console.note)
+    seen = workflow.lens(settings, file, layer=layer, kind=kind, top=top, notify=console.note)
     console.emit(seen, lambda shown: render_lens(shown, seen))
 
 

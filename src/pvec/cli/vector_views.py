@@ -186,8 +186,8 @@ def _provenance(one: Shown) -> list[str]:
     if meta.get("kept_pos"):
         dropped = f" ({meta.get('dropped_pos', '?')} and {meta.get('dropped_neg', '?')} dropped)"
         lines.append(f"{meta['kept_pos']} positive, {meta['kept_neg']} negative answers{dropped}")
-    facts = [f"{word} {meta[key]}" for key, word in _PROVENANCE.items() if meta.get(key)]
-    return [*lines, ", ".join(facts)] if facts else lines
+    metadata = [f"{word} {meta[key]}" for key, word in _PROVENANCE.items() if meta.get(key)]
+    return [*lines, ", ".join(metadata)] if metadata else lines
 
 
 def _spread(one: Spread) -> str:

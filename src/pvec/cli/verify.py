@@ -41,7 +41,9 @@ def verify(ctx: typer.Context, vector: Vector = None) -> None:
 
     settings, console = settings_from(ctx), console_from(ctx)
     with console.progress() as on_progress:
-        result = workflow.verify(settings, vector=vector, say=console.note, on_progress=on_progress)
+        result = workflow.verify(
+            settings, vector=vector, notify=console.note, on_progress=on_progress
+        )
     console.emit(result, lambda shown: _render(shown, result))
     failed = [check.name for check in result.checks if not check.passed]
     if failed:

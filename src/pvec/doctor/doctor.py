@@ -16,7 +16,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from pvec import __version__
-from pvec.backends.session import silent
+from pvec.backends.session import ignore
 from pvec.doctor.bundled import bundled_model
 from pvec.doctor.finding import Finding
 from pvec.doctor.packages import optional_packages, required_packages
@@ -41,7 +41,7 @@ class Diagnosis:
         return all(one.state != "broken" for found in self.areas.values() for one in found)
 
 
-def examine(settings: Settings, *, on_progress: Callable[[Progress], None] = silent) -> Diagnosis:
+def examine(settings: Settings, *, on_progress: Callable[[Progress], None] = ignore) -> Diagnosis:
     """Look at everything; a fault is a finding, never an exception."""
     steps: dict[Area, Callable[[], Iterator[Finding]]] = {
         "machine": _machine,

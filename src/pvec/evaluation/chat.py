@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pvec.backends.planned import derive_seed
-from pvec.backends.session import Engine
+from pvec.backends.session import ModelSession
 from pvec.errors import InputError, did_you_mean
 from pvec.evaluation.conditions import Grid, Source, parse_layers, steered_conditions
 from pvec.models.chat import prompt_ids, spans_from_ids, think_length
@@ -68,9 +68,11 @@ class Chat:
     to the same history and then forgotten.
     """
 
-    def __init__(self, settings: Settings, engine: Engine, vectors: Sequence[Source]) -> None:
+    def __init__(
+        self, settings: Settings, session: ModelSession, vectors: Sequence[Source]
+    ) -> None:
         self._settings = settings
-        self._engine = engine
+        self._session = session
         self._vectors: Mapping[str, Source] = {source.label: source for source in vectors}
         self._history: list[Message] = []
         self._system: str | None = None
@@ -115,7 +117,7 @@ class Chat:
         turns = [*self._history, {"role": "user", "content": text}]
         head = [] if self._system is None else [{"role": "system", "content": self._system}]
         ids = prompt_ids(
-            self._engine.facts.tokenizer, [*head, *turns], thinking=self._engine.thinking
+            self._session.metadata.tokenizer, [*head, *turns], thinking=self._session.thinking
         )
         said = ""
         finished: list[Generation] = []
@@ -130,24 +132,24 @@ class Chat:
         yield from self._measure(ids, finished)
 
     def _stream(self, ids: tuple[int, ...]) -> Iterator[tuple[str, str, Generation | None]]:
-        sampling = self._engine.sampling(derive_seed(self._settings.generation.seed, self._turn))
+        sampling = self._session.sampling(derive_seed(self._settings.generation.seed, self._turn))
         main = Request(id=MAIN, prompt_ids=ids, sampling=sampling, steering=self.steering)
         requests = [main]
         if self.compare and self.steering:
             requests.append(replace(main, id=PLAIN, steering=()))
-        tokenizer = self._engine.backend.tokenizer
-        for piece in self._engine.backend.stream(requests):
-            if piece.finished:
-                yield piece.id, piece.finished.text, piece.finished
+        tokenizer = self._session.backend.tokenizer
+        for chunk in self._session.backend.stream(requests):
+            if chunk.finished:
+                yield chunk.id, chunk.finished.text, chunk.finished
             else:
-                text = str(tokenizer.decode(list(piece.token_ids), skip_special_tokens=True))
-                yield piece.id, text.removesuffix("\ufffd"), None  # half of a character
+                text = str(tokenizer.decode(list(chunk.token_ids), skip_special_tokens=True))
+                yield chunk.id, text.removesuffix("\ufffd"), None  # half of a character
 
     def _measure(self, ids: tuple[int, ...], answers: Sequence[Generation]) -> Iterator[Measured]:
         """Read the answers' activations without steering, which would only find itself."""
         if not self._vectors:
             return
-        tokenizer = self._engine.facts.tokenizer
+        tokenizer = self._session.metadata.tokenizer
         spans = [
             spans_from_ids(
                 one.id,
@@ -158,7 +160,7 @@ class Chat:
             for one in answers
             if one.token_ids
         ]
-        for means in sorted(self._engine.backend.capture(spans), key=lambda m: m.id):
+        for means in sorted(self._session.backend.capture(spans), key=lambda m: m.id):
             for name, source in self._vectors.items():
                 for layer in self._layers_of(name):
                     activation = means.means["response"][layer]
@@ -182,7 +184,9 @@ class Chat:
 
     def _default_layer(self) -> int:
         """Return the middle of the layers that the settings ask for (``auto``: 55 % depth)."""
-        layers = parse_layers(self._settings.steer.layer, num_layers=self._engine.facts.num_layers)
+        layers = parse_layers(
+            self._settings.steer.layer, num_layers=self._session.metadata.num_layers
+        )
         return layers[len(layers) // 2][0]
 
     def _steer(self, text: str) -> str:
@@ -220,7 +224,7 @@ class Chat:
             return self._default_layer()
         if not text.isdecimal():
             raise InputError(f"{text!r} is not a layer: write a whole number.")
-        return check_layer(int(text), self._engine.facts.num_layers)
+        return check_layer(int(text), self._session.metadata.num_layers)
 
     @staticmethod
     def _coef(text: str) -> float:
@@ -258,7 +262,7 @@ class Chat:
         return f"steering with {' and '.join(parts)}"
 
 
-def load_sources(settings: Settings, engine: Engine, paths: Sequence[Path]) -> list[Source]:
+def load_sources(settings: Settings, session: ModelSession, paths: Sequence[Path]) -> list[Source]:
     """Return the vectors to chat with, by trait. Raises ``InputError`` for two of one name."""
     from pvec.evaluation.setup import load_vectors
 
@@ -266,7 +270,7 @@ def load_sources(settings: Settings, engine: Engine, paths: Sequence[Path]) -> l
         Source(
             label=vector.trait, rows=vector.kind(settings.steer.kind), mean_norms=vector.mean_norm
         )
-        for vector, _ in load_vectors(paths, engine)
+        for vector, _ in load_vectors(paths, session)
     ]
     names = [source.label for source in sources]
     twice = [name for name in names if names.count(name) > 1]

@@ -224,7 +224,7 @@ def _parts(text: str, option: str) -> list[str]:
 
 
 def _coef_part(part: str, text: str) -> Iterator[float]:
-    numbers = [_number(piece, part, text) for piece in part.split(":")]
+    numbers = [_number(chunk, part, text) for chunk in part.split(":")]
     if len(numbers) == 1:
         yield numbers[0]
         return
@@ -239,15 +239,15 @@ def _coef_part(part: str, text: str) -> Iterator[float]:
         yield round(first + i * step, 10)
 
 
-def _number(piece: str, part: str, text: str) -> float:
+def _number(chunk: str, part: str, text: str) -> float:
     try:
-        value = float(piece)
+        value = float(chunk)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        where = f" (in {part!r})" if piece != part else ""
+        where = f" (in {part!r})" if chunk != part else ""
         raise InputError(
-            f"--coef {text!r} does not parse: {piece!r}{where} is not a number. "
+            f"--coef {text!r} does not parse: {chunk!r}{where} is not a number. "
             f"Write for example --coef -2,-1,0,1,2 or --coef 0:2:0.5."
         )
     return value
@@ -255,7 +255,7 @@ def _number(piece: str, part: str, text: str) -> float:
 
 def _layer_part(part: str, text: str) -> Iterator[tuple[int, ...]]:
     if ":" in part:
-        numbers = [_whole(piece, text) for piece in part.split(":")]
+        numbers = [_whole(chunk, text) for chunk in part.split(":")]
         step = numbers[2] if len(numbers) == 3 else 1
         if len(numbers) not in (2, 3) or step < 1 or numbers[1] < numbers[0]:
             raise InputError(
@@ -264,14 +264,14 @@ def _layer_part(part: str, text: str) -> Iterator[tuple[int, ...]]:
             )
         yield from ((layer,) for layer in range(numbers[0], numbers[1] + 1, step))
     else:
-        yield tuple(sorted({_whole(piece, text) for piece in part.split("+")}))
+        yield tuple(sorted({_whole(chunk, text) for chunk in part.split("+")}))
 
 
-def _whole(piece: str, text: str) -> int:
+def _whole(chunk: str, text: str) -> int:
     try:
-        return int(piece)
+        return int(chunk)
     except ValueError:
         raise InputError(
-            f"--layer {text!r} does not parse: {piece!r} is not a whole number. Write a layer "
+            f"--layer {text!r} does not parse: {chunk!r} is not a whole number. Write a layer "
             f"(20), a list (3,4), a range (12:24:2), layers at once (3+4), 'all' or 'auto'."
         ) from None

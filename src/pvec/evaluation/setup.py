@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pvec.backends.identity import run_identity
-from pvec.backends.planned import PromptCache, Wanted, derive_seed, question_messages
-from pvec.backends.session import Engine
+from pvec.backends.planned import PlannedResponse, PromptCache, derive_seed, question_messages
+from pvec.backends.session import ModelSession
 from pvec.errors import InputError
 from pvec.evaluation.conditions import (
     BASELINE,
@@ -43,17 +43,17 @@ class SteerSetup:
         self,
         settings: Settings,
         trait: str,
-        engine: Engine,
+        session: ModelSession,
         *,
         vectors: Sequence[Path],
         also: Sequence[str],
         out: Path | None,
     ) -> None:
         self.settings = settings
-        self.engine = engine
+        self.session = session
         self.trait = load_trait(trait)
         self.also = [load_trait(name) for name in also]
-        self.loaded = load_vectors(vectors, engine)
+        self.loaded = load_vectors(vectors, session)
         self.notes: list[str] = []
         self.conditions = self._conditions()
         self.metrics = _metrics([self.trait, *self.also])
@@ -77,7 +77,7 @@ class SteerSetup:
         return conditions
 
     def _grid(self, steer: SteerSettings) -> Grid:
-        facts = self.engine.facts
+        metadata = self.session.metadata
         if steer.incremental and steer.layer not in {"auto", "all"}:
             raise InputError(
                 f"--incremental steers every layer and does not go with --layer {steer.layer}: "
@@ -87,7 +87,7 @@ class SteerSetup:
             self.notes.append("ablation has no dose: the coefficients are not used")
         return Grid(
             layers=parse_layers(
-                "all" if steer.incremental else steer.layer, num_layers=facts.num_layers
+                "all" if steer.incremental else steer.layer, num_layers=metadata.num_layers
             ),
             coefs=parse_coefs(steer.coef),
             positions=steer.positions,
@@ -113,8 +113,8 @@ class SteerSetup:
             sources.append(incremental_source(source) if steer.incremental else source)
         return sources
 
-    def _wanted(self) -> list[Wanted]:
-        prompts = PromptCache(self.engine)
+    def _wanted(self) -> list[PlannedResponse]:
+        prompts = PromptCache(self.session)
         questions = self.trait.questions("eval")[: self.settings.steer.limit]
         return [
             self._one(prompts, condition, number, question, rollout)
@@ -125,7 +125,7 @@ class SteerSetup:
 
     def _one(
         self, prompts: PromptCache, condition: Condition, number: int, question: str, rollout: int
-    ) -> Wanted:
+    ) -> PlannedResponse:
         described = {**condition.describe(), "rollout": rollout}
         system = None
         if condition.role in {"prompt_pos", "prompt_neg"}:
@@ -136,7 +136,7 @@ class SteerSetup:
         prompt, prompt_ids = prompts(question_messages(question, system=system))
         # The same seed under every condition: they do not differ by the luck of the draw.
         seed = derive_seed(self.settings.generation.seed, self.trait.name, number, rollout)
-        return Wanted(
+        return PlannedResponse(
             trait=self.trait.name,
             condition=described,
             question=question,
@@ -144,27 +144,27 @@ class SteerSetup:
             system=system,
             prompt=prompt,
             prompt_ids=prompt_ids,
-            sampling=self.engine.sampling(seed),
-            engine=self.engine.identity,
+            sampling=self.session.sampling(seed),
+            engine=self.session.identity,
             steering=condition.steering,
         )
 
 
-def load_vectors(paths: Sequence[Path], engine: Engine) -> list[tuple[PersonaVector, Path]]:
-    """Read vectors and check them against the model of ``engine``; no weights are loaded.
+def load_vectors(paths: Sequence[Path], session: ModelSession) -> list[tuple[PersonaVector, Path]]:
+    """Read vectors and check them against the model of ``session``; no weights are loaded.
 
     A vector of a base model may be used on its finetunes, so with an adapter only the shape counts.
     """
-    facts = engine.facts
+    metadata = session.metadata
     loaded = []
     for path in map(find_vector, paths):
         vector = load_vector(path)
         check_fits(
             vector,
-            num_layers=facts.num_layers,
-            hidden_size=facts.hidden_size,
-            fingerprint=None if facts.adapter else facts.fingerprint,
-            model_id=facts.id,
+            num_layers=metadata.num_layers,
+            hidden_size=metadata.hidden_size,
+            fingerprint=None if metadata.adapter else metadata.fingerprint,
+            model_id=metadata.id,
         )
         loaded.append((vector, path))
     return loaded
@@ -204,7 +204,7 @@ def open_run(setup: SteerSetup) -> Run:
         identity={
             **run_identity(
                 setup.settings,
-                setup.engine,
+                setup.session,
                 subject={"trait": setup.trait.name, "trait_hash": setup.trait.hash},
             ),
             "vectors": [vector.fingerprint for vector, _ in setup.loaded],

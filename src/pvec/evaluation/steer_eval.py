@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pvec.backends.identity import keep_settings
 from pvec.backends.planned import generate_missing, missing
-from pvec.backends.session import Engine, Say, silent
+from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.judged_csv import JudgedAnswer, write_judged_csv
 from pvec.errors import JudgeError
 from pvec.evaluation.setup import SteerSetup, open_run
@@ -24,7 +24,7 @@ from pvec.evaluation.summary import SweepNumbers, read_sweep, summarise
 from pvec.evaluation.tasks import TaskScore, check_tasks, evaluate_tasks
 from pvec.judges.judging import estimate_judging
 from pvec.judges.prompts import COHERENCE
-from pvec.judges.scoring import JudgeDesk, JudgeReport, keep_traits, score_of
+from pvec.judges.scoring import JudgeReport, ResponseScorer, keep_traits, score_of
 from pvec.runs.names import slug
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
@@ -79,17 +79,17 @@ def plan(
     out: Path | None = None,
 ) -> SteerEvalPlan:
     """Say what ``run`` would do and what judging would cost; loads no weights, asks nobody."""
-    with Engine(settings) as engine:
-        setup = SteerSetup(settings, trait, engine, vectors=vectors, also=also, out=out)
-        desk = JudgeDesk(settings, engine=engine, bundled=engine.facts.bundled)
+    with ModelSession(settings) as session:
+        setup = SteerSetup(settings, trait, session, vectors=vectors, also=also, out=out)
+        scorer = ResponseScorer(settings, session=session, bundled=session.metadata.bundled)
         begun = (setup.folder / "manifest.json").exists()
         todo = missing(Run.read(setup.folder), setup.wanted) if begun else setup.wanted
         judging = estimate_judging(
             [one.question for one in setup.wanted],
             setup.metrics,
             answers_per_question=1,
-            answer_tokens=engine.max_tokens,
-            price=desk.choice.price,
+            answer_tokens=session.max_tokens,
+            price=scorer.choice.price,
         )
         return SteerEvalPlan(
             trait=setup.trait.name,
@@ -98,7 +98,7 @@ def plan(
             answers=len(setup.wanted),
             missing=len(todo),
             most_tokens=sum(one.sampling.max_tokens for one in todo),
-            judge=desk.choice.model,
+            judge=scorer.choice.model,
             judging=str(judging),
         )
 
@@ -111,8 +111,8 @@ def run(
     also: Sequence[str] = (),
     tasks: Sequence[str] = (),
     out: Path | None = None,
-    say: Say = silent,
-    on_progress: Callable[[Progress], None] = silent,
+    notify: Notify = ignore,
+    on_progress: Callable[[Progress], None] = ignore,
 ) -> SteerEvalResult:
     """Evaluate a model on ``trait`` (name or path), steered by ``vectors`` if there are any.
 
@@ -123,18 +123,22 @@ def run(
     """
     check_tasks(tasks)
     with ExitStack() as stack:
-        engine = stack.enter_context(Engine(settings, say=say, on_progress=on_progress))
-        setup = SteerSetup(settings, trait, engine, vectors=vectors, also=also, out=out)
-        desk = None
+        session = stack.enter_context(
+            ModelSession(settings, notify=notify, on_progress=on_progress)
+        )
+        setup = SteerSetup(settings, trait, session, vectors=vectors, also=also, out=out)
+        scorer = None
         if settings.steer.judge:
-            desk = JudgeDesk(settings, engine=engine, bundled=engine.facts.bundled, say=say)
-            stack.enter_context(desk)
+            scorer = ResponseScorer(
+                settings, session=session, bundled=session.metadata.bundled, notify=notify
+            )
+            stack.enter_context(scorer)
         store = stack.enter_context(open_run(setup))
-        if desk is not None:
-            desk.check()
+        if scorer is not None:
+            scorer.check()
         for note in (*setup.trait.notes, *store.notes, *setup.notes):
-            say(note)
-        job = _Job(setup, store, desk, tasks=tasks, on_progress=on_progress)
+            notify(note)
+        job = _Job(setup, store, scorer, tasks=tasks, on_progress=on_progress)
         return job.run()
 
 
@@ -145,32 +149,32 @@ class _Job:
         self,
         setup: SteerSetup,
         store: Run,
-        desk: JudgeDesk | None,
+        scorer: ResponseScorer | None,
         *,
         tasks: Sequence[str],
         on_progress: Callable[[Progress], None],
     ) -> None:
         self.setup = setup
         self.store = store
-        self.desk = desk
+        self.scorer = scorer
         self.tasks = tasks
         self.on_progress = on_progress
         self.timings: dict[str, float] = {}
         store.begin_session(command=sys.argv)
-        keep_settings(store, setup.settings, setup.engine)
+        keep_settings(store, setup.settings, setup.session)
         keep_traits(store, [setup.trait, *setup.also])
 
     def run(self) -> SteerEvalResult:
         setup = self.setup
         with self._timed("generate"):
             generated = generate_missing(
-                self.store, setup.engine, setup.wanted, on_progress=self.on_progress
+                self.store, setup.session, setup.wanted, on_progress=self.on_progress
             )
         records = self._records()
         result = SteerEvalResult(
             trait=setup.trait.name,
             run=self.store.path,
-            model=setup.engine.facts.id,
+            model=setup.session.metadata.id,
             vectors=tuple(dict.fromkeys(c.vector for c in setup.conditions if c.role == "steered")),
             conditions=len(setup.conditions),
             answers=len(records),
@@ -178,8 +182,8 @@ class _Job:
             cut=sum(record.finish_reason == "length" for record in records),
             next=(f"pvec judge {self.store.path}",),
         )
-        if self.desk is not None:
-            result = self._judged(self.desk, result, records)
+        if self.scorer is not None:
+            result = self._judged(self.scorer, result, records)
         if self.tasks:
             with self._timed("tasks"):
                 result = replace(result, capability=self._capability(result))
@@ -187,10 +191,10 @@ class _Job:
         return result
 
     def _judged(
-        self, desk: JudgeDesk, result: SteerEvalResult, records: list[ResponseRecord]
+        self, scorer: ResponseScorer, result: SteerEvalResult, records: list[ResponseRecord]
     ) -> SteerEvalResult:
         with self._timed("judge"):
-            report = desk.score(
+            report = scorer.score(
                 self.store, records, self.setup.metrics, on_progress=self.on_progress
             )
         ids = {record.id for record in records}
@@ -236,7 +240,7 @@ class _Job:
         chosen = [c for c in steered if c.name in picked] or steered[:1]
         baseline = [c for c in self.setup.conditions if c.role == "baseline"]
         scores = evaluate_tasks(
-            self.setup.engine.backend,
+            self.setup.session.backend,
             self.tasks,
             {condition.name: condition.steering for condition in (*baseline, *chosen)},
             on_progress=self.on_progress,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pvec.backends.processes import Processes
-from pvec.backends.session import Engine, Say, silent
+from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.judged_csv import JudgedAnswer, read_judged_csv
 from pvec.errors import InputError, ModelError, StoreError
 from pvec.extraction.vectors import Contribution, compute_vector, filter_provenance, vector_of_run
@@ -70,8 +70,8 @@ def from_run(
     *,
     judge: str | None = None,
     out: Path | None = None,
-    say: Say = silent,
-    on_progress: Callable[[Progress], None] = silent,
+    notify: Notify = ignore,
+    on_progress: Callable[[Progress], None] = ignore,
 ) -> ComputeResult | None:
     """Compute the vector of an extraction that was judged, with the model that gave its answers.
 
@@ -88,9 +88,12 @@ def from_run(
     if chosen is None:
         raise InputError(f"{path} has no scores yet: score it with `pvec judge {path}`.")
     (trait,) = traits_of(seen)
-    with _engine(settings, say=say, on_progress=on_progress) as engine, ExitStack() as stack:
-        main = engine.processes.main
-        _require_same_model(seen, engine)
+    with (
+        _session(settings, notify=notify, on_progress=on_progress) as session,
+        ExitStack() as stack,
+    ):
+        main = session.processes.main
+        _require_same_model(seen, session)
         store = stack.enter_context(_writable(seen)) if main else seen
         # answers to one prompt side by side, so that one process computes it once for all of them
         records = sorted(store.responses(), key=lambda record: (record.prompt_ids, record.id))
@@ -99,17 +102,17 @@ def from_run(
             trait,
             records,
             judge=chosen,
-            engine=engine,
+            session=session,
             settings=settings,
             out=out,
-            on_progress=on_progress if main else silent,
+            on_progress=on_progress if main else ignore,
         )
         if not main:
             return None
         store.end_session(timings={})
     return ComputeResult(
         trait=trait.name,
-        model=engine.facts.id,
+        model=session.metadata.id,
         path=vector.path,
         filtered=vector.filtered,
         thinking=_thinking(
@@ -137,8 +140,8 @@ def from_csv(
     *,
     trait: str,
     out: Path | None = None,
-    say: Say = silent,
-    on_progress: Callable[[Progress], None] = silent,
+    notify: Notify = ignore,
+    on_progress: Callable[[Progress], None] = ignore,
 ) -> ComputeResult | None:
     """Compute a vector from two CSV files of judged answers in the reference's columns.
 
@@ -151,14 +154,14 @@ def from_csv(
     filtered = _filter(answers, paths=paths, settings=settings)
     name = run_name(trait, model=settings.model.id, adapter=settings.model.adapter)
     target = out or Path("vectors") / f"{name}.safetensors"
-    with _engine(settings, say=say, on_progress=on_progress) as engine:
-        main = engine.processes.main
-        show = on_progress if main else silent
-        engine.processes.on_main(lambda: probe_writable(target.parent))
-        tokenised = _tokenised(answers, engine, on_progress=show)
+    with _session(settings, notify=notify, on_progress=on_progress) as session:
+        main = session.processes.main
+        show = on_progress if main else ignore
+        session.processes.on_main(lambda: probe_writable(target.parent))
+        tokenised = _tokenised(answers, session, on_progress=show)
         kept = [one for one in tokenised if filtered.kept(one.contribution.spans.id)]
         vector = compute_vector(
-            engine,
+            session,
             trait,
             [one.contribution for one in kept],
             filtered=filtered,
@@ -168,16 +171,16 @@ def from_csv(
             },
             on_progress=show,
         )
-        engine.processes.on_main(lambda: save_vector(vector, target))
+        session.processes.on_main(lambda: save_vector(vector, target))
         if not main:
             return None
     summary = summarize(vector)
     return ComputeResult(
         trait=trait,
-        model=engine.facts.id,
+        model=session.metadata.id,
         path=target,
         filtered=filtered.counts,
-        thinking=_thinking([(one.thinking, one.answer) for one in kept], averaged=engine.thinking),
+        thinking=_thinking([(one.thinking, one.answer) for one in kept], averaged=session.thinking),
         summary=summary,
         empty=_empty(filtered.counts, summary),
         merged=sum(one.merged for one in kept),
@@ -186,15 +189,17 @@ def from_csv(
 
 
 @contextmanager
-def _engine(
-    settings: Settings, *, say: Say, on_progress: Callable[[Progress], None]
-) -> Iterator[Engine]:
+def _session(
+    settings: Settings, *, notify: Notify, on_progress: Callable[[Progress], None]
+) -> Iterator[ModelSession]:
     """Open the engine of this process; only the main one of a launch says anything."""
     with Processes.launched() as processes:
         if not processes.main:
-            say = on_progress = silent
-        with Engine(settings, say=say, on_progress=on_progress, processes=processes) as engine:
-            yield engine
+            notify = on_progress = ignore
+        with ModelSession(
+            settings, notify=notify, on_progress=on_progress, processes=processes
+        ) as session:
+            yield session
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -209,17 +214,17 @@ class _Tokenised:
 
 def _tokenised(
     answers: Mapping[Sign, Sequence[JudgedAnswer]],
-    engine: Engine,
+    session: ModelSession,
     *,
     on_progress: Callable[[Progress], None],
 ) -> Iterator[_Tokenised]:
-    tokenizer = engine.facts.tokenizer
+    tokenizer = session.metadata.tokenizer
     total = sum(map(len, answers.values()))
     done = 0
     for sign, rows in answers.items():
         for number, row in enumerate(rows):
             yield _tokenise(
-                f"{sign}-{number}", row, sign=sign, tokenizer=tokenizer, thinking=engine.thinking
+                f"{sign}-{number}", row, sign=sign, tokenizer=tokenizer, thinking=session.thinking
             )
             done += 1
             on_progress(Progress(stage="tokenising", done=done, total=total, unit="answers"))
@@ -279,15 +284,15 @@ def _filter(
     )
 
 
-def _require_same_model(run: Run, engine: Engine) -> None:
+def _require_same_model(run: Run, session: ModelSession) -> None:
     made_by = run.manifest.get("model", {})
     fingerprint = made_by.get("fingerprint")
-    if fingerprint and fingerprint != engine.facts.fingerprint:
+    if fingerprint and fingerprint != session.metadata.fingerprint:
         adapter = f" with the adapter {made_by['adapter']}" if made_by.get("adapter") else ""
         raise ModelError(
             f"The answers of {run.path} are by {made_by.get('id')}{adapter} (fingerprint "
-            f"{fingerprint}), not by {engine.facts.id} ({engine.facts.fingerprint}): give that "
-            f"model with --model and --adapter."
+            f"{fingerprint}), not by {session.metadata.id} ({session.metadata.fingerprint}): give "
+            f"that model with --model and --adapter."
         )
 
 

@@ -17,18 +17,18 @@ from pathlib import Path
 from pvec.backends.identity import keep_settings, run_identity
 from pvec.backends.kept_means import KeptMeans
 from pvec.backends.planned import (
+    PlannedResponse,
     PromptCache,
-    Wanted,
     derive_seed,
     generate_missing,
     missing,
     question_messages,
 )
-from pvec.backends.session import Engine, Say, silent
+from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
 from pvec.extraction.vectors import RunVector, vector_of_run
 from pvec.judges.judging import estimate_judging
-from pvec.judges.scoring import JudgeDesk, JudgeReport, keep_traits, trait_metrics
+from pvec.judges.scoring import JudgeReport, ResponseScorer, keep_traits, trait_metrics
 from pvec.runs.names import run_name
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
@@ -81,10 +81,10 @@ def plan(
 
     Raises what ``run`` raises for bad input.
     """
-    with Engine(settings) as engine:
-        desk = JudgeDesk(settings, engine=engine, bundled=engine.facts.bundled)
+    with ModelSession(settings) as session:
+        scorer = ResponseScorer(settings, session=session, bundled=session.metadata.bundled)
         return [
-            _plan_one(settings, trait, engine, desk, folder=run_folder(settings, trait, out=out))
+            _plan_one(settings, trait, session, scorer, folder=run_folder(settings, trait, out=out))
             for trait in _load_traits(traits, out=out)
         ]
 
@@ -94,8 +94,8 @@ def run(
     traits: Sequence[str],
     *,
     out: Path | None = None,
-    say: Say = silent,
-    on_progress: Callable[[Progress], None] = silent,
+    notify: Notify = ignore,
+    on_progress: Callable[[Progress], None] = ignore,
 ) -> list[ExtractResult]:
     """Extract the persona vectors of ``traits`` (names or paths) with one model load.
 
@@ -106,19 +106,23 @@ def run(
     """
     loaded = _load_traits(traits, out=out)
     with ExitStack() as stack:
-        engine = stack.enter_context(Engine(settings, say=say, on_progress=on_progress))
-        desk = None
+        session = stack.enter_context(
+            ModelSession(settings, notify=notify, on_progress=on_progress)
+        )
+        scorer = None
         if settings.extract.judge:
-            desk = JudgeDesk(settings, engine=engine, bundled=engine.facts.bundled, say=say)
-            stack.enter_context(desk)
-            engine.kept_means = stack.enter_context(KeptMeans())
+            scorer = ResponseScorer(
+                settings, session=session, bundled=session.metadata.bundled, notify=notify
+            )
+            stack.enter_context(scorer)
+            session.kept_means = stack.enter_context(KeptMeans())
         stores = [
-            stack.enter_context(_open_run(settings, trait, engine, out=out)) for trait in loaded
+            stack.enter_context(_open_run(settings, trait, session, out=out)) for trait in loaded
         ]
-        if desk is not None:
-            desk.check()
+        if scorer is not None:
+            scorer.check()
         jobs = [
-            _Job(settings, trait, store, engine, desk, say, on_progress)
+            _Job(settings, trait, store, session, scorer, notify, on_progress)
             for trait, store in zip(loaded, stores, strict=True)
         ]
         for job in jobs:
@@ -126,14 +130,16 @@ def run(
         return _finish(jobs)
 
 
-def wanted_answers(trait: Trait, settings: Settings, engine: Engine) -> list[Wanted]:
+def wanted_answers(
+    trait: Trait, settings: Settings, session: ModelSession
+) -> list[PlannedResponse]:
     """Return the answers that an extraction wants: instruction x question x rollout, both signs.
 
     A positive answer and its opposite number share their seed.
     """
-    prompts = PromptCache(engine)
+    prompts = PromptCache(session)
     return [
-        _wanted(trait, settings, engine, prompts, sign=sign, instruction=i, question=q, rollout=r)
+        _wanted(trait, settings, session, prompts, sign=sign, instruction=i, question=q, rollout=r)
         for q in range(len(trait.questions("extract")[: settings.extract.limit]))
         for i in range(len(trait.instructions))
         for sign in SIGNS
@@ -157,32 +163,32 @@ class _Job:
         settings: Settings,
         trait: Trait,
         store: Run,
-        engine: Engine,
-        desk: JudgeDesk | None,
-        say: Say,
+        session: ModelSession,
+        scorer: ResponseScorer | None,
+        notify: Notify,
         on_progress: Callable[[Progress], None],
     ) -> None:
         self.settings = settings
         self.trait = trait
         self.store = store
-        self.engine = engine
-        self.desk = desk
+        self.session = session
+        self.scorer = scorer
         self.on_progress = on_progress
-        self.wanted = wanted_answers(trait, settings, engine)
+        self.wanted = wanted_answers(trait, settings, session)
         self.generated = 0
         self.timings: dict[str, float] = {}
         store.begin_session(command=sys.argv)
         keep_traits(store, [trait])
-        keep_settings(store, settings, engine)
+        keep_settings(store, settings, session)
         for note in (*trait.notes, *store.notes):
-            say(note)
+            notify(note)
 
     def generate(self) -> None:
         """Generate the answers that are missing."""
         with self._timed("generate"):
             self.generated = generate_missing(
                 self.store,
-                self.engine,
+                self.session,
                 self.wanted,
                 on_progress=self.on_progress,
                 stage=f"{self.trait.name}: answers",
@@ -194,23 +200,23 @@ class _Job:
         result = ExtractResult(
             trait=self.trait.name,
             run=self.store.path,
-            model=self.engine.facts.id,
+            model=self.session.metadata.id,
             answers=len(records),
             generated=self.generated,
             cut=sum(record.finish_reason == "length" for record in records),
         )
-        if self.desk is None:
+        if self.scorer is None:
             result = replace(result, next=(f"pvec judge {self.store.path}",))
         else:
-            result = self._judged(self.desk, result, records)
+            result = self._judged(self.scorer, result, records)
         self.store.end_session(timings=self.timings)
         return result
 
     def _judged(
-        self, desk: JudgeDesk, result: ExtractResult, records: list[ResponseRecord]
+        self, scorer: ResponseScorer, result: ExtractResult, records: list[ResponseRecord]
     ) -> ExtractResult:
         with self._timed("judge"):
-            report = desk.score(
+            report = scorer.score(
                 self.store, records, trait_metrics(self.trait), on_progress=self.on_progress
             )
         with self._timed("vector"):
@@ -219,7 +225,7 @@ class _Job:
                 self.trait,
                 records,
                 judge=report.judge,
-                engine=self.engine,
+                session=self.session,
                 settings=self.settings,
                 on_progress=self.on_progress,
             )
@@ -278,31 +284,31 @@ def _load_traits(names: Sequence[str], *, out: Path | None) -> list[Trait]:
     return traits
 
 
-def _open_run(settings: Settings, trait: Trait, engine: Engine, *, out: Path | None) -> Run:
+def _open_run(settings: Settings, trait: Trait, session: ModelSession, *, out: Path | None) -> Run:
     subject = {"trait": trait.name, "trait_hash": trait.hash}
     return Run.open_or_create(
         run_folder(settings, trait, out=out),
         kind=KIND,
-        identity=run_identity(settings, engine, subject=subject),
+        identity=run_identity(settings, session, subject=subject),
     )
 
 
 def _wanted(
     trait: Trait,
     settings: Settings,
-    engine: Engine,
+    session: ModelSession,
     prompts: PromptCache,
     *,
     sign: Sign,
     instruction: int,
     question: int,
     rollout: int,
-) -> Wanted:
+) -> PlannedResponse:
     system = trait.system_prompt(sign, instruction)
     text = trait.extract_questions[question]
     prompt, prompt_ids = prompts(question_messages(text, system=system))
     seed = derive_seed(settings.generation.seed, trait.name, question, instruction, rollout)
-    return Wanted(
+    return PlannedResponse(
         trait=trait.name,
         condition={"sign": sign, "instruction": instruction, "rollout": rollout},
         question=text,
@@ -310,22 +316,22 @@ def _wanted(
         system=system,
         prompt=prompt,
         prompt_ids=prompt_ids,
-        sampling=engine.sampling(seed),
-        engine=engine.identity,
+        sampling=session.sampling(seed),
+        engine=session.identity,
     )
 
 
 def _plan_one(
-    settings: Settings, trait: Trait, engine: Engine, desk: JudgeDesk, *, folder: Path
+    settings: Settings, trait: Trait, session: ModelSession, scorer: ResponseScorer, *, folder: Path
 ) -> ExtractPlan:
-    wanted = wanted_answers(trait, settings, engine)
+    wanted = wanted_answers(trait, settings, session)
     todo = missing(Run.read(folder), wanted) if (folder / "manifest.json").exists() else wanted
     judging = estimate_judging(
         [one.question for one in wanted],
         trait_metrics(trait),
         answers_per_question=1,
-        answer_tokens=engine.max_tokens,
-        price=desk.choice.price,
+        answer_tokens=session.max_tokens,
+        price=scorer.choice.price,
     )
     return ExtractPlan(
         trait=trait.name,
@@ -333,6 +339,6 @@ def _plan_one(
         answers=len(wanted),
         missing=len(todo),
         most_tokens=sum(one.sampling.max_tokens for one in todo),
-        judge=desk.choice.model,
+        judge=scorer.choice.model,
         judging=str(judging),
     )

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pvec.backends.session import Say, silent
+from pvec.backends.session import Notify, ignore
 from pvec.errors import StoreError
 from pvec.extraction.vectors import MetricMean, export_signs, metric_means
 from pvec.judges.judging import COHERENCE_METRIC, Metric
 from pvec.judges.prompts import COHERENCE
-from pvec.judges.scoring import JudgeDesk, JudgeReport, filter_records, traits_of
+from pvec.judges.scoring import JudgeReport, ResponseScorer, filter_records, traits_of
 from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.types import Progress
@@ -38,8 +38,8 @@ def run(
     settings: Settings,
     path: Path,
     *,
-    say: Say = silent,
-    on_progress: Callable[[Progress], None] = silent,
+    notify: Notify = ignore,
+    on_progress: Callable[[Progress], None] = ignore,
 ) -> JudgeResult:
     """Score every answer of the run in ``path`` that this judge has not scored yet.
 
@@ -50,17 +50,17 @@ def run(
     traits = traits_of(seen)
     bundled = seen.manifest.get("model", {}).get("bundled", False)
     metrics = [Metric(name=trait.name, prompt=trait.eval_prompt) for trait in traits]
-    with JudgeDesk(settings, engine=None, bundled=bundled, say=say) as desk:
-        desk.check()
+    with ResponseScorer(settings, session=None, bundled=bundled, notify=notify) as scorer:
+        scorer.check()
         identity = {k: v for k, v in seen.manifest["identity"].items() if k != "kind"}
         with Run.open_or_create(path, kind=seen.kind, identity=identity) as store:
             for note in store.notes:
-                say(note)
+                notify(note)
             store.begin_session(command=sys.argv)
             records = list(store.responses())
             if not records:
                 raise StoreError(f"{path} has no answers yet: run the command that made it again.")
-            report = desk.score(
+            report = scorer.score(
                 store, records, [*metrics, COHERENCE_METRIC], on_progress=on_progress
             )
             store.end_session(timings={})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pvec.backends.session import Say, silent
+from pvec.backends.session import Notify, ignore
 from pvec.errors import InputError, JudgeError, ModelError
 from pvec.judges.author import Author, UnusableReply, correction, read_draft, task, trait_from
 from pvec.judges.judging import KEY_NAME
@@ -50,8 +50,8 @@ def new_trait(
     description: str,
     out: Path | None = None,
     force: bool = False,
-    say: Say = silent,
-    on_progress: Callable[[Progress], None] = silent,
+    notify: Notify = ignore,
+    on_progress: Callable[[Progress], None] = ignore,
 ) -> NewTrait:
     """Let a model write the trait ``name`` into ``out`` or ``my-traits/NAME.json``.
 
@@ -65,14 +65,14 @@ def new_trait(
         raise InputError("The description is empty: say in a sentence what the trait is.")
     probe_writable(path.parent)
     with _open_author(settings) as author:
-        say(f"{author.model} writes the trait {name!r}")
+        notify(f"{author.model} writes the trait {name!r}")
         trait, corrections = _write(
             author,
             name,
             description=description,
             source=str(path),
             repairs=settings.author.repairs,
-            say=say,
+            notify=notify,
             on_progress=on_progress,
         )
         spent = author.spent
@@ -136,7 +136,7 @@ def _write(
     description: str,
     source: str,
     repairs: int,
-    say: Say,
+    notify: Notify,
     on_progress: Callable[[Progress], None],
 ) -> tuple[Trait, int]:
     """Return a trait without a fault, and how many drafts had to be sent back for it."""
@@ -155,7 +155,7 @@ def _write(
                 return trait, attempt
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         if attempt < repairs:
-            say(f"sent back to be corrected: {problems[0]}{more}")
+            notify(f"sent back to be corrected: {problems[0]}{more}")
         # Only the latest draft goes back: earlier ones cost tokens and teach nothing.
         draft: Message = {"role": "assistant", "content": text or "(nothing)"}
         messages = [first, draft, correction(problems[:_SHOWN_PROBLEMS])]

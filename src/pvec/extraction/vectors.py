@@ -10,7 +10,7 @@ import numpy as np
 
 from pvec import __version__
 from pvec.backends.kept_means import captured
-from pvec.backends.session import Engine, silent
+from pvec.backends.session import ModelSession, ignore
 from pvec.data.judged_csv import JudgedAnswer, write_judged_csv
 from pvec.errors import InputError
 from pvec.judges.prompts import COHERENCE
@@ -72,10 +72,10 @@ def vector_of_run(
     records: Sequence[ResponseRecord],
     *,
     judge: str,
-    engine: Engine,
+    session: ModelSession,
     settings: Settings,
     out: Path | None = None,
-    on_progress: Callable[[Progress], None] = silent,
+    on_progress: Callable[[Progress], None] = ignore,
 ) -> RunVector:
     """Filter a judged extraction's answers, export them, and write the vector of the kept ones.
 
@@ -85,7 +85,7 @@ def vector_of_run(
     """
     scores = store.scores_by_response(judge=judge)
     filtered = filter_records(records, scores, trait=trait.name, settings=settings)
-    engine.processes.on_main(lambda: export_signs(store, trait.name, records, scores))
+    session.processes.on_main(lambda: export_signs(store, trait.name, records, scores))
     kept = [record for record in records if filtered.kept(record.id)]
     provenance = {
         **filter_provenance(settings, filtered),
@@ -94,13 +94,13 @@ def vector_of_run(
         "judge": judge,
     }
     provenance["inputs"] = stable_hash(
-        {**provenance, "engine": engine.identity, "kept": sorted(record.id for record in kept)}
+        {**provenance, "engine": session.identity, "kept": sorted(record.id for record in kept)}
     )
     path = out or store.vector_path(trait.name)
     vector = _if_current(path, provenance["inputs"])
     if vector is None:
         vector = compute_vector(
-            engine,
+            session,
             trait.name,
             [_contribution(record) for record in kept],
             filtered=filtered,
@@ -108,7 +108,7 @@ def vector_of_run(
             on_progress=on_progress,
         )
         made = vector
-        engine.processes.on_main(lambda: save_vector(made, path))
+        session.processes.on_main(lambda: save_vector(made, path))
     return RunVector(
         path=path,
         scores=tuple(_means_by_sign(records, scores, trait.name)),
@@ -160,13 +160,13 @@ def export_signs(
 
 
 def compute_vector(
-    engine: Engine,
+    session: ModelSession,
     trait: str,
     contributions: Sequence[Contribution],
     *,
     filtered: Filtered | None = None,
     provenance: Mapping[str, str],
-    on_progress: Callable[[Progress], None] = silent,
+    on_progress: Callable[[Progress], None] = ignore,
 ) -> PersonaVector:
     """Capture the responses and return their persona vector (all three kinds) with its quality.
 
@@ -176,21 +176,21 @@ def compute_vector(
     """
     _require_enough(trait, contributions, filtered)
     accumulator = VectorAccumulator(questions=[one.question for one in contributions])
-    mine = engine.processes.share(contributions, cost=lambda one: len(one.spans.token_ids))
+    mine = session.processes.share(contributions, cost=lambda one: len(one.spans.token_ids))
     by_id = {one.spans.id: one for one in mine}
     stage = f"{trait}: activations"
     on_progress(Progress(stage=stage, done=0, total=len(mine), unit="responses"))
-    rows = captured(engine, (one.spans for one in mine))
+    rows = captured(session, (one.spans for one in mine))
     for done, row in enumerate(rows, start=1):
         one = by_id[row.id]
         accumulator.add(row, sign=one.sign, question=one.question)
         on_progress(Progress(stage=stage, done=done, total=len(mine), unit="responses"))
-    parts = engine.processes.gather(accumulator)
-    return engine.processes.on_main(lambda: _finish(engine, trait, parts, provenance))
+    parts = session.processes.gather(accumulator)
+    return session.processes.on_main(lambda: _finish(session, trait, parts, provenance))
 
 
 def _finish(
-    engine: Engine,
+    session: ModelSession,
     trait: str,
     parts: Sequence[VectorAccumulator],
     provenance: Mapping[str, str],
@@ -206,7 +206,7 @@ def _finish(
         kinds=result.vectors,
         mean_norm=result.mean_norm,
         stats=dict(_stat_arrays(stats)),
-        metadata={**_provenance(engine, result), **provenance},
+        metadata={**_provenance(session, result), **provenance},
     )
 
 
@@ -262,14 +262,14 @@ def _means_by_sign(
         yield from metric_means(mine, scores, [trait, COHERENCE], group=sign)
 
 
-def _provenance(engine: Engine, result: VectorSet) -> dict[str, str]:
-    info = engine.backend.info
+def _provenance(session: ModelSession, result: VectorSet) -> dict[str, str]:
+    info = session.backend.info
     counts = result.counts["response_avg"]
     return {
         "pvec_version": __version__,
         "model_id": info.id,
         "model_fingerprint": info.fingerprint,
-        "model_type": engine.facts.model_type,
+        "model_type": session.metadata.model_type,
         "adapter": info.adapter or "",
         "dtype": info.dtype,
         "kept_pos": str(counts["pos"]),

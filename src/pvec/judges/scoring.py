@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pvec.backends.session import Engine, Say, load_judge_model, silent
+from pvec.backends.session import ModelSession, Notify, ignore, load_judge_model
 from pvec.closing import Closing
 from pvec.errors import StoreError
 from pvec.judges.base import Judge
@@ -44,29 +44,34 @@ class JudgeReport:
     spent: float
 
 
-class JudgeDesk(Closing):
+class ResponseScorer(Closing):
     """The judge of a command: chosen at once, so that a missing key is found before anything runs,
     and opened when first asked. A context manager.
 
-    ``engine`` is the model that answers, when there is one: the bundled model is judged by its own
+    ``session`` is the model that answers, when there is one: the bundled model is judged by its own
     judge unless the settings say otherwise. Raises ``JudgeError`` or ``InputError`` for a judge
     that cannot be used.
     """
 
     def __init__(
-        self, settings: Settings, *, engine: Engine | None, bundled: bool, say: Say = silent
+        self,
+        settings: Settings,
+        *,
+        session: ModelSession | None,
+        bundled: bool,
+        notify: Notify = ignore,
     ) -> None:
         self.choice: JudgeChoice = choose_judge(settings.judge, bundled=bundled)
         self._settings = settings
-        self._engine = engine
-        self._say = say
+        self._session = session
+        self._say = notify
         self._judge: Judge | None = None
 
     @property
     def judge(self) -> Judge:
         """The judge, opened on first use."""
         if self._judge is None:
-            loaded = self._engine.backend if self._engine and self._engine.loaded else None
+            loaded = self._session.backend if self._session and self._session.loaded else None
             self._judge = open_judge(
                 self.choice,
                 self._settings.judge,
@@ -92,7 +97,7 @@ class JudgeDesk(Closing):
         records: Sequence[ResponseRecord],
         metrics: Sequence[Metric],
         *,
-        on_progress: Callable[[Progress], None] = silent,
+        on_progress: Callable[[Progress], None] = ignore,
     ) -> JudgeReport:
         """Score what this judge has not scored yet; each score is on disk before the next."""
         scale = self._settings.judge.scale

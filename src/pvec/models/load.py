@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ModelFacts:
+class ModelMetadata:
     """What is known of a model before its weights are loaded.
 
     ``context`` is the number of tokens that prompt and answer may have together, or None when the
@@ -53,7 +53,7 @@ class LoadedModel:
     info: ModelInfo
 
 
-def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelFacts:
+def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelMetadata:
     """Read configuration, tokenizer and fingerprint of a model; no weights are loaded.
 
     Refuses with one sentence (``ModelError``, ``InputError``) what loading would trip over later.
@@ -69,7 +69,7 @@ def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelFacts:
         )
     tokenizer = load_tokenizer(spec, files)
     notes = chat_format(tokenizer).notes if tokenizer.chat_template else ()
-    return ModelFacts(
+    return ModelMetadata(
         id=files.id,
         model_type=text.model_type,
         fingerprint=model_fingerprint(files) if weights else "",
@@ -85,37 +85,37 @@ def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelFacts:
     )
 
 
-def load_model(spec: ModelSpec, *, facts: ModelFacts | None = None) -> LoadedModel:
+def load_model(spec: ModelSpec, *, metadata: ModelMetadata | None = None) -> LoadedModel:
     """Load a model for inference. ``facts`` saves looking at its files twice."""
-    facts = facts or inspect_model(spec)
+    metadata = metadata or inspect_model(spec)
     device, device_note = choose_device(spec.device)
     dtype, dtype_note = choose_dtype(spec.dtype, device)
-    placement = _device_map(spec, facts.files, device)
-    notes = [*facts.notes, f"{str(dtype).removeprefix('torch.')}: {dtype_note}"]
+    placement = _device_map(spec, metadata.files, device)
+    notes = [*metadata.notes, f"{str(dtype).removeprefix('torch.')}: {dtype_note}"]
     with _quiet_transformers():
-        model = _load_weights(spec, facts.files, dtype=dtype, device_map=placement)
+        model = _load_weights(spec, metadata.files, dtype=dtype, device_map=placement)
         if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
             model.set_attn_implementation("eager")
             notes.append("eager attention: faster kernels leave out this model's logit caps")
-        if facts.files.adapter_folder is not None:
-            model = _load_adapter(model, facts.files.adapter_folder, merge=spec.merge_adapter)
+        if metadata.files.adapter_folder is not None:
+            model = _load_adapter(model, metadata.files.adapter_folder, merge=spec.merge_adapter)
     if placement is None:
         model.to(device)
     else:
         device_note = f"spread by device_map {placement!r}"
     model.eval().requires_grad_(False)
     info = ModelInfo(
-        id=facts.id,
-        fingerprint=facts.fingerprint,
-        num_layers=facts.num_layers,
-        hidden_size=facts.hidden_size,
+        id=metadata.id,
+        fingerprint=metadata.fingerprint,
+        num_layers=metadata.num_layers,
+        hidden_size=metadata.hidden_size,
         dtype=str(dtype).removeprefix("torch."),
         device=device,
-        adapter=facts.adapter,
-        bundled=facts.bundled,
+        adapter=metadata.adapter,
+        bundled=metadata.bundled,
         notes=(*notes, f"{device}: {device_note}"),
     )
-    return LoadedModel(model=model, tokenizer=facts.tokenizer, info=info)
+    return LoadedModel(model=model, tokenizer=metadata.tokenizer, info=info)
 
 
 def choose_device(wanted: str) -> tuple[str, str]:

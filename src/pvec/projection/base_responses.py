@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pvec.backends.planned import OnProgress, Wanted, derive_seed, generate_missing
-from pvec.backends.session import Engine
+from pvec.backends.planned import OnProgress, PlannedResponse, derive_seed, generate_missing
+from pvec.backends.session import ModelSession
 from pvec.data.conversations import Ids
 from pvec.projection.projector import Directions, project_table, projector
 from pvec.projection.samples import Prompt, Samples
@@ -36,7 +36,7 @@ class Naturals:
     def __init__(
         self,
         settings: Settings,
-        engine: Engine,
+        session: ModelSession,
         directions: Directions,
         store: Run,
         sets: Mapping[str, Samples],
@@ -49,7 +49,7 @@ class Naturals:
         }
         self.generated = 0
         self._settings = settings
-        self._engine = engine
+        self._session = session
         self._directions = directions
         self._store = store
         self._on_progress = on_progress
@@ -67,7 +67,7 @@ class Naturals:
         """Generate the answers to these prompts that the run does not hold yet."""
         self.generated += generate_missing(
             self._store,
-            self._engine,
+            self._session,
             self._wanted(keys),
             on_progress=self._on_progress,
             stage="natural answers",
@@ -105,13 +105,13 @@ class Naturals:
     def _columns(self) -> int:
         return len(self._directions.vectors) * len(self._directions.layers)
 
-    def _wanted(self, keys: Sequence[str]) -> list[Wanted]:
+    def _wanted(self, keys: Sequence[str]) -> list[PlannedResponse]:
         rollouts = range(self._settings.project.naturals)
         return [self._one(self.prompts[key], rollout) for key in keys for rollout in rollouts]
 
-    def _one(self, prompt: Prompt, rollout: int) -> Wanted:
+    def _one(self, prompt: Prompt, rollout: int) -> PlannedResponse:
         seed = derive_seed(self._settings.generation.seed, "natural", prompt.key, rollout)
-        return Wanted(
+        return PlannedResponse(
             trait="",
             condition={"name": "natural", "rollout": rollout},
             question=prompt.question,
@@ -119,15 +119,15 @@ class Naturals:
             system=None,
             prompt=prompt.text,
             prompt_ids=prompt.ids,
-            sampling=self._engine.sampling(seed),
-            engine=self._engine.identity,
+            sampling=self._session.sampling(seed),
+            engine=self._session.identity,
         )
 
     def _projected(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
         """Return each prompt's natural projections, the mean over its answers."""
         records = self.answers(keys)
         table = project_table(
-            projector(self._engine, self._directions.plan_of("proj"), self._settings),
+            projector(self._session, self._directions.plan_of("proj"), self._settings),
             (
                 Ids(prompt_ids=one.prompt_ids, answer_ids=one.token_ids, skip=one.think_tokens)
                 for one in records

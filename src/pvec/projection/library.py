@@ -105,9 +105,9 @@ def monitor(
             handle = decoder.on_layer(layer, partial(_keep_last, latest, layer))
             stack.callback(_remove, handle)
         backend = HFBackend.wrap(model, tokenizer)
-        pieces = stack.enter_context(closing(_generator(backend, request)))
+        chunks = stack.enter_context(closing(_generator(backend, request)))
         said = ""
-        for count, tokens in enumerate(pieces, start=1):
+        for count, tokens in enumerate(chunks, start=1):
             if count > sampling.max_tokens:
                 return
             text = str(tokenizer.decode(list(tokens), skip_special_tokens=True))
@@ -120,10 +120,10 @@ def monitor(
 
 def _generator(backend: HFBackend, request: Request) -> Generator[tuple[int, ...], None, None]:
     """Yield the tokens so far after each new one that was run."""
-    for piece in backend.stream([request]):
-        if piece.finished is not None:
+    for chunk in backend.stream([request]):
+        if chunk.finished is not None:
             return
-        yield piece.token_ids
+        yield chunk.token_ids
 
 
 def _keep_last(latest: dict[int, torch.Tensor], layer: int, hidden: torch.Tensor) -> None:

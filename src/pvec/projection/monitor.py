@@ -19,11 +19,11 @@ import numpy as np
 
 from pvec.backends.identity import keep_settings
 from pvec.backends.planned import OnProgress
-from pvec.backends.session import Engine, Say, silent
+from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.conversations import Ids
 from pvec.data.csv_table import encode_row
 from pvec.errors import InputError
-from pvec.judges.scoring import JudgeDesk, JudgeReport, keep_traits
+from pvec.judges.scoring import JudgeReport, ResponseScorer, keep_traits
 from pvec.projection.inputs import RunSource, open_source
 from pvec.projection.projector import (
     Directions,
@@ -117,8 +117,8 @@ def run(
     vectors: Sequence[str | Path],
     *,
     study: Study = Study(),
-    say: Say = silent,
-    on_progress: OnProgress = silent,
+    notify: Notify = ignore,
+    on_progress: OnProgress = ignore,
 ) -> MonitorResult:
     """Compare the prompts of ``path`` along ``vectors`` with the scores of answers to them.
 
@@ -128,13 +128,15 @@ def run(
     """
     source = open_source(path, settings.project)
     with ExitStack() as stack:
-        engine = stack.enter_context(Engine(settings, say=say, on_progress=on_progress))
-        directions = open_directions(
-            settings, vectors, engine, suggest=suggested_prompt_layer, say=say
+        session = stack.enter_context(
+            ModelSession(settings, notify=notify, on_progress=on_progress)
         )
-        monitoring = _Monitoring(settings, engine, directions, study, say, on_progress)
-        folder = study.out or study_folder(settings, engine, kind="monitor", path=path)
-        identity = study_identity(settings, engine, path=path)
+        directions = open_directions(
+            settings, vectors, session, suggest=suggested_prompt_layer, notify=notify
+        )
+        monitoring = _Monitoring(settings, session, directions, study, notify, on_progress)
+        folder = study.out or study_folder(settings, session, kind="monitor", path=path)
+        identity = study_identity(settings, session, path=path)
 
         def open_run() -> Run:
             return stack.enter_context(open_study(folder, kind=PROMPTS_KIND, identity=identity))
@@ -144,13 +146,13 @@ def run(
             if not known.scores:
                 raise InputError(f"{path} has no scores yet: score it with `pvec judge {path}`.")
             return monitoring.compare(open_run(), known)
-        samples = open_samples(source, engine, skip_bad=study.skip_bad)
+        samples = open_samples(source, session, skip_bad=study.skip_bad)
         conditions = conditions_of(samples, study.condition)
         if study.score is not None:
             known = known_from_column(source, samples, study.score, conditions=conditions)
             return monitoring.compare(open_run(), known)
-        desk = monitoring.desk(stack)
-        return monitoring.generate(open_run(), samples, conditions, desk)
+        scorer = monitoring.scorer(stack)
+        return monitoring.generate(open_run(), samples, conditions, scorer)
 
 
 class _Monitoring:
@@ -159,43 +161,45 @@ class _Monitoring:
     def __init__(
         self,
         settings: Settings,
-        engine: Engine,
+        session: ModelSession,
         directions: Directions,
         study: Study,
-        say: Say,
+        notify: Notify,
         on_progress: OnProgress,
     ) -> None:
         self.settings = settings
-        self.engine = engine
+        self.session = session
         self.directions = directions
         self.study = study
-        self.say = say
+        self.notify = notify
         self.on_progress = on_progress
 
-    def desk(self, stack: ExitStack) -> JudgeDesk | None:
+    def scorer(self, stack: ExitStack) -> ResponseScorer | None:
         """Return the judge, checked before anything is generated, or None when none is wanted."""
         if not self.settings.project.judge:
             return None
-        bundled = self.engine.facts.bundled
-        desk = JudgeDesk(self.settings, engine=self.engine, bundled=bundled, say=self.say)
-        stack.enter_context(desk).check()
-        return desk
+        bundled = self.session.metadata.bundled
+        scorer = ResponseScorer(
+            self.settings, session=self.session, bundled=bundled, notify=self.notify
+        )
+        stack.enter_context(scorer).check()
+        return scorer
 
     def generate(
         self,
         store: Run,
         samples: Samples,
         conditions: Mapping[str, str],
-        desk: JudgeDesk | None,
+        scorer: ResponseScorer | None,
     ) -> MonitorResult:
         """Generate answers to the prompts and judge them, then use their scores."""
         traits = self._traits()
         store.begin_session(command=sys.argv)
         keep_traits(store, traits)
-        keep_settings(store, self.settings, self.engine)
+        keep_settings(store, self.settings, self.session)
         made = answer_prompts(
             store,
-            self.engine,
+            self.session,
             self.settings,
             samples,
             conditions=conditions,
@@ -203,8 +207,8 @@ class _Monitoring:
             on_progress=self.on_progress,
         )
         report = None
-        if desk is not None:
-            report = judge_prompts(store, desk, traits, on_progress=self.on_progress)
+        if scorer is not None:
+            report = judge_prompts(store, scorer, traits, on_progress=self.on_progress)
         known = known_from_run(store, judge=None if report is None else report.judge)
         result = self.compare(store, known)
         store.end_session(timings={})
@@ -222,7 +226,7 @@ class _Monitoring:
         folder = store.path
         result = MonitorResult(
             run=folder,
-            model=self.engine.facts.id,
+            model=self.session.metadata.id,
             prompts=len(known.prompts),
             conditions=len(set(known.conditions.values())),
             generated=0,
@@ -250,7 +254,7 @@ class _Monitoring:
     def _projections(self, prompts: Mapping[str, Prompt]) -> np.ndarray:
         """Return the last prompt token's projections ``[prompts, vectors, layers]``."""
         project = projector(
-            self.engine, self.directions.plan_of("prompt_last_proj"), self.settings, turns="last"
+            self.session, self.directions.plan_of("prompt_last_proj"), self.settings, turns="last"
         )
         made = project([Ids(prompt_ids=p.ids, answer_ids=()) for p in prompts.values()])
         table = np.array([turns[0] for turns in made.rows], dtype=np.float64)

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pvec.backends.session import Engine, Say, silent
+from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.conversations import Counts
 from pvec.errors import InputError, PvecError, StoreError
 from pvec.projection.inputs import Entry, Source, count_rows, is_same_file, open_source
@@ -83,8 +83,8 @@ def run(
     vectors: Sequence[str | Path],
     *,
     ways: Ways = Ways(),
-    say: Say = silent,
-    on_progress: OnProgress = silent,
+    notify: Notify = ignore,
+    on_progress: OnProgress = ignore,
 ) -> ProjectResult:
     """Project every row of ``path`` on ``vectors`` and write it back with a column for each.
 
@@ -93,15 +93,15 @@ def run(
     """
     source = open_source(path, settings.project)
     target = _target(source, ways)
-    with Engine(settings, say=say, on_progress=on_progress) as engine:
-        directions = open_directions(settings, vectors, engine, say=say)
-        job = _Job(settings, source, target, engine, directions, ways, say, on_progress)
+    with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
+        directions = open_directions(settings, vectors, session, notify=notify)
+        job = _Job(settings, source, target, session, directions, ways, notify, on_progress)
         return job.run()
 
 
-def model_name(engine: Engine) -> str:
+def model_name(session: ModelSession) -> str:
     """Return how columns name the model: after its place, or its adapter's."""
-    return model_label(engine.facts.adapter or engine.facts.id)
+    return model_label(session.metadata.adapter or session.metadata.id)
 
 
 class _Job:
@@ -112,22 +112,22 @@ class _Job:
         settings: Settings,
         source: Source,
         target: Path,
-        engine: Engine,
+        session: ModelSession,
         directions: Directions,
         ways: Ways,
-        say: Say,
+        notify: Notify,
         on_progress: OnProgress,
     ) -> None:
         self.settings = settings
         self.source = source
         self.target = target
-        self.engine = engine
+        self.session = session
         self.directions = directions
         self.ways = ways
-        self.say = say
+        self.notify = notify
         self.on_progress = on_progress
         self.plan: ProjectionPlan = directions.plan(settings)
-        self.columns = self.plan.columns(model=model_name(engine))
+        self.columns = self.plan.columns(model=model_name(session))
         there = set() if ways.overwrite else set(source.columns)
         self.kept = tuple(name for name in self.columns if name in there)
         self.wanted = tuple(name for name in self.columns if name not in there)
@@ -145,7 +145,7 @@ class _Job:
         result = ProjectResult(
             input=self.source.path,
             output=None,
-            model=self.engine.facts.id,
+            model=self.session.metadata.id,
             rows=rows,
             kept=self.kept,
             left_out=len(bad),
@@ -190,7 +190,7 @@ class _Job:
         """Refuse another job's unfinished work; drop what was made from an input of the past."""
         _, head = next(read_jsonl(log), (0, {}))
         if head and head.get("input") != list(self.stamp):
-            self.say(f"{self.source.path} has changed: what was done of it before is done again")
+            self.notify(f"{self.source.path} has changed: what was done of it before is done again")
             log.unlink()
         elif head and head.get("identity") != self._identity():
             raise StoreError(
@@ -200,8 +200,8 @@ class _Job:
 
     def _compute_rest(self, log: JsonlLog, *, done: int, total: int) -> None:
         if done:
-            self.say(f"{done:,} of {total:,} rows were done before")
-        project = projector(self.engine, self.plan, self.settings)
+            self.notify(f"{done:,} of {total:,} rows were done before")
+        project = projector(self.session, self.plan, self.settings)
         watch = self._watch("projecting", total)
         watch(done)
         entries = islice(self.source.entries(), done, None)
@@ -255,11 +255,11 @@ class _Job:
             del project[unimportant]
         return stable_hash(
             {
-                "model": self.engine.identity,
+                "model": self.session.identity,
                 "vectors": self.directions.fingerprints,
                 "layers": list(self.plan.layers),
                 "columns": list(self.columns),
-                "thinking": self.engine.thinking,
+                "thinking": self.session.thinking,
                 "skip_bad": self.ways.skip_bad,
                 **project,
             }

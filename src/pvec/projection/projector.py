@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from pvec.backends.session import Engine, Say, silent
+from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.conversations import Conversation, Counts, SpanMaker, Turns
 from pvec.errors import InputError
 from pvec.models.decoder import describe_layer
@@ -99,7 +99,7 @@ class Projector:
         )
 
     def __call__(
-        self, conversations: Sequence[Conversation], *, on_done: Callable[[int], None] = silent
+        self, conversations: Sequence[Conversation], *, on_done: Callable[[int], None] = ignore
     ) -> Projected:
         """Return the projections of every conversation; ``on_done`` hears of finished sequences."""
         made = self._spans(conversations)
@@ -139,16 +139,16 @@ class Projector:
 
 
 def projector(
-    engine: Engine, plan: ProjectionPlan, settings: Settings, *, turns: Turns | None = None
+    session: ModelSession, plan: ProjectionPlan, settings: Settings, *, turns: Turns | None = None
 ) -> Projector:
     """Return the projector of a command; its first use loads the model."""
     return Projector(
-        engine.backend,
+        session.backend,
         plan,
-        tokenizer=engine.facts.tokenizer,
+        tokenizer=session.metadata.tokenizer,
         turns=turns or settings.project.turns,
-        thinking=engine.thinking,
-        limit=engine.facts.context,
+        thinking=session.thinking,
+        limit=session.metadata.context,
     )
 
 
@@ -159,7 +159,7 @@ def project_table(
     total: int,
     chunk_rows: int,
     stage: str,
-    on_progress: Callable[[Progress], None] = silent,
+    on_progress: Callable[[Progress], None] = ignore,
 ) -> np.ndarray:
     """Return projections ``[conversations, columns]`` in float64, NaN where there is none.
 
@@ -175,10 +175,10 @@ def project_table(
 def open_directions(
     settings: Settings,
     names: Sequence[str | Path],
-    engine: Engine,
+    session: ModelSession,
     *,
     suggest: Suggest | None = None,
-    say: Say = silent,
+    notify: Notify = ignore,
 ) -> Directions:
     """Read the vector files that ``names`` stand for and check them against the model.
 
@@ -190,17 +190,17 @@ def open_directions(
     """
     if not names:
         raise InputError("No vector was named: give --vector FILE (`pvec extract` makes one).")
-    facts, kind = engine.facts, settings.project.kind
+    metadata, kind = session.metadata, settings.project.kind
     vectors: dict[str, PersonaVector] = {}
     for path in map(find_vector, names):
         vector = load_vector(path)
-        same = settings.project.same_model and not facts.adapter
+        same = settings.project.same_model and not metadata.adapter
         check_fits(
             vector,
-            num_layers=facts.num_layers,
-            hidden_size=facts.hidden_size,
-            fingerprint=facts.fingerprint if same else None,
-            model_id=facts.id,
+            num_layers=metadata.num_layers,
+            hidden_size=metadata.hidden_size,
+            fingerprint=metadata.fingerprint if same else None,
+            model_id=metadata.id,
         )
         lone = len(vector.kinds) == 1
         chosen = vector.main_kind if lone else kind
@@ -211,8 +211,8 @@ def open_directions(
                 f"Two vector files are called {name!r}, and so would be their columns: rename one."
             )
         vectors[name] = _as_kind(vector, chosen, kind)
-    layers = _layers(settings, vectors, suggest or suggested_layer, say=say)
-    _check_rows(vectors, layers, kind, num_layers=facts.num_layers, say=say)
+    layers = _layers(settings, vectors, suggest or suggested_layer, notify=notify)
+    _check_rows(vectors, layers, kind, num_layers=metadata.num_layers, notify=notify)
     return Directions(vectors=vectors, kind=kind, layers=layers)
 
 
@@ -256,13 +256,13 @@ def _as_kind(vector: PersonaVector, found: VectorKind, wanted: VectorKind) -> Pe
 
 
 def _layers(
-    settings: Settings, vectors: Mapping[str, PersonaVector], suggest: Suggest, *, say: Say
+    settings: Settings, vectors: Mapping[str, PersonaVector], suggest: Suggest, *, notify: Notify
 ) -> tuple[int, ...]:
     if settings.project.layers:
         return tuple(dict.fromkeys(settings.project.layers))
     kind = settings.project.kind
     found = {name: suggest(vector, kind=kind) for name, vector in vectors.items()}
-    say("layers: " + ", ".join(f"{layer} as {name} suggests" for name, layer in found.items()))
+    notify("layers: " + ", ".join(f"{layer} as {name} suggests" for name, layer in found.items()))
     return tuple(sorted(set(found.values())))
 
 
@@ -272,14 +272,14 @@ def _check_rows(
     kind: VectorKind,
     *,
     num_layers: int,
-    say: Say,
+    notify: Notify,
 ) -> None:
     for name, vector in vectors.items():
         for layer in layers:
             vector.row(layer, kind=kind)
         normed = vector.metadata.get("last_row") == POST_FINAL_NORM
         if normed and num_layers in layers:
-            say(
+            notify(
                 f"{name} was taken after the final norm at {describe_layer(num_layers)}, where "
                 f"pvec projects the residual stream before it: do not compare the two"
             )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pvec.backends.session import Engine, Say, silent
+from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.jsonl_table import extended_line
 from pvec.data.tables import Row
 from pvec.errors import InputError
@@ -66,9 +66,9 @@ class RayWorker:
 
     def __init__(self, job: RayJob) -> None:
         self.job = job
-        self._engine = Engine(job.settings)
-        directions = open_directions(job.settings, job.vectors, self._engine)
-        self._project = projector(self._engine, directions.plan(job.settings), job.settings)
+        self._session = ModelSession(job.settings)
+        directions = open_directions(job.settings, job.vectors, self._session)
+        self._project = projector(self._session, directions.plan(job.settings), job.settings)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return a block of rows with the wanted columns added."""
@@ -138,7 +138,7 @@ def run(
     out: Path | None = None,
     overwrite: bool = False,
     skip_bad: bool = False,
-    say: Say = silent,
+    notify: Notify = ignore,
     worker: type[RayWorker] = RayWorker,
 ) -> RayResult:
     """Project the rows of a Parquet or JSON lines file, or a folder of such, on Ray's workers.
@@ -156,9 +156,9 @@ def run(
     if target.exists():
         raise InputError(f"{target} is there already: delete it or give another --out.")
     probe_writable(target.parent)
-    with Engine(settings, say=say) as engine:
-        directions = open_directions(settings, vectors, engine, say=say)
-        columns = directions.plan(settings).columns(model=model_name(engine))
+    with ModelSession(settings, notify=notify) as session:
+        directions = open_directions(settings, vectors, session, notify=notify)
+        columns = directions.plan(settings).columns(model=model_name(session))
     import ray
 
     if not ray.is_initialized():
@@ -182,7 +182,7 @@ def run(
     return RayResult(
         input=path,
         output=target,
-        model=engine.facts.id,
+        model=session.metadata.id,
         rows=rows,
         columns=wanted,
         files=files,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pvec.backends.planned import PromptCache
-from pvec.backends.session import Engine, silent
+from pvec.backends.session import ModelSession, ignore
 from pvec.data.conversations import Chat, Conversation, Ids, Pair
 from pvec.models.chat import encode_prompt
 from pvec.projection.inputs import Entry, Source, count_rows
@@ -46,14 +46,14 @@ class Samples:
         return self.source.entries()
 
 
-def open_samples(source: Source, engine: Engine, *, skip_bad: bool) -> Samples:
+def open_samples(source: Source, session: ModelSession, *, skip_bad: bool) -> Samples:
     """Read the prompts of ``source``. Raises ``InputError`` for rows that cannot be read."""
-    count_rows(source, skip_bad=skip_bad, on_row=silent)
-    cache = PromptCache(engine)
+    count_rows(source, skip_bad=skip_bad, on_row=ignore)
+    cache = PromptCache(session)
     keys, lines, answered = [], [], []
     distinct: dict[str, Prompt] = {}
     for entry in source.entries():
-        prompt = prompt_of(entry.conversation, engine, cache)
+        prompt = prompt_of(entry.conversation, session, cache)
         keys.append(prompt.key)
         lines.append(entry.row.line)
         answered.append(len(_answer(entry.conversation)) > 0)
@@ -67,15 +67,15 @@ def open_samples(source: Source, engine: Engine, *, skip_bad: bool) -> Samples:
     )
 
 
-def prompt_of(conversation: Conversation, engine: Engine, cache: PromptCache) -> Prompt:
+def prompt_of(conversation: Conversation, session: ModelSession, cache: PromptCache) -> Prompt:
     """Return the prompt that a conversation's last answer was given to."""
     system = None
     if isinstance(conversation, Ids):
         ids = tuple(conversation.prompt_ids)
-        text = question = str(engine.facts.tokenizer.decode(list(ids)))
+        text = question = str(session.metadata.tokenizer.decode(list(ids)))
     elif isinstance(conversation, Pair):
         text = question = conversation.prompt
-        ids = encode_prompt(engine.facts.tokenizer, text)
+        ids = encode_prompt(session.metadata.tokenizer, text)
     else:
         messages = conversation.messages
         turns = messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -86,10 +86,12 @@ def prompt_of(conversation: Conversation, engine: Engine, cache: PromptCache) ->
     return Prompt(key=key, text=text, ids=ids, system=system, question=question)
 
 
-def answer_text(conversation: Conversation, engine: Engine) -> str:
+def answer_text(conversation: Conversation, session: ModelSession) -> str:
     """Return a conversation's last answer as text."""
     answer = _answer(conversation)
-    return answer if isinstance(answer, str) else str(engine.facts.tokenizer.decode(list(answer)))
+    return (
+        answer if isinstance(answer, str) else str(session.metadata.tokenizer.decode(list(answer)))
+    )
 
 
 def _answer(conversation: Conversation) -> str | Sequence[int]:

@@ -10,11 +10,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pvec.backends.planned import OnProgress, Wanted, derive_seed, generate_missing
-from pvec.backends.session import Engine
+from pvec.backends.planned import OnProgress, PlannedResponse, derive_seed, generate_missing
+from pvec.backends.session import ModelSession
 from pvec.errors import InputError
 from pvec.judges.judging import COHERENCE_METRIC, Metric
-from pvec.judges.scoring import JudgeDesk, JudgeReport
+from pvec.judges.scoring import JudgeReport, ResponseScorer
 from pvec.projection.inputs import Source
 from pvec.projection.samples import Prompt, Samples
 from pvec.runs.responses import ResponseRecord
@@ -100,7 +100,7 @@ def conditions_of(samples: Samples, column: str) -> dict[str, str]:
 
 def answer_prompts(
     store: Run,
-    engine: Engine,
+    session: ModelSession,
     settings: Settings,
     samples: Samples,
     *,
@@ -110,20 +110,20 @@ def answer_prompts(
 ) -> int:
     """Generate the answers that the run does not hold yet; return how many they were."""
     wanted = [
-        _wanted(prompt, conditions[key], rollout, settings, engine, trait=trait.name)
+        _wanted(prompt, conditions[key], rollout, settings, session, trait=trait.name)
         for key, prompt in samples.distinct.items()
         for rollout in range(settings.project.rollouts)
     ]
-    return generate_missing(store, engine, wanted, on_progress=on_progress, stage="answers")
+    return generate_missing(store, session, wanted, on_progress=on_progress, stage="answers")
 
 
 def judge_prompts(
-    store: Run, desk: JudgeDesk, traits: Sequence[Trait], *, on_progress: OnProgress
+    store: Run, scorer: ResponseScorer, traits: Sequence[Trait], *, on_progress: OnProgress
 ) -> JudgeReport:
     """Score the run's answers on every trait and on coherence, where they are not scored yet."""
     metrics = [Metric(name=trait.name, prompt=trait.eval_prompt) for trait in traits]
     records = list(store.responses())
-    return desk.score(store, records, [*metrics, COHERENCE_METRIC], on_progress=on_progress)
+    return scorer.score(store, records, [*metrics, COHERENCE_METRIC], on_progress=on_progress)
 
 
 def _recorded(record: ResponseRecord) -> Prompt:
@@ -137,10 +137,16 @@ def _recorded(record: ResponseRecord) -> Prompt:
 
 
 def _wanted(
-    prompt: Prompt, condition: str, rollout: int, settings: Settings, engine: Engine, *, trait: str
-) -> Wanted:
+    prompt: Prompt,
+    condition: str,
+    rollout: int,
+    settings: Settings,
+    session: ModelSession,
+    *,
+    trait: str,
+) -> PlannedResponse:
     seed = derive_seed(settings.generation.seed, "monitor", prompt.question, rollout)
-    return Wanted(
+    return PlannedResponse(
         trait=trait,
         condition={"condition": condition, "rollout": rollout},
         question=prompt.question,
@@ -148,6 +154,6 @@ def _wanted(
         system=prompt.system,
         prompt=prompt.text,
         prompt_ids=prompt.ids,
-        sampling=engine.sampling(seed),
-        engine=engine.identity,
+        sampling=session.sampling(seed),
+        engine=session.identity,
     )

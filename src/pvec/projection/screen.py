@@ -17,7 +17,7 @@ import numpy as np
 
 from pvec.backends.identity import keep_settings
 from pvec.backends.planned import OnProgress
-from pvec.backends.session import Engine, Say, silent
+from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.projection.base_responses import Naturals
 from pvec.projection.inputs import open_source
 from pvec.projection.projector import Directions, open_directions, project_table, projector
@@ -99,8 +99,8 @@ def run(
     vectors: Sequence[str | Path],
     *,
     files: ScreenFiles = ScreenFiles(),
-    say: Say = silent,
-    on_progress: OnProgress = silent,
+    notify: Notify = ignore,
+    on_progress: OnProgress = ignore,
 ) -> ScreenResult:
     """Screen the training samples of ``path`` by projection difference along ``vectors``.
 
@@ -111,21 +111,23 @@ def run(
     if files.reference is not None:
         sources["reference"] = open_source(files.reference, settings.project)
     with ExitStack() as stack:
-        engine = stack.enter_context(Engine(settings, say=say, on_progress=on_progress))
-        directions = open_directions(settings, vectors, engine, say=say)
+        session = stack.enter_context(
+            ModelSession(settings, notify=notify, on_progress=on_progress)
+        )
+        directions = open_directions(settings, vectors, session, notify=notify)
         targets = None
         if files.reference is not None:
             targets = filtered_paths(sources["data"], overwrite=files.overwrite)
         sets = {
-            name: open_samples(source, engine, skip_bad=files.skip_bad)
+            name: open_samples(source, session, skip_bad=files.skip_bad)
             for name, source in sources.items()
         }
-        folder = files.out or study_folder(settings, engine, kind="screen", path=path)
-        identity = study_identity(settings, engine, path=path)
+        folder = files.out or study_folder(settings, session, kind="screen", path=path)
+        identity = study_identity(settings, session, path=path)
         store = stack.enter_context(open_study(folder, kind=DIFF_KIND, identity=identity))
         store.begin_session(command=sys.argv)
-        keep_settings(store, settings, engine)
-        screening = _Screening(settings, engine, directions, store, sets, on_progress)
+        keep_settings(store, settings, session)
+        screening = _Screening(settings, session, directions, store, sets, on_progress)
         result = screening.run(targets)
         store.end_session(timings={})
         return result
@@ -137,19 +139,19 @@ class _Screening:
     def __init__(
         self,
         settings: Settings,
-        engine: Engine,
+        session: ModelSession,
         directions: Directions,
         store: Run,
         sets: dict[str, Samples],
         on_progress: OnProgress,
     ) -> None:
         self.settings = settings
-        self.engine = engine
+        self.session = session
         self.directions = directions
         self.store = store
         self.sets = sets
         self.on_progress = on_progress
-        self.naturals = Naturals(settings, engine, directions, store, sets, on_progress)
+        self.naturals = Naturals(settings, session, directions, store, sets, on_progress)
         self.columns = [(v, layer) for v in directions.vectors for layer in directions.layers]
 
     def run(self, targets: tuple[Path, Path] | None) -> ScreenResult:
@@ -185,7 +187,7 @@ class _Screening:
         cheap = self.naturals.mode != "generate"
         kinds = ["proj", "prompt_last_proj"] if cheap else ["proj"]
         project = projector(
-            self.engine, self.directions.plan_of(*kinds), self.settings, turns="last"
+            self.session, self.directions.plan_of(*kinds), self.settings, turns="last"
         )
         responses, at_prompt = {}, {}
         for name, samples in self.sets.items():
@@ -228,7 +230,7 @@ class _Screening:
         self.naturals.generate(keys)
         natural = {one.question_id: one.answer for one in reversed(self.naturals.answers(keys))}
         texts = {
-            n: answer_text(entry.conversation, self.engine)
+            n: answer_text(entry.conversation, self.session)
             for n, entry in enumerate(samples.entries())
             if n in set(numbers)
         }
@@ -258,7 +260,7 @@ class _Screening:
             run=self.store.path,
             data=data.source.path,
             reference=self.sets["reference"].source.path if targets else None,
-            model=self.engine.facts.id,
+            model=self.session.metadata.id,
             natural=self.naturals.mode,
             rows=data.count,
             prompts=len(self.naturals.prompts),

@@ -17,7 +17,7 @@ import numpy as np
 from pvec.backends.hf.backend import HFBackend
 from pvec.backends.identity import keep_settings
 from pvec.backends.planned import OnProgress, PromptCache, question_messages
-from pvec.backends.session import Engine, Say, silent
+from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.conversations import Ids
 from pvec.errors import InputError, ModelError
 from pvec.models.adapters import adapted, find_adapter
@@ -82,8 +82,8 @@ def run(
     traits: Sequence[str] = (),
     questions: Path | None = None,
     out: Path | None = None,
-    say: Say = silent,
-    on_progress: OnProgress = silent,
+    notify: Notify = ignore,
+    on_progress: OnProgress = ignore,
 ) -> ShiftResult:
     """Measure the shift of each of ``models[1:]`` from the base ``models[0]``.
 
@@ -96,30 +96,30 @@ def run(
     base, *checkpoints = models
     settings = _on_base(settings, base)
     adapters = {name: find_adapter(base, name) for name in checkpoints}
-    with Engine(settings, say=say, on_progress=on_progress) as engine:
-        directions = open_directions(settings, vectors, engine, say=say)
-        prompts = _prompts(engine, directions, settings, traits=traits, questions=questions)
+    with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
+        directions = open_directions(settings, vectors, session, notify=notify)
+        prompts = _prompts(session, directions, settings, traits=traits, questions=questions)
         folder = out or settings.paths.runs / run_name("shift", model=base, adapter=None)
         identity = {
             "trait": "finetuning shift",
-            "model": engine.facts.id,
-            "fingerprint": engine.facts.fingerprint,
+            "model": session.metadata.id,
+            "fingerprint": session.metadata.fingerprint,
         }
         with open_study(folder, kind=SHIFT_KIND, identity=identity) as store:
             store.begin_session(command=sys.argv)
-            keep_settings(store, settings, engine)
+            keep_settings(store, settings, session)
             measure = _Measure(directions, prompts)
             on_progress(_progress(0, len(models)))
-            at_base = measure(_backend(engine), engine)
+            at_base = measure(_backend(session), session)
             values: dict[str, np.ndarray] = {}
             for number, (name, files) in enumerate(adapters.items(), start=1):
                 if files is not None:
-                    values[name] = _with_adapter(engine, measure, files)
+                    values[name] = _with_adapter(session, measure, files)
                 on_progress(_progress(number, len(models)))
-            engine.__exit__(None, None, None)  # whole models come one at a time
+            session.__exit__(None, None, None)  # whole models come one at a time
             for name, files in adapters.items():
                 if files is None:
-                    values[name] = _of_model(settings, name, engine, measure, say=say)
+                    values[name] = _of_model(settings, name, session, measure, notify=notify)
             on_progress(_progress(len(models), len(models)))
             ordered = {name: values[name] - at_base for name in checkpoints}
             result = _result(settings, base, ordered, directions, store.path)
@@ -136,42 +136,42 @@ class _Measure:
         self.prompts = prompts
         self._shape = (len(prompts), len(directions.vectors), len(directions.layers))
 
-    def __call__(self, backend: HFBackend, engine: Engine) -> np.ndarray:
+    def __call__(self, backend: HFBackend, session: ModelSession) -> np.ndarray:
         project = Projector(
-            backend, self.plan, tokenizer=engine.facts.tokenizer, limit=engine.facts.context
+            backend, self.plan, tokenizer=session.metadata.tokenizer, limit=session.metadata.context
         )
         made = project([Ids(prompt_ids=ids, answer_ids=()) for ids in self.prompts])
         return np.array([turns[0] for turns in made.rows], dtype=np.float64).reshape(self._shape)
 
 
-def _with_adapter(engine: Engine, measure: _Measure, files: object) -> np.ndarray:
-    backend = _backend(engine)
+def _with_adapter(session: ModelSession, measure: _Measure, files: object) -> np.ndarray:
+    backend = _backend(session)
     plain = backend.model
     assert plain is not None
     try:
         with adapted(plain, files) as wrapped:  # type: ignore[arg-type]
             backend.model = wrapped  # type: ignore[assignment]
-            return measure(backend, engine)
+            return measure(backend, session)
     finally:
         backend.model = plain
 
 
 def _of_model(
-    settings: Settings, name: str, base: Engine, measure: _Measure, *, say: Say
+    settings: Settings, name: str, base: ModelSession, measure: _Measure, *, notify: Notify
 ) -> np.ndarray:
     """Measure a whole finetuned model, on the base's own prompts."""
-    with Engine(_on_base(settings, name), say=say) as engine:
-        mine, theirs = engine.facts, base.facts
+    with ModelSession(_on_base(settings, name), notify=notify) as session:
+        mine, theirs = session.metadata, base.metadata
         if (mine.num_layers, mine.hidden_size) != (theirs.num_layers, theirs.hidden_size):
             raise ModelError(
                 f"{name} has {mine.num_layers} layers of width {mine.hidden_size} and {theirs.id} "
                 f"{theirs.num_layers} of width {theirs.hidden_size}: give finetunes of the base."
             )
-        return measure(_backend(engine), engine)
+        return measure(_backend(session), session)
 
 
-def _backend(engine: Engine) -> HFBackend:
-    backend = engine.backend
+def _backend(session: ModelSession) -> HFBackend:
+    backend = session.backend
     assert isinstance(backend, HFBackend)
     return backend
 
@@ -187,7 +187,7 @@ def _on_base(settings: Settings, name: str) -> Settings:
 
 
 def _prompts(
-    engine: Engine,
+    session: ModelSession,
     directions: Directions,
     settings: Settings,
     *,
@@ -195,10 +195,10 @@ def _prompts(
     questions: Path | None,
 ) -> list[tuple[int, ...]]:
     if questions is not None:
-        samples = open_samples(open_source(questions, settings.project), engine, skip_bad=False)
+        samples = open_samples(open_source(questions, settings.project), session, skip_bad=False)
         return [prompt.ids for prompt in samples.distinct.values()]
     names = traits or tuple(dict.fromkeys(v.trait for v in directions.vectors.values()))
-    cache = PromptCache(engine)
+    cache = PromptCache(session)
     texts = dict.fromkeys(q for name in names for q in load_trait(name).questions("eval"))
     return [cache(question_messages(text, system=None))[1] for text in texts]
 

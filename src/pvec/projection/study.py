@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pvec.backends.identity import run_identity
-from pvec.backends.session import Engine
+from pvec.backends.session import ModelSession
 from pvec.errors import StoreError
 from pvec.runs.names import run_name
 from pvec.runs.responses import Json
@@ -14,17 +14,17 @@ from pvec.runs.store import Run
 from pvec.settings import Settings
 
 
-def study_folder(settings: Settings, engine: Engine, *, kind: str, path: Path) -> Path:
+def study_folder(settings: Settings, session: ModelSession, *, kind: str, path: Path) -> Path:
     """Return the default folder of a study of a file: ``runs/screen-data-tiny``."""
     name = run_name(
-        kind, path.resolve().stem, model=settings.model.id, adapter=engine.facts.adapter
+        kind, path.resolve().stem, model=settings.model.id, adapter=session.metadata.adapter
     )
     return settings.paths.runs / name
 
 
-def study_identity(settings: Settings, engine: Engine, *, path: Path) -> dict[str, Json]:
+def study_identity(settings: Settings, session: ModelSession, *, path: Path) -> dict[str, Json]:
     """Return what tells a study whose answers are generated from another one."""
-    return run_identity(settings, engine, subject={"trait": path.resolve().stem})
+    return run_identity(settings, session, subject={"trait": path.resolve().stem})
 
 
 def open_study(folder: Path, *, kind: str, identity: Mapping[str, Json]) -> Run:

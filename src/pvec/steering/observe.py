@@ -29,7 +29,7 @@ class Recording:
 
     def states(self) -> list[torch.Tensor]:
         """Return the residual stream per layer, the tokens of successive forwards joined."""
-        return [torch.cat(pieces, dim=1) for pieces in self._pieces]
+        return [torch.cat(chunks, dim=1) for chunks in self._pieces]
 
 
 @contextmanager

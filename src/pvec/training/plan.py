@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pvec.backends.processes import Processes
 from pvec.errors import InputError, ModelError, PvecError
 from pvec.models.files import ModelSpec
-from pvec.models.load import ModelFacts, choose_device, choose_dtype, inspect_model
+from pvec.models.load import ModelMetadata, choose_device, choose_dtype, inspect_model
 from pvec.training.batches import CPU_PASS_COST, PASS_COST, BatchPlan, Layout, plan_batches
 from pvec.training.config import TrainConfig
 from pvec.training.dataset import OnRow, TrainingData, nobody, prepare_data
@@ -43,7 +43,7 @@ class Prepared:
     """A finetuning, ready but for its weights."""
 
     config: TrainConfig
-    facts: ModelFacts
+    metadata: ModelMetadata
     device: str
     dtype: torch.dtype
     data: TrainingData
@@ -78,33 +78,33 @@ def prepare(
     problems = Problems()
     with problems.noted():
         check_installed(config, device=device)
-    facts: ModelFacts | None = None
+    metadata: ModelMetadata | None = None
     with problems.noted():
-        facts = _whole_model(config, device)
+        metadata = _whole_model(config, device)
     vectors: dict[str, PersonaVector] = {}
     for name in named_vectors(config):
         with problems.noted():
-            vectors[name] = vector_for(name, facts)
+            vectors[name] = vector_for(name, metadata)
     data: TrainingData | None = None
     with problems.noted():
-        data = _data(config, facts, on_row)
+        data = _data(config, metadata, on_row)
     problems.raise_if_any()
-    assert facts is not None
+    assert metadata is not None
     assert data is not None
     with problems.noted():
         batches = _batches(config, data, processes, device=device)
         steps = config.optim.max_steps or math.ceil(batches.steps_per_epoch * config.optim.epochs)
-        sizes = _sizes(config, facts, dtype, batches)
+        sizes = _sizes(config, metadata, dtype, batches)
     scheduled: list[Scheduled] = []
     for part in config.steering:
         with problems.noted():
-            scheduled += scheduled_for(part, vectors[part.vector], facts, steps=steps)
+            scheduled += scheduled_for(part, vectors[part.vector], metadata, steps=steps)
     with problems.noted():
-        probes, prompts, monitor_notes = monitoring(config.monitor, vectors, facts)
+        probes, prompts, monitor_notes = monitoring(config.monitor, vectors, metadata)
     problems.raise_if_any()
     return Prepared(
         config=config,
-        facts=facts,
+        metadata=metadata,
         device=device,
         dtype=dtype,
         data=data,
@@ -115,7 +115,7 @@ def prepare(
         probes=probes,
         prompts=prompts,
         notes=(
-            *facts.notes,
+            *metadata.notes,
             f"{str(dtype).removeprefix('torch.')}: {dtype_note}",
             *data.notes,
             *monitor_notes,
@@ -145,23 +145,25 @@ class Problems:
             raise InputError(" ".join(str(error) for error in self._found))
 
 
-def _whole_model(config: TrainConfig, device: str) -> ModelFacts:
-    facts = inspect_model(_spec(config, device))
-    if facts.adapter is not None:
+def _whole_model(config: TrainConfig, device: str) -> ModelMetadata:
+    metadata = inspect_model(_spec(config, device))
+    if metadata.adapter is not None:
         raise ModelError(
             f"{config.model.id!r} is an adapter: finetuning starts from a whole model, so give its "
             f"base, or merge the adapter into it first."
         )
-    return facts
+    return metadata
 
 
-def _data(config: TrainConfig, facts: ModelFacts | None, on_row: OnRow) -> TrainingData | None:
+def _data(
+    config: TrainConfig, metadata: ModelMetadata | None, on_row: OnRow
+) -> TrainingData | None:
     """Return the rows as tokens; without a model, whose tokenizer is needed, only check them."""
-    if facts is None:
+    if metadata is None:
         read_rows((*config.data.train, *config.data.eval))
         return None
     return prepare_data(
-        config.data, facts.tokenizer, seed=config.seed, context=facts.context, on_row=on_row
+        config.data, metadata.tokenizer, seed=config.seed, context=metadata.context, on_row=on_row
     )
 
 
@@ -203,14 +205,14 @@ def _batches(
 
 def _sizes(
     config: TrainConfig,
-    facts: ModelFacts,
+    metadata: ModelMetadata,
     dtype: torch.dtype,
     batches: BatchPlan,
 ) -> Sizes:
     from transformers import AutoConfig
 
     model_config = AutoConfig.from_pretrained(
-        facts.files.folder, trust_remote_code=config.model.trust_remote_code
+        metadata.files.folder, trust_remote_code=config.model.trust_remote_code
     )
     name = str(dtype).removeprefix("torch.")
     return measure(config, model_config, dtype=name, tokens=batches.most_tokens)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvec.backends.processes import Processes
-from pvec.backends.session import Say, silent
+from pvec.backends.session import Notify, ignore
 from pvec.runs.files import atomic_write
 from pvec.runs.jsonl import JsonlLog
 from pvec.runs.responses import stable_hash
@@ -99,14 +99,14 @@ def check(
     overrides: Sequence[str] = (),
     out: Path | None = None,
     runs: Path = Path("runs"),
-    say: Say = silent,
-    on_progress: Callable[[Progress], None] = silent,
+    notify: Notify = ignore,
+    on_progress: Callable[[Progress], None] = ignore,
 ) -> TrainPlan:
     """Validate a configuration and everything it names, and return the plan; loads no weights."""
     processes = Processes.launched()
     loaded = load_config(path, overrides=overrides)
     for note in loaded.notes:
-        say(note)
+        notify(note)
     prepared = prepare(loaded.config, processes=processes, on_row=_rows_read(on_progress))
     folder = run_folder(loaded.config, path, out=out, runs=runs)
     return _plan(prepared, path, folder, processes)
@@ -118,8 +118,8 @@ def run(
     overrides: Sequence[str] = (),
     out: Path | None = None,
     runs: Path = Path("runs"),
-    say: Say = silent,
-    on_progress: Callable[[Progress], None] = silent,
+    notify: Notify = ignore,
+    on_progress: Callable[[Progress], None] = ignore,
 ) -> TrainResult:
     """Finetune as the configuration in ``path`` says.
 
@@ -129,17 +129,17 @@ def run(
     processes = Processes.launched()
     loaded = load_config(path, overrides=overrides)
     for note in loaded.notes:
-        say(note)
+        notify(note)
     prepared = prepare(loaded.config, processes=processes, on_row=_rows_read(on_progress))
     for note in prepared.notes:
-        say(note)
+        notify(note)
     folder = run_folder(loaded.config, path, out=out, runs=runs)
     with _opened(folder, prepared, processes) as store:
         finished = _finished(folder)
         if finished is not None:
-            say(f"this training is done already: {folder}")
+            notify(f"this training is done already: {folder}")
             return finished
-        return _train(prepared, folder, store, processes, say=say, on_progress=on_progress)
+        return _train(prepared, folder, store, processes, notify=notify, on_progress=on_progress)
 
 
 def run_folder(
@@ -155,7 +155,7 @@ def _train(
     store: Run | None,
     processes: Processes,
     *,
-    say: Say,
+    notify: Notify,
     on_progress: Callable[[Progress], None],
 ) -> TrainResult:
     from pvec.training.checkpoints import latest_checkpoint
@@ -164,28 +164,28 @@ def _train(
 
     resume = latest_checkpoint(folder)
     if resume is not None:
-        say(f"going on from {resume.name}")
+        notify(f"going on from {resume.name}")
     config = prepared.config
-    say(f"loading {prepared.facts.id} on {prepared.device}")
+    notify(f"loading {prepared.metadata.id} on {prepared.device}")
     model = load_for_training(
-        config, prepared.facts.files.folder, dtype=prepared.dtype, device=prepared.device
+        config, prepared.metadata.files.folder, dtype=prepared.dtype, device=prepared.device
     )
-    shift = _callback(prepared, say)
+    shift = _callback(prepared, notify)
     with ExitStack() as stack:
         log = stack.enter_context(JsonlLog(folder / LOG)) if processes.main else None
         outcome = train(
             TrainJob(
                 config=config,
                 model=model,
-                tokenizer=prepared.facts.tokenizer,
+                tokenizer=prepared.metadata.tokenizer,
                 data=prepared.data,
                 batches=prepared.batches,
                 folder=folder,
                 scheduled=prepared.scheduled,
                 shift=shift,
                 resume=resume,
-                on_proof=lambda proofs: _say_proof(proofs, say),
-                on_log=log.append if log else silent,
+                on_proof=lambda proofs: _say_proof(proofs, notify),
+                on_log=log.append if log else ignore,
                 on_step=_steps_done(on_progress),
             )
         )
@@ -197,7 +197,7 @@ def _train(
     return result
 
 
-def _callback(prepared: Prepared, say: Say) -> PersonaShiftCallback | None:
+def _callback(prepared: Prepared, notify: Notify) -> PersonaShiftCallback | None:
     part = prepared.config.monitor
     if part is None:
         return None
@@ -205,12 +205,12 @@ def _callback(prepared: Prepared, say: Say) -> PersonaShiftCallback | None:
 
     return PersonaShiftCallback(
         prepared.probes,
-        tokenizer=prepared.facts.tokenizer,
+        tokenizer=prepared.metadata.tokenizer,
         prompts=prepared.prompts,
         every=part.every,
         generate=part.generate,
         alarm=Alarm(shift=part.alarm.shift, action=part.alarm.action) if part.alarm else None,
-        on_alarm=lambda text: say(f"ALARM, {text}"),
+        on_alarm=lambda text: notify(f"ALARM, {text}"),
     )
 
 
@@ -220,13 +220,13 @@ def _opened(folder: Path, prepared: Prepared, processes: Processes) -> Iterator[
     if not processes.main:
         yield None
         return
-    facts, config = prepared.facts, prepared.config
+    metadata, config = prepared.metadata, prepared.config
     identity: dict[str, Any] = {
         "trait": " and ".join(dict.fromkeys(one.instruction.name for one in prepared.scheduled))
         or "finetuning",
-        "model": facts.id,
-        "fingerprint": facts.fingerprint,
-        "chat": facts.chat_hash,
+        "model": metadata.id,
+        "fingerprint": metadata.fingerprint,
+        "chat": metadata.chat_hash,
         "config": config.identity(),
         "data": stable_hash([list(row.labels) for row in prepared.data.train.rows]),
         "vectors": [one.instruction.fingerprint for one in prepared.scheduled],
@@ -264,8 +264,8 @@ def _result(
     last = shift.history[-1] if shift and shift.history else {}
     tokens = prepared.data.train.tokens / prepared.batches.steps_per_epoch * outcome.steps_now
     merged = folder / "merged" if prepared.config.output.merge else None
-    model = prepared.facts.id
-    option = "" if prepared.facts.bundled else f" --model {model}"
+    model = prepared.metadata.id
+    option = "" if prepared.metadata.bundled else f" --model {model}"
     return TrainResult(
         run=folder,
         adapter=folder / ADAPTER,
@@ -298,7 +298,7 @@ def _plan(prepared: Prepared, path: Path, folder: Path, processes: Processes) ->
     return TrainPlan(
         config=path,
         folder=folder,
-        model=prepared.facts.id,
+        model=prepared.metadata.id,
         device=prepared.device,
         dtype=str(prepared.dtype).removeprefix("torch."),
         rows=len(data.train.rows),
@@ -322,9 +322,9 @@ def _plan(prepared: Prepared, path: Path, folder: Path, processes: Processes) ->
     )
 
 
-def _say_proof(proofs: Sequence[LayerProof], say: Say) -> None:
+def _say_proof(proofs: Sequence[LayerProof], notify: Notify) -> None:
     for proof in proofs:
-        say(
+        notify(
             f"steering proved at layer {proof.layer}: {proof.positions} probe tokens changed by "
             f"{proof.seen:.4g} on average where {proof.expected:.4g} is due"
         )

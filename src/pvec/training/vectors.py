@@ -13,7 +13,7 @@ import numpy as np
 
 from pvec.errors import InputError
 from pvec.models.decoder import check_layer, describe_layer
-from pvec.models.load import ModelFacts
+from pvec.models.load import ModelMetadata
 from pvec.training.config import Layers, MonitorPart, SteeringPart, TrainConfig
 from pvec.traits.trait import load_trait
 from pvec.types import Instruction, VectorKind
@@ -38,22 +38,22 @@ def named_vectors(config: TrainConfig) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def vector_for(name: str, facts: ModelFacts | None) -> PersonaVector:
+def vector_for(name: str, metadata: ModelMetadata | None) -> PersonaVector:
     """Load a vector and check it against the model, if that is known."""
     vector = load_vector(find_vector(name))
-    if facts is not None:
+    if metadata is not None:
         check_fits(
             vector,
-            num_layers=facts.num_layers,
-            hidden_size=facts.hidden_size,
-            fingerprint=facts.fingerprint,
-            model_id=facts.id,
+            num_layers=metadata.num_layers,
+            hidden_size=metadata.hidden_size,
+            fingerprint=metadata.fingerprint,
+            model_id=metadata.id,
         )
     return vector
 
 
 def scheduled_for(
-    part: SteeringPart, vector: PersonaVector, facts: ModelFacts, *, steps: int
+    part: SteeringPart, vector: PersonaVector, metadata: ModelMetadata, *, steps: int
 ) -> list[Scheduled]:
     """Return the instructions of one steering part, layer by layer."""
     from pvec.training.steering import Scheduled
@@ -65,7 +65,7 @@ def scheduled_for(
     ramp = part.ramp_steps or max(1, round(RAMP_SHARE * steps))
     made = []
     layers = "all" if part.incremental else part.layers
-    for layer in _layers(layers, vector, part.kind, facts):
+    for layer in _layers(layers, vector, part.kind, metadata):
         instruction = Instruction(
             vector=np.ascontiguousarray(rows[layer], dtype=np.float32),
             layer=layer,
@@ -100,17 +100,19 @@ def _check_increments(part: SteeringPart, vector: PersonaVector) -> None:
 
 
 def _layers(
-    wanted: Layers, vector: PersonaVector, kind: VectorKind, facts: ModelFacts
+    wanted: Layers, vector: PersonaVector, kind: VectorKind, metadata: ModelMetadata
 ) -> tuple[int, ...]:
     """Return the layers that are meant, all of which the model and the file have."""
     if wanted == "all":
-        layers = tuple(n for n in range(1, facts.num_layers + 1) if n not in vector.missing_layers)
+        layers = tuple(
+            n for n in range(1, metadata.num_layers + 1) if n not in vector.missing_layers
+        )
     elif wanted == "auto":
         layers = (best_layer(vector, kind),)
     else:
         layers = tuple(n for n in wanted if isinstance(n, int))
     for layer in layers:
-        check_layer(layer, facts.num_layers)
+        check_layer(layer, metadata.num_layers)
         vector.row(layer, kind=kind)
     return layers
 
@@ -132,7 +134,7 @@ def described(one: Scheduled) -> str:
 
 
 def monitoring(
-    part: MonitorPart | None, vectors: dict[str, PersonaVector], facts: ModelFacts
+    part: MonitorPart | None, vectors: dict[str, PersonaVector], metadata: ModelMetadata
 ) -> tuple[tuple[Probe, ...], tuple[str, ...], tuple[str, ...]]:
     """Return the vectors to watch along, the probe prompts, and notes about them."""
     if part is None:
@@ -143,7 +145,7 @@ def monitoring(
     probes = []
     for name, trait in zip(part.vectors, traits, strict=True):
         label = trait if traits.count(trait) == 1 else f"{trait}-{Path(name).stem}"
-        layers = _layers(part.layers, vectors[name], part.kind, facts)
+        layers = _layers(part.layers, vectors[name], part.kind, metadata)
         probes += [
             Probe(
                 name=label if len(layers) == 1 else f"{label}_layer{layer}",

@@ -77,15 +77,15 @@ def _new_card(repo: str, vectors: Mapping[str, PersonaVector]) -> str:
 
 
 def _section(file: str, vector: PersonaVector) -> str:
-    facts = [("kinds", ", ".join(vector.kinds))]
-    facts += [("layers", str(vector.num_layers)), ("width", str(vector.hidden_size))]
+    metadata = [("kinds", ", ".join(vector.kinds))]
+    metadata += [("layers", str(vector.num_layers)), ("width", str(vector.hidden_size))]
     kept = [vector.metadata.get(f"kept_{sign}", "") for sign in ("pos", "neg")]
     if all(kept):
-        facts.append(("answers that count", f"{kept[0]} positive, {kept[1]} negative"))
-    facts += [
+        metadata.append(("answers that count", f"{kept[0]} positive, {kept[1]} negative"))
+    metadata += [
         (word, vector.metadata[key]) for key, word in _FACTS.items() if vector.metadata.get(key)
     ]
-    listed = "".join(f"- {name}: {value}\n" for name, value in facts)
+    listed = "".join(f"- {name}: {value}\n" for name, value in metadata)
     return f"## {vector.trait} (`{file}`)\n\n{listed}\n{_layers(vector)}"
 
 

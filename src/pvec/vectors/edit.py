@@ -111,9 +111,9 @@ def parse_expression(text: str) -> list[Term]:
 
     Operators between terms have spaces around them. Raises ``InputError`` naming the bad term.
     """
-    pieces = re.split(r"\s+([+-])(?:\s+|$)", text.strip())
-    signs = [1.0, *(-1.0 if sign == "-" else 1.0 for sign in pieces[1::2])]
-    return [_term(piece, sign, text) for sign, piece in zip(signs, pieces[::2], strict=True)]
+    chunks = re.split(r"\s+([+-])(?:\s+|$)", text.strip())
+    signs = [1.0, *(-1.0 if sign == "-" else 1.0 for sign in chunks[1::2])]
+    return [_term(chunk, sign, text) for sign, chunk in zip(signs, chunks[::2], strict=True)]
 
 
 def convert(
@@ -163,13 +163,13 @@ def convert(
     return Written(trait=vector.trait, paths=tuple(paths), notes=tuple(notes))
 
 
-def _term(piece: str, sign: float, whole: str) -> Term:
+def _term(chunk: str, sign: float, whole: str) -> Term:
     match = re.fullmatch(
-        r"([+-]?)\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+)\s*\*\s*)?([^*]+)", piece.strip()
+        r"([+-]?)\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+)\s*\*\s*)?([^*]+)", chunk.strip()
     )
     if match is None:
         raise InputError(
-            f"{piece!r} in {whole!r} is no term: write NUMBER*FILE, with spaces around + and -."
+            f"{chunk!r} in {whole!r} is no term: write NUMBER*FILE, with spaces around + and -."
         )
     weight = float(match[2] or 1.0) * (-1.0 if match[1] == "-" else 1.0)
     return Term(weight=sign * weight, name=match[3].strip())

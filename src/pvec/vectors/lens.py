@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pvec.backends.session import Engine, Say, model_spec, silent
+from pvec.backends.session import ModelSession, Notify, ignore, model_spec
 from pvec.errors import ModelError
 from pvec.models.decoder import describe_layer
 from pvec.settings import Settings
@@ -60,7 +60,7 @@ def lens(
     layer: int | None = None,
     kind: VectorKind | None = None,
     top: int = 10,
-    say: Say = silent,
+    notify: Notify = ignore,
 ) -> Lens:
     """Return the ``top`` tokens that a vector promotes and suppresses at ``layer``.
 
@@ -75,23 +75,26 @@ def lens(
     if layer is None:
         layer = summarize(vector, kind=kind).suggested_layer or middle_layer(vector)
     row = vector.row(layer, kind=kind)
-    with Engine(settings, say=say) as engine:
-        facts = engine.facts
+    with ModelSession(settings, notify=notify) as session:
+        metadata = session.metadata
         check_fits(
-            vector, num_layers=facts.num_layers, hidden_size=facts.hidden_size, model_id=facts.id
+            vector,
+            num_layers=metadata.num_layers,
+            hidden_size=metadata.hidden_size,
+            model_id=metadata.id,
         )
         recorded = vector.metadata.get("model_fingerprint")
         notes = []
-        if recorded and recorded != facts.fingerprint:
+        if recorded and recorded != metadata.fingerprint:
             notes.append(f"the vector was made with {vector.metadata.get('model_id')}")
         # always through transformers: an engine for serving does not hand out its modules
-        loaded = load_model(model_spec(settings), facts=facts)
+        loaded = load_model(model_spec(settings), metadata=metadata)
     scores = unembed(loaded.model, row, token_ids=_any_tokens(loaded.tokenizer))
     scores = scores[: len(loaded.tokenizer)]  # what follows is padding of the matrix
     order = scores.argsort()
     return Lens(
         trait=vector.trait,
-        model=facts.id,
+        model=metadata.id,
         kind=kind,
         layer=layer,
         where=describe_layer(layer),

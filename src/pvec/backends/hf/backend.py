@@ -16,10 +16,10 @@ from pvec.backends.hf import continuation, generation
 from pvec.backends.hf.forward import CausalModel, causal_model
 from pvec.models.decoder import find_decoder
 from pvec.models.files import ModelSpec
-from pvec.models.load import LoadedModel, ModelFacts, load_model
+from pvec.models.load import LoadedModel, ModelMetadata, load_model
 from pvec.models.memory import BatchLimits, limits_for
 from pvec.settings import Settings
-from pvec.types import Generation, ModelInfo, Piece, Progress, Request, SpanMeans, TokenSpans
+from pvec.types import Generation, ModelInfo, Progress, Request, SpanMeans, StreamChunk, TokenSpans
 
 ENGINE = "hf"
 """Goes into response ids: the same request on another engine may give another text."""
@@ -37,7 +37,7 @@ class HFBackend(Backend):
         self,
         model: str | ModelSpec | LoadedModel,
         *,
-        facts: ModelFacts | None = None,
+        metadata: ModelMetadata | None = None,
         batch_size: int | None = None,
         on_note: Callable[[str], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
@@ -45,7 +45,7 @@ class HFBackend(Backend):
         """Load a model (``facts`` from ``inspect_model`` save looking at its files twice)."""
         if isinstance(model, str):
             model = ModelSpec(model=model)
-        loaded = model if isinstance(model, LoadedModel) else load_model(model, facts=facts)
+        loaded = model if isinstance(model, LoadedModel) else load_model(model, metadata=metadata)
         self.info = loaded.info
         self.token_budget: int | None = None  # of a capture's forward; None: by device
         self.tokenizer = loaded.tokenizer
@@ -67,12 +67,12 @@ class HFBackend(Backend):
         spec: ModelSpec,
         settings: Settings,
         *,
-        facts: ModelFacts | None = None,
+        metadata: ModelMetadata | None = None,
         on_note: Callable[[str], None] | None = None,
     ) -> Self:
         """Load a model as the settings ask; see ``Backend.from_settings``."""
         options = settings.backend
-        backend = cls(spec, facts=facts, batch_size=options.max_batch_rows, on_note=on_note)
+        backend = cls(spec, metadata=metadata, batch_size=options.max_batch_rows, on_note=on_note)
         backend.token_budget = options.token_budget
         return backend
 
@@ -114,7 +114,7 @@ class HFBackend(Backend):
             progress=self.on_progress,
         )
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Piece]:
+    def stream(self, requests: Iterable[Request]) -> Iterator[StreamChunk]:
         """Yield a ``Piece`` for every new token; see ``Backend.stream``."""
         assert self._causal is not None, "the backend is closed"
         return generation.stream(

@@ -22,7 +22,7 @@ from pvec.errors import ModelError
 from pvec.models.memory import BatchLimits, is_out_of_memory, release_memory
 from pvec.steering.hooks import Steerer
 from pvec.steering.positions import roles_by_length
-from pvec.types import FinishReason, Generation, Piece, Progress, Request
+from pvec.types import FinishReason, Generation, Progress, Request, StreamChunk
 
 Notify = Callable[[str], None]
 """Takes a sentence for the user: a batch was halved, an answer's room was cut."""
@@ -106,7 +106,7 @@ def stream(
     *,
     limits: BatchLimits,
     notify: Notify,
-) -> Iterator[Piece]:
+) -> Iterator[StreamChunk]:
     """Yield a piece per answer and step; see ``Backend.stream``. All requests run in one batch."""
     rows = _admit(requests, context=model.context, notify=notify)
     batch = _Batch(model)
@@ -116,7 +116,7 @@ def stream(
         ended = {id(done.row): done for done in batch.step()}
         for row in running:
             done = ended.get(id(row))
-            yield Piece(
+            yield StreamChunk(
                 id=row.request.id,
                 token_ids=tuple(row.tokens),
                 finished=_generation(done, tokenizer) if done else None,

@@ -22,9 +22,9 @@ from pvec.backends.vllm.start import check_vllm, platform, start_engine, stop_en
 from pvec.errors import InputError, SteeringError
 from pvec.models.decoder import check_layer
 from pvec.models.files import ModelSpec
-from pvec.models.load import ModelFacts, choose_dtype, inspect_model
+from pvec.models.load import ModelMetadata, choose_dtype, inspect_model
 from pvec.settings.tree import Settings, VLLMSettings
-from pvec.types import Generation, ModelInfo, Piece, Progress, Request, SpanMeans, TokenSpans
+from pvec.types import Generation, ModelInfo, Progress, Request, SpanMeans, StreamChunk, TokenSpans
 
 _MEGABYTE = 2**20
 
@@ -41,7 +41,7 @@ class VLLMBackend(Backend):
         model: str | ModelSpec,
         *,
         options: VLLMSettings | None = None,
-        facts: ModelFacts | None = None,
+        metadata: ModelMetadata | None = None,
         on_note: Callable[[str], None] | None = None,
     ) -> None:
         """Start the engine and prove that steering holds in it.
@@ -51,33 +51,33 @@ class VLLMBackend(Backend):
         """
         self.version = check_vllm()
         spec = ModelSpec(model=model) if isinstance(model, str) else model
-        facts = facts or inspect_model(spec)
+        metadata = metadata or inspect_model(spec)
         options = options or VLLMSettings()
-        if facts.adapter is not None:
+        if metadata.adapter is not None:
             options = options.model_copy(update={"adapters": max(options.adapters, 1)})
         self.options = options
         self.on_note = on_note or (lambda _note: None)
-        self.tokenizer = facts.tokenizer
+        self.tokenizer = metadata.tokenizer
         device = platform()
         dtype, why = choose_dtype(spec.dtype, device)
         name = str(dtype).removeprefix("torch.")
         self._flow = Fleet(
             [
-                self._start(facts, number, dtype=name, trust_code=spec.trust_remote_code)
+                self._start(metadata, number, dtype=name, trust_code=spec.trust_remote_code)
                 for number in range(options.data_parallel)
             ]
         )
         config = self._flow.flows[0].engine.vllm_config.model_config
         self.context: int = config.max_model_len
         try:
-            self.info = self._inspect(facts, dtype=name, why=why, item_bytes=dtype.itemsize)
+            self.info = self._inspect(metadata, dtype=name, why=why, item_bytes=dtype.itemsize)
             self._jobs = Jobs(
                 info=self.info,
                 options=options,
-                tokenizer=facts.tokenizer,
+                tokenizer=metadata.tokenizer,
                 context=self.context,
                 vocab=config.get_vocab_size(),
-                stop_ids=sorted(stop_ids(facts)),
+                stop_ids=sorted(stop_ids(metadata)),
             )
             for flow in self._flow.flows:
                 prove(flow, self.info, vocab=self._jobs.vocab, removals=options.removals)
@@ -91,11 +91,11 @@ class VLLMBackend(Backend):
         spec: ModelSpec,
         settings: Settings,
         *,
-        facts: ModelFacts | None = None,
+        metadata: ModelMetadata | None = None,
         on_note: Callable[[str], None] | None = None,
     ) -> Self:
         """Start the engine as the settings ask; see ``Backend.from_settings``."""
-        return cls(spec, options=settings.backend.vllm, facts=facts, on_note=on_note)
+        return cls(spec, options=settings.backend.vllm, metadata=metadata, on_note=on_note)
 
     def generate(
         self, requests: Iterable[Request], *, adapters: Adapters | None = None
@@ -109,10 +109,10 @@ class VLLMBackend(Backend):
         for done in self._watched(jobs):
             yield self._jobs.answer(done)
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Piece]:
+    def stream(self, requests: Iterable[Request]) -> Iterator[StreamChunk]:
         """Yield a ``Piece`` for every new token; see ``Backend.stream``."""
         for done in self._run(self._jobs.of_request(request, stream=True) for request in requests):
-            yield self._jobs.piece(done)
+            yield self._jobs.chunk(done)
 
     def generate_and_capture(
         self,
@@ -179,11 +179,11 @@ class VLLMBackend(Backend):
                 flow.engine = None
         gc.collect()
 
-    def _start(self, facts: ModelFacts, number: int, *, dtype: str, trust_code: bool) -> Flow:
+    def _start(self, metadata: ModelMetadata, number: int, *, dtype: str, trust_code: bool) -> Flow:
         options = self.options
         gpus = options.tensor_parallel * options.pipeline_parallel
         with gpus_of(number, per_replica=gpus, replicas=options.data_parallel):
-            engine = start_engine(facts, options, dtype=dtype, trust_code=trust_code)
+            engine = start_engine(metadata, options, dtype=dtype, trust_code=trust_code)
         return Flow(
             engine,
             slots=Slots(options.slots),
@@ -222,26 +222,28 @@ class VLLMBackend(Backend):
                 check_layer(layer, self.info.num_layers)
         return wanted
 
-    def _inspect(self, facts: ModelFacts, *, dtype: str, why: str, item_bytes: int) -> ModelInfo:
-        found = self._describe(facts)
-        memory = self._memory_note(facts, item_bytes, found)
+    def _inspect(
+        self, metadata: ModelMetadata, *, dtype: str, why: str, item_bytes: int
+    ) -> ModelInfo:
+        found = self._describe(metadata)
+        memory = self._memory_note(metadata, item_bytes, found)
         return ModelInfo(
-            id=facts.id,
-            fingerprint=facts.fingerprint,
-            num_layers=facts.num_layers,
-            hidden_size=facts.hidden_size,
+            id=metadata.id,
+            fingerprint=metadata.fingerprint,
+            num_layers=metadata.num_layers,
+            hidden_size=metadata.hidden_size,
             dtype=dtype,
             device=str(found["device"]),
-            adapter=facts.adapter,
-            bundled=facts.bundled,
-            notes=(*facts.notes, f"{dtype}: {why}", memory),
+            adapter=metadata.adapter,
+            bundled=metadata.bundled,
+            notes=(*metadata.notes, f"{dtype}: {why}", memory),
         )
 
-    def _describe(self, facts: ModelFacts) -> dict[str, Any]:
+    def _describe(self, metadata: ModelMetadata) -> dict[str, Any]:
         """Ask the workers what they found; ``SteeringError`` when a layer has no probe."""
         found = [json.loads(answer) for answer in self._flow.call("pvec_describe")]
         layers = {layer for worker in found for layer in worker["layers"]}
-        missing = sorted(set(range(facts.num_layers + 1)) - layers)
+        missing = sorted(set(range(metadata.num_layers + 1)) - layers)
         if missing:
             raise SteeringError(
                 f"vLLM's workers have no probe on layers {missing}: this model or this vLLM is not "
@@ -250,8 +252,10 @@ class VLLMBackend(Backend):
         first: dict[str, Any] = found[0]
         return first
 
-    def _memory_note(self, facts: ModelFacts, item_bytes: int, found: Mapping[str, Any]) -> str:
-        shape = {"num_layers": facts.num_layers, "hidden_size": facts.hidden_size}
+    def _memory_note(
+        self, metadata: ModelMetadata, item_bytes: int, found: Mapping[str, Any]
+    ) -> str:
+        shape = {"num_layers": metadata.num_layers, "hidden_size": metadata.hidden_size}
         tables = table_bytes(self.options, item_bytes=item_bytes, **shape) // _MEGABYTE
         sums = capture_bytes(self.options, **shape) // _MEGABYTE
         return (

@@ -15,7 +15,7 @@ from pvec.errors import InputError, ModelError
 from pvec.settings.tree import VLLMSettings
 from pvec.steering.positions import expected_touched
 from pvec.steering.tables import check_instruction
-from pvec.types import Generation, Instruction, ModelInfo, Piece, Request, TokenSpans
+from pvec.types import Generation, Instruction, ModelInfo, Request, StreamChunk, TokenSpans
 
 Adapters = Mapping[str, str | None]
 """LoRA adapter folder by request id; None is the bare model."""
@@ -117,12 +117,12 @@ class Jobs:
             ),
         )
 
-    def piece(self, done: Done) -> Piece:
+    def chunk(self, done: Done) -> StreamChunk:
         """Return how far a streamed answer is."""
         if not done.finished:
-            return Piece(id=done.job.tag.id, token_ids=done.token_ids)
+            return StreamChunk(id=done.job.tag.id, token_ids=done.token_ids)
         answer = self.answer(done)
-        return Piece(id=answer.id, token_ids=answer.token_ids, finished=answer)
+        return StreamChunk(id=answer.id, token_ids=answer.token_ids, finished=answer)
 
     def check_ids(self, identity: str, token_ids: Sequence[int], *, room: int) -> None:
         """Raise ``ModelError`` unless the tokens are the model's and leave ``room`` more."""

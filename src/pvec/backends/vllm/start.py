@@ -19,7 +19,7 @@ from pvec.errors import InputError, ModelError
 from pvec.settings.tree import VLLMSettings
 
 if TYPE_CHECKING:
-    from pvec.models.load import ModelFacts
+    from pvec.models.load import ModelMetadata
 
 OLDEST, NEWEST = (0, 29), (0, 32)
 """The first and last vLLM that pvec was tried with."""
@@ -49,7 +49,9 @@ def check_vllm() -> str:
     return version
 
 
-def start_engine(facts: ModelFacts, options: VLLMSettings, *, dtype: str, trust_code: bool) -> Any:
+def start_engine(
+    metadata: ModelMetadata, options: VLLMSettings, *, dtype: str, trust_code: bool
+) -> Any:
     """Start vLLM's engine with pvec's worker; ``ModelError`` with the remedy when it does not."""
     # The client is a library: only problems are of interest on a user's terminal.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -60,7 +62,7 @@ def start_engine(facts: ModelFacts, options: VLLMSettings, *, dtype: str, trust_
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    arguments = engine_arguments(facts, options, dtype=dtype, trust_code=trust_code)
+    arguments = engine_arguments(metadata, options, dtype=dtype, trust_code=trust_code)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # vLLM's own, about what it uses itself
@@ -68,7 +70,7 @@ def start_engine(facts: ModelFacts, options: VLLMSettings, *, dtype: str, trust_
                 EngineArgs(**arguments), enable_multiprocessing=options.data_parallel > 1
             )
     except (ValueError, RuntimeError, MemoryError) as error:
-        raise ModelError(_why_not(facts.id, error)) from error
+        raise ModelError(_why_not(metadata.id, error)) from error
     if _in_this_process(engine):
         _HERE.append(engine)
     else:
@@ -121,7 +123,7 @@ def _in_this_process(engine: Any) -> bool:
 
 
 def engine_arguments(
-    facts: ModelFacts, options: VLLMSettings, *, dtype: str, trust_code: bool
+    metadata: ModelMetadata, options: VLLMSettings, *, dtype: str, trust_code: bool
 ) -> dict[str, Any]:
     """Return vLLM's ``EngineArgs`` for a model and options."""
     cache = options.cache_bytes
@@ -134,15 +136,15 @@ def engine_arguments(
         "block_size": options.block_size,
     }
     arguments: dict[str, Any] = {
-        "model": str(facts.files.folder),
-        "tokenizer": str(facts.files.tokenizer_folder),
+        "model": str(metadata.files.folder),
+        "tokenizer": str(metadata.files.tokenizer_folder),
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
         "trust_remote_code": trust_code,
         "dtype": dtype,
         "seed": 0,
         "worker_cls": f"pvec.backends.vllm.{_worker_module()}.Worker",
-        "additional_config": {"pvec": probe_setup(facts, options)},
+        "additional_config": {"pvec": probe_setup(metadata, options)},
         "gpu_memory_utilization": options.memory_share,
         "max_num_seqs": options.max_seqs,
         "enforce_eager": options.eager,
@@ -164,7 +166,7 @@ def engine_arguments(
     return arguments | {name: value for name, value in chosen.items() if value is not None}
 
 
-def probe_setup(facts: ModelFacts, options: VLLMSettings) -> dict[str, Any]:
+def probe_setup(metadata: ModelMetadata, options: VLLMSettings) -> dict[str, Any]:
     """Return what the worker needs to hang its probes on.
 
     vLLM puts this into the key of its compile cache, which does not know the worker's class: a
@@ -176,8 +178,8 @@ def probe_setup(facts: ModelFacts, options: VLLMSettings) -> dict[str, Any]:
     return {
         "version": __version__,
         "code": hashlib.sha256(code).hexdigest()[:16],
-        "num_layers": facts.num_layers,
-        "hidden_size": facts.hidden_size,
+        "num_layers": metadata.num_layers,
+        "hidden_size": metadata.hidden_size,
         "slots": options.slots,
         "removals": options.removals,
         "rows": accumulator_rows(options),
@@ -215,17 +217,17 @@ def refuse(config: Any) -> None:
             raise ModelError(f"pvec does not run with vLLM's {reason}: switch it off.")
 
 
-def stop_ids(facts: ModelFacts) -> frozenset[int]:
+def stop_ids(metadata: ModelMetadata) -> frozenset[int]:
     """Return the tokens that end an answer, as the hf backend sees them."""
     from transformers import AutoConfig, GenerationConfig
 
     try:
-        declared = GenerationConfig.from_pretrained(facts.files.folder).eos_token_id
+        declared = GenerationConfig.from_pretrained(metadata.files.folder).eos_token_id
     except OSError:  # no such file
-        config = AutoConfig.from_pretrained(facts.files.folder)
+        config = AutoConfig.from_pretrained(metadata.files.folder)
         declared = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
     found: set[int] = set()
-    for ids in (declared, facts.tokenizer.eos_token_id):
+    for ids in (declared, metadata.tokenizer.eos_token_id):
         found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
     return frozenset(found)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pvec.backends.session import Engine, Say, silent
+from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
 from pvec.evaluation.conditions import Grid, Source, parse_coefs, parse_layers, steered_conditions
 from pvec.evaluation.verify.checks import Bench, all_checks
@@ -44,24 +44,24 @@ def verify(
     settings: Settings,
     *,
     vector: Path | None = None,
-    say: Say = silent,
-    on_progress: Callable[[Progress], None] = silent,
+    notify: Notify = ignore,
+    on_progress: Callable[[Progress], None] = ignore,
 ) -> VerifyResult:
     """Run every check with ``vector`` (without one, a random direction) at the layers asked for.
 
     Raises ``InputError`` or ``ModelError``, before weights are loaded, for a vector, layer or dose
     that does not fit. A failed check is a result, not an exception.
     """
-    with Engine(settings, say=say, on_progress=on_progress) as engine:
-        source = load_source(settings, vector, engine)
-        steering = _steering(settings, source, num_layers=engine.facts.num_layers)
-        dtype = engine.backend.info.dtype
+    with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
+        source = load_source(settings, vector, session)
+        steering = _steering(settings, source, num_layers=session.metadata.num_layers)
+        dtype = session.backend.info.dtype
         checks: list[Check] = []
-        for done, check in enumerate(_checks(engine, settings, steering, say)):
+        for done, check in enumerate(_checks(session, settings, steering, notify)):
             on_progress(Progress(stage="verify", done=done, total=None, unit="checks"))
             checks.append(check)
     return VerifyResult(
-        model=engine.facts.id,
+        model=session.metadata.id,
         vector=source.label,
         layers=tuple(instruction.layer for instruction in steering),
         dtype=dtype,
@@ -69,7 +69,7 @@ def verify(
     )
 
 
-def load_source(settings: Settings, vector: Path | None, engine: Engine) -> Source:
+def load_source(settings: Settings, vector: Path | None, session: ModelSession) -> Source:
     """Return the vector file's rows, checked against the model; a random direction without a file.
 
     The random direction has norm 1 at every layer and is meant for trying a model before there is
@@ -78,19 +78,19 @@ def load_source(settings: Settings, vector: Path | None, engine: Engine) -> Sour
     from pvec.vectors.find import find_vector
     from pvec.vectors.vector import check_fits, load_vector
 
-    facts = engine.facts
+    metadata = session.metadata
     if vector is None:
-        shape = (facts.num_layers + 1, facts.hidden_size)
+        shape = (metadata.num_layers + 1, metadata.hidden_size)
         rows = np.random.default_rng(settings.generation.seed).standard_normal(shape)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         return Source(label="random direction", rows=rows.astype(np.float32))
     loaded = load_vector(find_vector(vector))
     check_fits(
         loaded,
-        num_layers=facts.num_layers,
-        hidden_size=facts.hidden_size,
-        fingerprint=None if facts.adapter else facts.fingerprint,
-        model_id=facts.id,
+        num_layers=metadata.num_layers,
+        hidden_size=metadata.hidden_size,
+        fingerprint=None if metadata.adapter else metadata.fingerprint,
+        model_id=metadata.id,
     )
     return Source(
         label=loaded.trait, rows=loaded.kind(settings.steer.kind), mean_norms=loaded.mean_norm
@@ -123,15 +123,15 @@ def _steering(settings: Settings, source: Source, *, num_layers: int) -> list[In
 
 
 def _checks(
-    engine: Engine, settings: Settings, steering: list[Instruction], say: Say
+    session: ModelSession, settings: Settings, steering: list[Instruction], notify: Notify
 ) -> Iterator[Check]:
-    if engine.choice.name == "vllm":
+    if session.choice.name == "vllm":
         from pvec.evaluation.verify.vllm import engine_checks
 
-        return engine_checks(engine, settings, steering, say=say)
+        return engine_checks(session, settings, steering, notify=notify)
 
     from pvec.backends.hf.backend import HFBackend
 
-    backend = engine.backend
+    backend = session.backend
     assert isinstance(backend, HFBackend), "there are two backends"
-    return all_checks(Bench(backend, steering, thinking=engine.thinking))
+    return all_checks(Bench(backend, steering, thinking=session.thinking))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pvec.backends.session import Engine, Say, open_backend
+from pvec.backends.session import ModelSession, Notify, open_backend
 from pvec.evaluation.verify.inputs import POSITIONS, Asked, Check
 from pvec.models.chat import spans_from_ids
 from pvec.models.decoder import describe_layer
@@ -43,14 +43,14 @@ class _Seen:
 
 
 def engine_checks(
-    engine: Engine, settings: Settings, steering: Sequence[Instruction], *, say: Say
+    session: ModelSession, settings: Settings, steering: Sequence[Instruction], *, notify: Notify
 ) -> Iterator[Check]:
     """Yield every check as it is done; a failed one is a result like any other.
 
     Starts the engine a second time with the prefix cache the other way, then transformers.
     """
-    backend = engine.backend
-    asked = Asked(backend, steering, thinking=engine.thinking)
+    backend = session.backend
+    asked = Asked(backend, steering, thinking=session.thinking)
     requests = asked.mixed_requests()
     texts = _texts(backend, requests)
     sequences = _sequences(asked, texts)
@@ -60,10 +60,12 @@ def engine_checks(
     yield _zero_is_identity(asked, backend, seen.means)
     yield _later_layers_feel_it(asked, seen.means)
     yield from _alone(asked, backend, requests, texts)
-    engine.close()
+    session.close()
     other = not settings.backend.vllm.prefix_caching
-    yield _other_cache(asked, engine, settings, requests, texts, on=other, say=say)
-    yield from _as_in_transformers(asked, engine, settings, requests, sequences, seen, say=say)
+    yield _other_cache(asked, session, settings, requests, texts, on=other, notify=notify)
+    yield from _as_in_transformers(
+        asked, session, settings, requests, sequences, seen, notify=notify
+    )
 
 
 def _texts(backend: Backend, requests: Sequence[Request]) -> Texts:
@@ -180,20 +182,22 @@ def _alone(
 
 def _other_cache(
     asked: Asked,
-    engine: Engine,
+    session: ModelSession,
     settings: Settings,
     requests: Sequence[Request],
     texts: Texts,
     *,
     on: bool,
-    say: Say,
+    notify: Notify,
 ) -> Check:
     """Run the same requests in an engine with the prefix cache the other way."""
     options = settings.backend.vllm.model_copy(update={"prefix_caching": on})
     backend = settings.backend.model_copy(update={"vllm": options})
     turned = settings.model_copy(update={"backend": backend})
-    say(f"starting the engine again with its prefix cache {'on' if on else 'off'}")
-    with open_backend("vllm", engine.spec, turned, facts=engine.facts, say=say) as other:
+    notify(f"starting the engine again with its prefix cache {'on' if on else 'off'}")
+    with open_backend(
+        "vllm", session.spec, turned, metadata=session.metadata, notify=notify
+    ) as other:
         found = _texts(other, requests)
     return asked.check_texts(
         "prefix cache on and off give the same texts",
@@ -205,16 +209,18 @@ def _other_cache(
 
 def _as_in_transformers(
     asked: Asked,
-    engine: Engine,
+    session: ModelSession,
     settings: Settings,
     requests: Sequence[Request],
     sequences: Sequence[TokenSpans],
     seen: _Seen,
     *,
-    say: Say,
+    notify: Notify,
 ) -> Iterator[Check]:
-    say("loading the same weights in transformers")
-    with open_backend("hf", engine.spec, settings, facts=engine.facts, say=say) as backend:
+    notify("loading the same weights in transformers")
+    with open_backend(
+        "hf", session.spec, settings, metadata=session.metadata, notify=notify
+    ) as backend:
         texts, means = _texts(backend, requests), _means(backend, sequences)
     worst = max(_gap(seen.means[name], means[name]) for name in means)
     yield asked.check(
