@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from pvec.errors import InputError
 from pvec.settings import Settings, load_dotenv, resolve
-from pvec.settings.tree import env_name, fields
+from pvec.settings.tree import RENAMED, env_name, fields
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def test_a_named_configuration_file_replaces_pvec_yaml() -> None:
     ],
 )
 def test_a_mistyped_environment_name_is_refused_with_the_nearest(name: str, nearest: str) -> None:
-    with pytest.raises(InputError, match=rf"^{name} is no setting of pvec\. .*'{nearest}'"):
+    with pytest.raises(InputError, match=rf"^{name} is an unknown setting\. .*'{nearest}'"):
         resolve(environ={name: "x"})
 
 
@@ -167,3 +168,57 @@ def test_numbers_in_a_file_may_stand_for_words() -> None:
     settings = resolve(environ={}).settings
     assert settings.model.id == "7"
     assert settings.generation.thinking == "off"
+
+
+@pytest.fixture
+def _renamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RENAMED, "extract.answers", "extract.rollouts")
+
+
+@pytest.mark.usefixtures("_renamed")
+def test_an_old_name_still_works_everywhere_and_a_note_says_the_new_one() -> None:
+    Path("pvec.yaml").write_text("extract: {answers: 2}")
+    from_file = resolve(environ={})
+    assert from_file.settings.extract.rollouts == 2
+    assert from_file.origins["extract.rollouts"] == "pvec.yaml"
+    assert from_file.notes == (
+        "extract.answers (pvec.yaml) is now called extract.rollouts: use the new name",
+    )
+    from_environment = resolve(environ={"PVEC_EXTRACT__ANSWERS": "3"})
+    assert from_environment.settings.extract.rollouts == 3
+    from_command_line = resolve({"extract.answers": 4}, environ={"PVEC_EXTRACT__ROLLOUTS": "3"})
+    assert from_command_line.settings.extract.rollouts == 4
+    assert resolve({"extract.rollouts": 4}, environ={}).settings.extract.rollouts == 4
+
+
+@pytest.mark.usefixtures("_renamed")
+def test_an_old_name_beside_the_new_one_is_refused() -> None:
+    Path("pvec.yaml").write_text("extract: {rollouts: 1, answers: 2}")
+    with pytest.raises(InputError, match=r"extract\.rollouts and its old name .* keep one"):
+        resolve(environ={})
+
+
+@pytest.mark.parametrize("text", ["3,4", "3, 4", "[3, 4]", "[3,4]", " 3 ,4,"])
+def test_a_list_can_be_set_in_the_environment(text: str) -> None:
+    assert resolve(environ={"PVEC_PROJECT__LAYERS": text}).settings.project.layers == (3, 4)
+
+
+def test_a_wrong_list_in_the_environment_is_refused_like_any_value() -> None:
+    with pytest.raises(InputError, match=r"project\.layers = 'x' \(from environment PVEC_"):
+        resolve(environ={"PVEC_PROJECT__LAYERS": "3,x"})
+
+
+def test_a_choice_of_numbers_and_an_empty_text_in_the_environment() -> None:
+    names = [
+        env_name(path) for path, field in fields().items() if get_args(field.annotation)[:1] == (8,)
+    ]
+    assert names  # the ranks of vLLM's adapters
+    for name in names:
+        assert resolve(environ={name: "32"}).settings != Settings()
+        assert resolve(environ={name: ""}).settings == Settings()
+
+
+def test_a_seed_that_other_libraries_do_not_take_is_refused() -> None:
+    assert resolve({"generation.seed": 2**32 - 1}, environ={}).settings.generation.seed == 2**32 - 1
+    with pytest.raises(InputError, match=r"generation\.seed = 4294967296"):
+        resolve({"generation.seed": 2**32}, environ={})

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -134,8 +134,10 @@ def options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function, eval_str=True)
+        paths = list(_expand(names))
         parameters = [
-            *(_setting_parameter(path) for path in _expand(names)),
+            *(_setting_parameter(path) for path in paths),
+            *_old_names(paths),
             *(_parameter(name, *common) for name, common in COMMON.items()),
         ]
         recorded = {parameter.name for parameter in parameters}
@@ -175,6 +177,8 @@ def resolved_from(ctx: typer.Context) -> Resolved:
         ctx.meta["pvec.resolved"] = resolve(
             cli, config_file=_given(ctx).get("config"), dotenv=dotenv
         )
+        for note in ctx.meta["pvec.resolved"].notes:
+            console_from(ctx).note(note)
     found: Resolved = ctx.meta["pvec.resolved"]
     return found
 
@@ -221,13 +225,13 @@ def _expand(names: tuple[str, ...]) -> Iterator[str]:
 
 
 def _setting_parameter(path: str) -> inspect.Parameter:
-    """Return the parameter of one setting; None stands for "not given"."""
-    from pvec.settings.tree import fields
+    """Return the parameter of one setting (or its old name); None stands for "not given"."""
+    from pvec.settings.tree import RENAMED, fields
 
-    field = fields()[path]
-    section, _, name = path.rpartition(".")
+    field = fields()[RENAMED.get(path, path)]
+    section = path.rpartition(".")[0]
     kind = _command_line_type(field.annotation)
-    flags = FLAGS.get(path, (f"--{name.replace('_', '-')}",))
+    flags = _flags(path)
     if kind is bool and "/" not in flags[0]:
         flags = (f"{flags[0]}/--no-{flags[0].removeprefix('--')}", *flags[1:])
     option = typer.Option(
@@ -235,8 +239,22 @@ def _setting_parameter(path: str) -> inspect.Parameter:
         help=_help(field, kind),
         metavar=_metavar(kind),
         rich_help_panel=PANELS.get(path, PANELS.get(section)),
+        hidden=path in RENAMED,
     )
     return _parameter(path.replace(".", "__"), Annotated[kind | None, option], None)
+
+
+def _old_names(paths: Sequence[str]) -> Iterator[inspect.Parameter]:
+    """Yield a hidden option for every old name of these settings whose flag was another."""
+    from pvec.settings.tree import RENAMED
+
+    for old, new in RENAMED.items():
+        if new in paths and _flags(old) != _flags(new):
+            yield _setting_parameter(old)
+
+
+def _flags(path: str) -> tuple[str, ...]:
+    return FLAGS.get(path, (f"--{path.rpartition('.')[2].replace('_', '-')}",))
 
 
 def _help(field: FieldInfo, kind: Any) -> str:

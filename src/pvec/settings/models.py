@@ -132,7 +132,7 @@ class GenerationSettings(Section):
     max_tokens: int | None = Field(default=None, ge=1)
     """Longest answer in tokens (default: 1000, and 96 for the bundled model)"""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seed of everything random; the same seed gives the same answers in any batch"""
 
     thinking: Literal["off", "on"] = "off"

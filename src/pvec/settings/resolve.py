@@ -1,7 +1,8 @@
 """Where settings come from: command line, environment, configuration file, defaults.
 
 They are merged field by field in that order, so that a file may set one key of a section and the
-command line another. Names that are no setting are refused with the nearest ones.
+command line another. An unknown name is refused with the nearest known ones; an old name of a
+setting (``RENAMED``) is accepted with a note that says the new one.
 """
 
 from __future__ import annotations
@@ -10,21 +11,21 @@ import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from dotenv import dotenv_values
 from pydantic import ValidationError
-from pydantic_settings import EnvSettingsSource
+from pydantic.fields import FieldInfo
 
 from pvec.errors import InputError, did_you_mean
-from pvec.settings.tree import ENV_PREFIX, Settings, env_name, fields, value_of
+from pvec.settings.tree import ENV_PREFIX, RENAMED, Settings, env_name, fields, value_of
 from pvec.settings.yamlfile import read_yaml
 
 CONFIG_FILE = Path("pvec.yaml")
 """Read from the working directory when it is there and ``--config`` names no other."""
 
 OTHER_ENV_NAMES = frozenset({"PVEC_TEST_DATA"})
-"""``PVEC_`` names that are no settings: the folder of real files that some tests read."""
+"""``PVEC_`` names that are not settings: the folder of real files that some tests read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class Resolved:
 
     settings: Settings
     origins: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    """What the user should know about the names that were given: old ones and their new names."""
 
     def rows(self) -> Iterator[tuple[str, Any, str]]:
         """Yield ``(dotted path, value, origin)`` of every setting; secrets come masked."""
@@ -54,25 +57,31 @@ def resolve(
     """Merge command line, environment, configuration file and defaults into one tree.
 
     ``cli`` maps dotted paths to values. ``config_file`` must exist when it is given; without it
-    ``pvec.yaml`` is read if there is one. ``environ`` is ``os.environ`` unless given; ``dotenv``
+    ``pvec.yaml`` is read if it exists. ``environ`` is ``os.environ`` unless given; ``dotenv``
     names those of its variables that a ``.env`` file put there (see ``load_dotenv``).
 
-    Raises ``InputError`` for an unknown name, a value that does not fit, or an unreadable file.
+    Raises ``InputError`` for an unknown name, an invalid value, or an unreadable file.
     """
     values: dict[str, Any] = {}
     origins = dict.fromkeys(fields(), "default")
-    for path, value, origin in (
+    notes: list[str] = []
+    for given, value, origin in (
         *_from_file(config_file),
         *_from_environment(os.environ if environ is None else environ, dotenv),
         *((path, value, "command line") for path, value in (cli or {}).items()),
     ):
+        path = RENAMED.get(given, given)
+        if path != given:
+            notes.append(f"{given} ({origin}) is now called {path}: use the new name")
+        if path != given and origins[path] == origin:
+            raise InputError(f"{path} and its old name {given} are both set ({origin}): keep one.")
         values[path] = value
         origins[path] = origin
     try:
         settings = Settings(**_nest(values))
     except ValidationError as error:
         raise InputError(_sentence(error, origins)) from None
-    return Resolved(settings=settings, origins=origins)
+    return Resolved(settings=settings, origins=origins, notes=tuple(notes))
 
 
 def load_dotenv(
@@ -97,26 +106,37 @@ def load_dotenv(
 def _from_environment(
     environ: Mapping[str, str], dotenv: frozenset[str]
 ) -> Iterator[tuple[str, Any, str]]:
-    """Yield the settings that ``PVEC_`` names set; pydantic-settings reads the values."""
-    paths = {env_name(path): path for path in fields()}
-    given = {name: text for name, text in environ.items() if name.upper().startswith(ENV_PREFIX)}
-    for name in given:
-        if name not in paths and name not in OTHER_ENV_NAMES:
+    """Yield the settings that ``PVEC_`` names set; an empty text counts as not set."""
+    paths = {env_name(path): path for path in (*fields(), *RENAMED)}
+    for name, text in environ.items():
+        if not name.upper().startswith(ENV_PREFIX) or name in OTHER_ENV_NAMES:
+            continue
+        if name not in paths:
             where = " (in .env)" if name in dotenv else ""
             raise InputError(
-                f"{name}{where} is no setting of pvec.{did_you_mean(name.upper(), paths)}"
+                f"{name}{where} is an unknown setting.{did_you_mean(name.upper(), paths)}"
                 " `pvec config` lists all settings."
             )
-    source = EnvSettingsSource(Settings)
-    source.env_vars = {name.lower(): text for name, text in given.items()}
-    names = {path: name for name, path in paths.items()}
-    for path, value in _flatten(source()):
-        name = names[path]
-        yield path, value, ".env" if name in dotenv else f"environment {name}"
+        if text:
+            path = paths[name]
+            value = _from_text(fields()[RENAMED.get(path, path)], text)
+            yield path, value, ".env" if name in dotenv else f"environment {name}"
+
+
+def _from_text(field: FieldInfo, text: str) -> Any:
+    """Return what the text of an environment variable says; the settings validate it.
+
+    A list is written with commas (``3,4``) or as in YAML (``[3, 4]``).
+    """
+    if get_origin(field.annotation) is tuple:
+        return [part.strip() for part in text.strip().strip("[]").split(",") if part.strip()]
+    if get_origin(field.annotation) is Literal:  # its choices may be numbers
+        return {str(choice): choice for choice in get_args(field.annotation)}.get(text, text)
+    return text
 
 
 def _from_file(config_file: Path | None) -> Iterator[tuple[str, Any, str]]:
-    """Yield the settings of the configuration file, refusing keys that are none."""
+    """Yield the settings of the configuration file, refusing unknown keys."""
     path = config_file or CONFIG_FILE
     if config_file is None and not path.is_file():
         return
@@ -129,7 +149,7 @@ def _from_file(config_file: Path | None) -> Iterator[tuple[str, Any, str]]:
         if dotted in {name.split(".")[0] for name in fields()}:
             if value is not None:
                 raise InputError(f"{dotted} in {path} is a section; give its keys, not {value!r}.")
-        elif dotted not in fields():
+        elif dotted not in fields() and dotted not in RENAMED:
             raise InputError(
                 f"{path} has an unknown key {dotted!r}.{did_you_mean(dotted, fields())}"
                 " `pvec config` lists all settings."

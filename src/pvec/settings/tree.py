@@ -15,7 +15,6 @@ from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from pvec.settings.commands import ExtractSettings, FilterSettings, ProjectSettings, SteerSettings
 from pvec.settings.models import (
@@ -30,6 +29,7 @@ from pvec.settings.section import Section
 
 __all__ = [
     "ENV_PREFIX",
+    "RENAMED",
     "AuthorSettings",
     "BackendSettings",
     "ExtractSettings",
@@ -50,6 +50,11 @@ __all__ = [
 
 ENV_PREFIX = "PVEC_"
 
+RENAMED: dict[str, str] = {}
+"""Old dotted path of a setting → its present one. The old name still works in files, in the
+environment and as a hidden option, and a note says the new one.
+"""
+
 
 class PathSettings(Section):
     """Where things are kept."""
@@ -58,16 +63,8 @@ class PathSettings(Section):
     """Folder that holds the run folders"""
 
 
-class Settings(BaseSettings):
-    """The whole tree. ``Settings()`` is the defaults; ``resolve`` reads the world."""
-
-    model_config = SettingsConfigDict(
-        frozen=True,
-        extra="forbid",
-        env_prefix=ENV_PREFIX,
-        env_nested_delimiter="__",
-        env_ignore_empty=True,
-    )
+class Settings(Section):
+    """The whole tree. ``Settings()`` is the defaults, ``resolve`` reads what the user set."""
 
     model: ModelSettings = ModelSettings()
     backend: BackendSettings = BackendSettings()
@@ -79,18 +76,6 @@ class Settings(BaseSettings):
     steer: SteerSettings = SteerSettings()
     project: ProjectSettings = ProjectSettings()
     paths: PathSettings = PathSettings()
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take arguments only; ``resolve`` reads the environment, so that it knows the origins."""
-        return (init_settings,)
 
 
 @cache
