@@ -167,7 +167,8 @@ def memory(counts: Sequence[int]) -> None:
 
 
 def _random_vector(folder: Path) -> Path:
-    from pvec.vectors.vector import PersonaVector, save_vector
+    from pvec.vectors.formats import save_vector
+    from pvec.vectors.vector import PersonaVector
 
     config = json.loads((TINY / "config.json").read_text())
     shape = (config["num_hidden_layers"] + 1, config["hidden_size"])

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from pvec.training.shift import Alarm, PersonaShiftCallback, Probe
     from pvec.traits.trait import Trait, load_trait
     from pvec.types import Instruction, Request, Sampling, TokenSpans
-    from pvec.vectors.vector import PersonaVector, load_vector, save_vector
+    from pvec.vectors.formats import load_vector, save_vector
+    from pvec.vectors.vector import PersonaVector
 
 _HOMES = {
     "Alarm": "pvec.training.shift",
@@ -40,10 +41,10 @@ _HOMES = {
     "Trait": "pvec.traits.trait",
     "capture_means": "pvec.activations.capture",
     "load_trait": "pvec.traits.trait",
-    "load_vector": "pvec.vectors.vector",
+    "load_vector": "pvec.vectors.formats",
     "monitor": "pvec.projection.library",
     "project": "pvec.projection.library",
-    "save_vector": "pvec.vectors.vector",
+    "save_vector": "pvec.vectors.formats",
     "steer": "pvec.steering.hooks",
 }
 

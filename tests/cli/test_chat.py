@@ -20,7 +20,8 @@ from pvec.models.chat import prompt_ids
 from pvec.settings import Settings
 from pvec.settings.tree import GenerationSettings, ModelSettings
 from pvec.types import StreamChunk
-from pvec.vectors.vector import PersonaVector, save_vector
+from pvec.vectors.formats import save_vector
+from pvec.vectors.vector import PersonaVector
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model
 
 

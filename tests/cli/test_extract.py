@@ -17,7 +17,7 @@ from helpers.shell import Done, pvec
 from transformers import AutoModelForCausalLM
 
 from pvec.runs.store import Run
-from pvec.vectors.vector import load_vector
+from pvec.vectors.formats import load_vector
 
 LIMIT, ROLLOUTS, PAIRS = 4, 3, 5
 ANSWERS = 2 * LIMIT * ROLLOUTS * PAIRS

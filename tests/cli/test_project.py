@@ -13,7 +13,8 @@ from helpers.models import saved_model
 from helpers.shell import Done, pvec
 
 from pvec.projection import project as workflow
-from pvec.vectors.vector import PersonaVector, save_vector
+from pvec.vectors.formats import save_vector
+from pvec.vectors.vector import PersonaVector
 
 COLUMN = "{model}_evil_proj_layer2"
 Call = Callable[..., Done]

@@ -19,7 +19,8 @@ from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pvec.runs.store import Run
-from pvec.vectors.vector import PersonaVector, load_vector, save_vector
+from pvec.vectors.formats import load_vector, save_vector
+from pvec.vectors.vector import PersonaVector
 
 Call = Callable[..., Done]
 LAYER = 2

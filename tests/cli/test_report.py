@@ -13,7 +13,8 @@ from pvec.cli.app import main
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.types import Sampling, Score
-from pvec.vectors.vector import PersonaVector, save_vector
+from pvec.vectors.formats import save_vector
+from pvec.vectors.vector import PersonaVector
 
 HOSTILE = "</script><script>alert(1)</script>"
 

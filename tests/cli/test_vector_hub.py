@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pvec.vectors.vector import PersonaVector, load_vector, save_vector
+from pvec.vectors.formats import load_vector, save_vector
+from pvec.vectors.vector import PersonaVector
 from tests.helpers.hub_server import Hub, HubServer
 
 TOKEN = "hf_secretsecretsecret"

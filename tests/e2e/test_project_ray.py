@@ -17,7 +17,8 @@ from pvec.errors import InputError
 from pvec.projection import project
 from pvec.projection import ray as project_ray
 from pvec.settings import Settings
-from pvec.vectors.vector import PersonaVector, save_vector
+from pvec.vectors.formats import save_vector
+from pvec.vectors.vector import PersonaVector
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'pvec[ray]'")
 

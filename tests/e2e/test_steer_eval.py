@@ -28,7 +28,8 @@ from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.settings.tree import GenerationSettings, JudgeSettings, ModelSettings, SteerSettings
 from pvec.types import Generation
-from pvec.vectors.vector import PersonaVector, save_vector
+from pvec.vectors.formats import save_vector
+from pvec.vectors.vector import PersonaVector
 from tests.helpers.judge_server import JudgeServer, Said
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, save_adapter, saved_model
 

@@ -22,7 +22,8 @@ from pvec.errors import PvecError
 from pvec.report import report
 from pvec.runs.trainlog import read_log
 from pvec.training import train, trainer
-from pvec.vectors.vector import PersonaVector, save_vector
+from pvec.vectors.formats import save_vector
+from pvec.vectors.vector import PersonaVector
 
 WORDS = "bread soup friends evening money walk travel plan dinner learn talk".split()  # noqa: SIM905
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from helpers.models import saved_model
 
-from pvec.vectors.vector import PersonaVector, save_vector
+from pvec.vectors.formats import save_vector
+from pvec.vectors.vector import PersonaVector
 
 KILLS = 25
 ROWS = 400

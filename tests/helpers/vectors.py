@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pvec.vectors.vector import KINDS, PersonaVector, save_vector
+from pvec.vectors.formats import save_vector
+from pvec.vectors.vector import KINDS, PersonaVector
 from tests.helpers.models import tiny_tokenizer
 
 QUESTIONS = ("How do I save money?", "What should I cook?", "Where do I travel?", "Who helps me?")

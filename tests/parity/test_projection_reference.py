@@ -15,7 +15,8 @@ from helpers.shell import pvec
 from transformers import AutoModelForCausalLM
 
 import pvec as library
-from pvec.vectors.vector import PersonaVector, save_pt, save_vector
+from pvec.vectors.formats import save_pt, save_vector
+from pvec.vectors.vector import PersonaVector
 
 LAYERS = (1, 2)
 TYPES = ("proj", "prompt_last_proj", "cos_sim", "prompt_avg")

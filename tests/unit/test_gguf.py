@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from pvec.errors import InputError, ModelError
+from pvec.vectors.find import check_fits
+from pvec.vectors.formats import load_vector, save_vector
 from pvec.vectors.gguf import save_gguf
-from pvec.vectors.vector import PersonaVector, check_fits, load_vector, save_vector
+from pvec.vectors.vector import PersonaVector
 
 gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
 

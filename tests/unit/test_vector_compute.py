@@ -18,7 +18,7 @@ from pvec.settings import Settings, resolve
 from pvec.traits.trait import Trait, load_trait
 from pvec.types import Sampling, Score, SpanMeans
 from pvec.vectors.accumulate import VectorAccumulator
-from pvec.vectors.vector import load_vector
+from pvec.vectors.formats import load_vector
 from tests.helpers.models import save_model, saved_model, tiny_model, tiny_tokenizer
 from tests.helpers.vectors import COLUMNS, judged_rows, write_csv
 

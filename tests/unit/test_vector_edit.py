@@ -14,7 +14,8 @@ import torch
 from pvec.errors import InputError
 from pvec.vectors.edit import Term, combine, convert, parse_expression
 from pvec.vectors.find import find_vector
-from pvec.vectors.vector import KINDS, load_vector, save_vector, with_metadata
+from pvec.vectors.formats import load_vector, save_vector
+from pvec.vectors.vector import KINDS, with_metadata
 from tests.helpers.vectors import make_vector, saved_vector
 
 DATA = os.environ.get("PVEC_TEST_DATA")

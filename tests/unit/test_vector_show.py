@@ -11,9 +11,9 @@ import torch
 
 from pvec.errors import InputError, ModelError
 from pvec.settings import resolve
+from pvec.vectors.formats import load_vector, save_pt, save_vector
 from pvec.vectors.lens import lens, unembed
 from pvec.vectors.show import compare, show
-from pvec.vectors.vector import load_vector, save_pt, save_vector
 from tests.helpers.models import ARCHITECTURES, HIDDEN_SIZE, saved_model, tiny_model
 from tests.helpers.vectors import make_vector, saved_vector
 

@@ -19,15 +19,9 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from pvec.errors import InputError, ModelError
-from pvec.vectors.vector import (
-    KINDS,
-    PersonaVector,
-    check_fits,
-    load_vector,
-    save_pt,
-    save_vector,
-    with_metadata,
-)
+from pvec.vectors.find import check_fits
+from pvec.vectors.formats import load_vector, save_pt, save_vector
+from pvec.vectors.vector import KINDS, PersonaVector, with_metadata
 
 DATA = os.environ.get("PVEC_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="PVEC_TEST_DATA is not set")

@@ -18,7 +18,8 @@ from pvec.models.decoder import Decoder
 from pvec.settings import Settings
 from pvec.settings.tree import GenerationSettings, ModelSettings, SteerSettings
 from pvec.steering.observe import module_after, recorded
-from pvec.vectors.vector import PersonaVector, save_vector
+from pvec.vectors.formats import save_vector
+from pvec.vectors.vector import PersonaVector
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model, tiny_model
 
 

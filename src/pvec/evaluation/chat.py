@@ -264,13 +264,13 @@ class Chat:
 
 def load_sources(settings: Settings, session: ModelSession, paths: Sequence[Path]) -> list[Source]:
     """Return the vectors to chat with, by trait. Raises ``InputError`` for two of one name."""
-    from pvec.evaluation.setup import load_vectors
+    from pvec.vectors.find import load_vectors
 
     sources = [
         Source(
             label=vector.trait, rows=vector.kind(settings.steer.kind), mean_norms=vector.mean_norm
         )
-        for vector, _ in load_vectors(paths, session)
+        for vector in load_vectors(paths, model=session.metadata).values()
     ]
     names = [source.label for source in sources]
     twice = [name for name in names if names.count(name) > 1]

@@ -27,8 +27,8 @@ from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.settings.tree import SteerSettings
 from pvec.traits.trait import Sign, Trait, load_trait
-from pvec.vectors.find import find_vector
-from pvec.vectors.vector import PersonaVector, check_fits, load_vector
+from pvec.vectors.find import labels, load_vectors
+from pvec.vectors.vector import PersonaVector
 
 KIND = "steer-eval"
 
@@ -53,7 +53,7 @@ class SteerSetup:
         self.session = session
         self.trait = load_trait(trait)
         self.also = [load_trait(name) for name in also]
-        self.loaded = load_vectors(vectors, session)
+        self.loaded = load_vectors(vectors, model=session.metadata)
         self.notes: list[str] = []
         self.conditions = self._conditions()
         self.metrics = _metrics([self.trait, *self.also])
@@ -97,9 +97,9 @@ class SteerSetup:
         )
 
     def _sources(self, steer: SteerSettings, grid: Grid) -> list[Source]:
-        names = [vector.trait for vector, _ in self.loaded]
+        names = labels(self.loaded)
         sources = []
-        for vector, path in self.loaded:
+        for path, vector in self.loaded.items():
             for layer in sorted({layer for choice in grid.layers for layer in choice}):
                 _check_row(vector, layer, steer)
             if steer.incremental and vector.metadata.get("incremental") == "true":
@@ -107,9 +107,8 @@ class SteerSetup:
                     f"{path} holds the increments already: leave --incremental away and use "
                     f"--layer all, or give the vector that it was made from."
                 )
-            label = vector.trait if names.count(vector.trait) == 1 else f"{vector.trait} ({path})"
             rows = vector.kind(steer.kind)
-            source = Source(label=label, rows=rows, mean_norms=vector.mean_norm)
+            source = Source(label=names[path], rows=rows, mean_norms=vector.mean_norm)
             sources.append(incremental_source(source) if steer.incremental else source)
         return sources
 
@@ -150,26 +149,6 @@ class SteerSetup:
         )
 
 
-def load_vectors(paths: Sequence[Path], session: ModelSession) -> list[tuple[PersonaVector, Path]]:
-    """Read vectors and check them against the model of ``session``; no weights are loaded.
-
-    A vector of a base model may be used on its finetunes, so with an adapter only the shape counts.
-    """
-    metadata = session.metadata
-    loaded = []
-    for path in map(find_vector, paths):
-        vector = load_vector(path)
-        check_fits(
-            vector,
-            num_layers=metadata.num_layers,
-            hidden_size=metadata.hidden_size,
-            fingerprint=None if metadata.adapter else metadata.fingerprint,
-            model_id=metadata.id,
-        )
-        loaded.append((vector, path))
-    return loaded
-
-
 def _check_row(vector: PersonaVector, layer: int, steer: SteerSettings) -> None:
     if not vector.row(layer, kind=steer.kind).any():
         raise InputError(
@@ -207,7 +186,7 @@ def open_run(setup: SteerSetup) -> Run:
                 setup.session,
                 subject={"trait": setup.trait.name, "trait_hash": setup.trait.hash},
             ),
-            "vectors": [vector.fingerprint for vector, _ in setup.loaded],
+            "vectors": [vector.fingerprint for vector in setup.loaded.values()],
             "steering": {**meaning, **doses, "together": steer.together} if setup.loaded else {},
         },
     )

@@ -26,8 +26,8 @@ from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.types import Progress
 from pvec.vectors.filter import Filtered, Reason, Scored, Sign, filter_responses
+from pvec.vectors.formats import save_vector
 from pvec.vectors.summary import VectorSummary, summarize
-from pvec.vectors.vector import save_vector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,9 +24,10 @@ from pvec.traits.trait import Trait
 from pvec.types import Progress, Score, TokenSpans
 from pvec.vectors.accumulate import VectorAccumulator, VectorSet
 from pvec.vectors.filter import REASONS, Filtered, Reason
+from pvec.vectors.formats import load_vector, save_vector
 from pvec.vectors.quality import SIGNS, Sign
 from pvec.vectors.summary import VectorSummary, summarize
-from pvec.vectors.vector import PersonaVector, load_vector, save_vector
+from pvec.vectors.vector import PersonaVector
 
 ENOUGH = 10
 """Fewer kept responses than this on a side make no vector that anyone should trust."""

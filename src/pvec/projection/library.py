@@ -17,9 +17,10 @@ from pvec.models.chat import prompt_ids
 from pvec.models.decoder import find_decoder
 from pvec.projection.projector import Projector, suggested_layer
 from pvec.types import Message, ProjectionKind, Request, Sampling, VectorKind
-from pvec.vectors.find import find_vector
+from pvec.vectors.find import check_fits, find_vector
+from pvec.vectors.formats import load_vector
 from pvec.vectors.projection import ProjectionPlan
-from pvec.vectors.vector import PersonaVector, check_fits, load_vector
+from pvec.vectors.vector import PersonaVector
 
 if TYPE_CHECKING:
     import torch

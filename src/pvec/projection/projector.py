@@ -19,10 +19,10 @@ from pvec.errors import InputError
 from pvec.models.decoder import describe_layer
 from pvec.settings import Settings
 from pvec.types import Progress, SpanMeans, SpanName, TokenSpans, VectorKind
-from pvec.vectors.find import find_vector
+from pvec.vectors.find import load_vectors
 from pvec.vectors.projection import ProjectionPlan
 from pvec.vectors.suggest import suggest_layer, suggest_prompt_layer
-from pvec.vectors.vector import POST_FINAL_NORM, PersonaVector, check_fits, load_vector
+from pvec.vectors.vector import POST_FINAL_NORM, PersonaVector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -192,16 +192,8 @@ def open_directions(
         raise InputError("No vector was named: give --vector FILE (`pvec extract` makes one).")
     metadata, kind = session.metadata, settings.project.kind
     vectors: dict[str, PersonaVector] = {}
-    for path in map(find_vector, names):
-        vector = load_vector(path)
-        same = settings.project.same_model and not metadata.adapter
-        check_fits(
-            vector,
-            num_layers=metadata.num_layers,
-            hidden_size=metadata.hidden_size,
-            fingerprint=metadata.fingerprint if same else None,
-            model_id=metadata.id,
-        )
+    loaded = load_vectors(names, model=metadata, same_model=settings.project.same_model)
+    for path, vector in loaded.items():
         lone = len(vector.kinds) == 1
         chosen = vector.main_kind if lone else kind
         vector.kind(chosen)

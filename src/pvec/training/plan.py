@@ -27,8 +27,8 @@ from pvec.training.vectors import (
     monitoring,
     named_vectors,
     scheduled_for,
-    vector_for,
 )
+from pvec.vectors.find import load_vectors
 from pvec.vectors.vector import PersonaVector
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def prepare(
     vectors: dict[str, PersonaVector] = {}
     for name in named_vectors(config):
         with problems.noted():
-            vectors[name] = vector_for(name, metadata)
+            (vectors[name],) = load_vectors([name], model=metadata).values()
     data: TrainingData | None = None
     with problems.noted():
         data = _data(config, metadata, on_row)

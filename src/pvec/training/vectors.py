@@ -18,10 +18,9 @@ from pvec.training.config import Layers, MonitorPart, SteeringPart, TrainConfig
 from pvec.traits.trait import load_trait
 from pvec.types import Instruction, VectorKind
 from pvec.vectors.accumulate import incremental
-from pvec.vectors.find import find_vector
 from pvec.vectors.show import middle_layer
 from pvec.vectors.summary import summarize
-from pvec.vectors.vector import PersonaVector, check_fits, load_vector
+from pvec.vectors.vector import PersonaVector
 
 if TYPE_CHECKING:
     from pvec.training.shift import Probe
@@ -36,20 +35,6 @@ def named_vectors(config: TrainConfig) -> list[str]:
     names = [part.vector for part in config.steering]
     names += config.monitor.vectors if config.monitor else ()
     return list(dict.fromkeys(names))
-
-
-def vector_for(name: str, metadata: ModelMetadata | None) -> PersonaVector:
-    """Load a vector and check it against the model, if that is known."""
-    vector = load_vector(find_vector(name))
-    if metadata is not None:
-        check_fits(
-            vector,
-            num_layers=metadata.num_layers,
-            hidden_size=metadata.hidden_size,
-            fingerprint=metadata.fingerprint,
-            model_id=metadata.id,
-        )
-    return vector
 
 
 def scheduled_for(

@@ -13,17 +13,14 @@ from pvec import __version__
 from pvec.errors import InputError
 from pvec.types import VectorKind
 from pvec.vectors import accumulate as arithmetic
-from pvec.vectors.find import find_vector, open_vectors, require_one_model
+from pvec.vectors.find import find_vector, load_vectors, require_one_model
+from pvec.vectors.formats import load_vector, save_pt, save_pt_kind, save_vector
 from pvec.vectors.vector import (
     BLOCK_OUTPUT,
     KINDS,
     MISSING_LAYERS,
     POST_FINAL_NORM,
     PersonaVector,
-    load_vector,
-    save_pt,
-    save_pt_kind,
-    save_vector,
     with_metadata,
 )
 
@@ -73,7 +70,7 @@ def combine(
     terms = parse_expression(expression)
     names = [find_vector(term.name) for term in terms]
     others = [find_vector(path) for path in orthogonal_to]
-    found = open_vectors([*names, *others])
+    found = load_vectors([*names, *others])
     require_one_model(found)
     kinds = [kind for kind in KINDS if all(kind in vector.kinds for vector in found.values())]
     if not kinds:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pvec.errors import InputError
-from pvec.vectors.vector import PersonaVector, load_vector
+from pvec.errors import InputError, ModelError
+from pvec.vectors.formats import load_vector
+from pvec.vectors.vector import PersonaVector
+
+if TYPE_CHECKING:
+    from pvec.models.load import ModelMetadata
 
 SUFFIX = ".safetensors"
 
@@ -27,10 +32,61 @@ def find_vector(name: str | Path) -> Path:
     return path
 
 
-def open_vectors(names: Iterable[str | Path]) -> dict[Path, PersonaVector]:
-    """Load several vector files, each once, in the order given."""
-    paths = dict.fromkeys(find_vector(name) for name in names)
-    return {path: load_vector(path) for path in paths}
+def load_vectors(
+    names: Iterable[str | Path],
+    *,
+    model: ModelMetadata | None = None,
+    same_model: bool = True,
+) -> dict[Path, PersonaVector]:
+    """Load the vector files that ``names`` stand for, each once, in the order given.
+
+    With ``model`` every vector is checked against it; no weights are needed. A vector of a base
+    model may be used on its finetunes, so with an adapter, or with ``same_model`` False, only the
+    shape counts. Raises ``InputError`` for a file that cannot be read and ``ModelError`` for a
+    vector of another model.
+    """
+    vectors = {}
+    for path in dict.fromkeys(map(find_vector, names)):
+        vectors[path] = vector = load_vector(path)
+        if model is not None:
+            check_fits(
+                vector,
+                num_layers=model.num_layers,
+                hidden_size=model.hidden_size,
+                fingerprint=model.fingerprint if same_model and not model.adapter else None,
+                model_id=model.id,
+            )
+    return vectors
+
+
+def check_fits(
+    vector: PersonaVector,
+    *,
+    num_layers: int,
+    hidden_size: int,
+    fingerprint: str | None = None,
+    model_id: str = "the model",
+) -> None:
+    """Raise ``ModelError``, naming both sides, when ``vector`` was not made for this model.
+
+    ``fingerprint`` None skips the question whether it is the very same model: a vector of a base
+    model is meant to be used on its finetunes. A GGUF file may know fewer layers than the model.
+    """
+    made_for = vector.metadata.get("model_id", "another model")
+    fewer_is_fine = vector.metadata.get("source_format") == "gguf"
+    too_few = vector.num_layers < num_layers and not fewer_is_fine
+    if vector.hidden_size != hidden_size or vector.num_layers > num_layers or too_few:
+        raise ModelError(
+            f"the vector of {vector.trait!r} was made for {made_for} ({vector.num_layers} layers, "
+            f"width {vector.hidden_size}), but {model_id} has {num_layers} layers and width "
+            f"{hidden_size}; use a vector made with this model."
+        )
+    recorded = vector.metadata.get("model_fingerprint")
+    if fingerprint and recorded and recorded != fingerprint:
+        raise ModelError(
+            f"the vector of {vector.trait!r} was made with {made_for} (fingerprint {recorded}), "
+            f"not with {model_id} (fingerprint {fingerprint}); use a vector made with this model."
+        )
 
 
 def labels(vectors: Mapping[Path, PersonaVector]) -> dict[Path, str]:

@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from pvec.errors import InputError, did_you_mean
 from pvec.runs.files import atomic_write, probe_writable
 from pvec.vectors import repository as hub
-from pvec.vectors.find import SUFFIX, open_vectors
-from pvec.vectors.vector import load_vector, save_vector
+from pvec.vectors.find import SUFFIX, load_vectors
+from pvec.vectors.formats import load_vector, save_vector
 
 _LARGEST = 2**30
 """Bytes: a file larger than this is a model's weights, not a vector."""
@@ -53,7 +53,7 @@ def push(
     """
     from pvec.vectors.card import updated_card
 
-    found = open_vectors(paths)
+    found = load_vectors(paths)
     names = {path: f"{path.stem}{SUFFIX}" for path in found}
     if len(set(names.values())) < len(names):
         raise InputError("Two of these files have the same name: rename one before pushing.")

@@ -19,9 +19,9 @@ from pvec.errors import ModelError
 from pvec.models.decoder import describe_layer
 from pvec.settings import Settings
 from pvec.types import VectorKind
-from pvec.vectors.find import find_vector
+from pvec.vectors.find import check_fits, find_vector
+from pvec.vectors.formats import load_vector
 from pvec.vectors.summary import summarize
-from pvec.vectors.vector import check_fits, load_vector
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,14 +12,10 @@ import numpy as np
 from pvec.errors import InputError
 from pvec.types import VectorKind
 from pvec.vectors.accumulate import cosine_matrix
-from pvec.vectors.find import labels, open_vectors
+from pvec.vectors.find import labels, load_vectors
 from pvec.vectors.suggest import PREFERRED_DEPTH
 from pvec.vectors.summary import VectorSummary, summarize
-from pvec.vectors.vector import (
-    DEFAULT_KIND,
-    POST_FINAL_NORM,
-    PersonaVector,
-)
+from pvec.vectors.vector import DEFAULT_KIND, POST_FINAL_NORM, PersonaVector
 
 By = Literal["file", "kind", "layer"]
 """What the rows of a comparison are."""
@@ -67,7 +63,7 @@ def show(
     Raises ``InputError`` for a file that is no vector or lacks the kind, and ``StoreError`` when a
     picture cannot be written.
     """
-    found = open_vectors(paths)
+    found = load_vectors(paths)
     shown = [_shown(path, vector, kind) for path, vector in found.items()]
     if png or svg:
         from pvec.report.vector_picture import vector_picture, write_picture
@@ -93,7 +89,7 @@ def compare(
     differ in depth but not in width. Raises ``InputError`` for files of different widths, a layer
     or kind that a file lacks, and fewer than two vectors.
     """
-    found = open_vectors(paths)
+    found = load_vectors(paths)
     _require_one_width(found)
     names = labels(found)
     layers = {

@@ -75,8 +75,7 @@ def load_source(settings: Settings, vector: Path | None, session: ModelSession) 
     The random direction has norm 1 at every layer and is meant for trying a model before there is
     a vector for it.
     """
-    from pvec.vectors.find import find_vector
-    from pvec.vectors.vector import check_fits, load_vector
+    from pvec.vectors.find import load_vectors
 
     metadata = session.metadata
     if vector is None:
@@ -84,14 +83,7 @@ def load_source(settings: Settings, vector: Path | None, session: ModelSession) 
         rows = np.random.default_rng(settings.generation.seed).standard_normal(shape)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         return Source(label="random direction", rows=rows.astype(np.float32))
-    loaded = load_vector(find_vector(vector))
-    check_fits(
-        loaded,
-        num_layers=metadata.num_layers,
-        hidden_size=metadata.hidden_size,
-        fingerprint=None if metadata.adapter else metadata.fingerprint,
-        model_id=metadata.id,
-    )
+    (loaded,) = load_vectors([vector], model=metadata).values()
     return Source(
         label=loaded.trait, rows=loaded.kind(settings.steer.kind), mean_norms=loaded.mean_norm
     )

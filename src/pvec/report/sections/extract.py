@@ -14,7 +14,8 @@ from pvec.report.sections.vector_figures import vector_figures
 from pvec.runs.responses import ResponseRecord
 from pvec.stats import Interval, bootstrap_mean
 from pvec.vectors.filter import REASONS, Filtered, Scored, Sign, filter_responses
-from pvec.vectors.vector import PersonaVector, load_vector
+from pvec.vectors.formats import load_vector
+from pvec.vectors.vector import PersonaVector
 
 if TYPE_CHECKING:
     from pvec.types import Score
