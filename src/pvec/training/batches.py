@@ -1,4 +1,4 @@
-"""Which rows make a step, and how they are laid out. Pure planning: no tensors, no model.
+"""Which rows make a step, and how they are divided into forward passes. Pure planning.
 
 Every step's rows are drawn at random, the same ones whatever the layout and however many processes
 share the work. Within a step rows go by length through the forward passes, many short ones or a few
@@ -12,9 +12,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-
-import numpy as np
+from itertools import islice, pairwise
 
 from pvec.errors import InputError
 
@@ -23,9 +21,6 @@ PASS_COST = 256
 
 CPU_PASS_COST = 64
 """The same on a CPU, where a pass starts at once but its tokens take long."""
-
-_OVER = 1e12
-"""Cost of breaking the limit of a pass: more than anything else."""
 
 _SAMPLED_STEPS = 64
 _SAMPLED_ROWS = 2048
@@ -57,7 +52,7 @@ class Layout:
     padded: bool = True
     """Side by side with padding, or one after another."""
     micro: int | None = None
-    """Rows of every pass; None: as many as compute least."""
+    """Rows of every pass; None: split by length."""
     most_tokens: int = 16384
     """Limit of a pass, unless micro says its rows; a single longer row is let through."""
 
@@ -70,48 +65,42 @@ class Layout:
         return max(lengths) * len(lengths) if self.padded else sum(lengths)
 
     def divided(self, lengths: Sequence[int], groups: int) -> list[slice]:
-        """Return the rows of each of ``groups`` passes, none empty, that compute least in all."""
+        """Return the rows of each of ``groups`` passes, none empty; ``lengths`` fall."""
         n = len(lengths)
-        if self.micro:
-            ends = [(k + 1) * n // groups for k in range(groups)]
-        else:
-            costs = self.costs(lengths)
-            tables = least_costs(costs, groups)
-            ends = [n]
-            for table in reversed(tables[:-1]):
-                ends.append(int(np.argmin(table[:-1] + costs[:, ends[-1]])))
-            ends.reverse()
-        return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+        ends = [k * n // groups for k in range(groups + 1)]
+        if not self.micro:
+            ends = next((e for e in self.divisions(lengths) if len(e) == len(ends)), ends)
+        return [slice(a, b) for a, b in pairwise(ends)]
 
-    def costs(self, lengths: Sequence[int]) -> np.ndarray:
-        """Return float ``[n, n + 1]``: what one pass over the rows i … j - 1 costs, in tokens.
+    def divisions(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Yield where passes end: as few as the limit allows, then one more each time.
 
-        Infinite when that is no row, and ``_OVER`` more when it breaks the limit. Rows one after
-        another attend over one another, which counts a little, so that equal shares are preferred.
+        The next is made by the split that saves most. ``lengths`` fall; the first end is 0.
         """
-        n = len(lengths)
-        first, stop = np.indices((n, n + 1))
-        if self.padded:
-            longest = np.zeros((n, n + 1))
-            for i in range(n):
-                longest[i, i + 1 :] = np.maximum.accumulate(lengths[i:])
-            tokens = (stop - first) * longest
-        else:
-            ends = np.concatenate([[0], np.cumsum(lengths)]).astype(float)
-            tokens = ends[stop] - ends[first]
-        over = (tokens > self.most_tokens) & (stop - first > 1)
-        if not self.padded:
-            tokens = tokens + tokens**2 / self.most_tokens
-        return np.where(stop > first, tokens + _OVER * over, np.inf)
+        ends = [0]
+        for stop in range(2, len(lengths) + 1):
+            if self.tokens(lengths[ends[-1] : stop]) > self.most_tokens and stop - ends[-1] > 1:
+                ends.append(stop - 1)
+        ends.append(len(lengths))
+        while True:
+            yield ends
+            splits = [
+                (self.cost(lengths[a:b]) - self.cost(lengths[a:m]) - self.cost(lengths[m:b]), m)
+                for a, b in pairwise(ends)
+                for m in range(a + 1, b)
+            ]
+            if not splits:
+                return
+            ends = sorted([*ends, max(splits)[1]])
 
+    def cost(self, lengths: Sequence[int]) -> float:
+        """Return what a pass over rows of these lengths costs, in tokens.
 
-def least_costs(costs: np.ndarray, groups: int) -> list[np.ndarray]:
-    """Return for 1 … ``groups`` passes what the first j rows cost at least, float ``[n + 1]``."""
-    tables = [costs[0]]
-    for _ in range(groups - 1):
-        # the last pass has rows i … j - 1, the others the i rows before it
-        tables.append(np.min(tables[-1][:-1, None] + costs, axis=0))
-    return tables
+        Rows one after another attend over one another, which counts a little, so that equal shares
+        are preferred.
+        """
+        tokens = self.tokens(lengths)
+        return tokens if self.padded else tokens + tokens**2 / self.most_tokens
 
 
 class StepOrder:
@@ -270,16 +259,14 @@ def _cheapest(
 
     If the longest rows of all can be divided within the limit, so can any others, row by row.
     """
-
-    def costs(lengths: Sequence[int]) -> np.ndarray:
-        """Return what a step costs in 1 … ``most`` passes per process."""
-        groups = [
-            pass_count(len(lengths), passes=passes, processes=processes, micro=None)
-            for passes in range(1, most + 1)
-        ]
-        tables = least_costs(layout.costs(lengths), max(groups))
-        return np.array([tables[g - 1][-1] + pass_cost * g for g in groups])
-
-    total = np.sum([costs(lengths) for lengths in sample], axis=0)
-    keeps = costs(longest) < _OVER
-    return int(np.argmin(np.where(keeps, total, np.inf))) + 1 if keeps.any() else most
+    totals = [0.0] * most
+    for lengths in sample:
+        costs = {
+            len(ends) - 1: sum(layout.cost(lengths[a:b]) for a, b in pairwise(ends))
+            for ends in layout.divisions(lengths)
+        }
+        for number in range(most):
+            groups = pass_count(len(lengths), passes=number + 1, processes=processes, micro=None)
+            totals[number] += costs.get(groups, math.inf) + pass_cost * groups
+    least = math.ceil((len(next(layout.divisions(longest))) - 1) / processes)
+    return min(range(min(least, most), most + 1), key=lambda number: totals[number - 1])
