@@ -40,26 +40,24 @@ def test_the_prompt_ends_where_the_spans_say() -> None:
 
 def test_prompts_are_shared_when_that_saves_enough() -> None:
     rows = [sequence(f"a{n}", 50, 20) for n in range(5)] + [sequence("lonely", 50, 20, first=7)]
-    work = plan_window(rows, share=True)
-    assert [(s.length, [len(g) for g in s.groups]) for s in work.shared] == [(50, [5])]
-    assert [s.id for s in work.plain] == ["lonely"]
-    assert plan_window(rows, share=False).shared == []
+    (shared, plain) = plan_window(rows, share=True)
+    assert (shared.length, [len(g) for g in shared.groups]) == (50, [5])
+    assert (plain.length, [[s.id for s in g] for g in plain.groups]) == (0, [["lonely"]])
+    assert [work.length for work in plan_window(rows, share=False)] == [0]
     long_answers = [sequence(f"b{n}", 5, 400) for n in range(20)]
-    assert plan_window(long_answers, share=True).shared == []
+    assert [work.length for work in plan_window(long_answers, share=True)] == [0]
 
 
 def test_prompts_under_different_steering_are_different() -> None:
     steering = (Instruction(vector=np.ones(4, dtype=np.float32), layer=1),)
     rows = [sequence(f"{n}{bool(s)}", 50, 20, steering=s) for n in range(3) for s in ((), steering)]
-    work = plan_window(rows, share=True)
-    groups = [group for shared in work.shared for group in shared.groups]
+    groups = [g for work in plan_window(rows, share=True) if work.length for g in work.groups]
     assert sorted(len(group) for group in groups) == [3, 3]
     assert all(len({s.steering for s in group}) == 1 for group in groups)
 
 
 def test_nothing_is_lost_or_doubled() -> None:
     rows = [sequence(f"{p}-{n}", 30 + p % 3, n, first=p) for p in range(7) for n in range(p)]
-    work = plan_window(rows, share=True)
-    planned = [s.id for s in work.plain]
-    planned += [s.id for shared in work.shared for group in shared.groups for s in group]
+    works = plan_window(rows, share=True)
+    planned = [s.id for work in works for group in work.groups for s in group]
     assert sorted(planned) == sorted(s.id for s in rows)

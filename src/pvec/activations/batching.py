@@ -21,22 +21,15 @@ _MIN_SHARED_FRACTION = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedPrompts:
-    """Groups of sequences of one steering; those of a group begin with the same prompt.
+class Work:
+    """Groups of sequences to compute; those of a group begin with the same ``length`` tokens.
 
-    All prompts are ``length`` tokens long.
+    All of a group have the same steering. With ``length`` 0 nothing is shared and every sequence is
+    a group of its own.
     """
 
     length: int
     groups: list[list[TokenSpans]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What to compute for one window: sequences as they are, and sequences that share prompts."""
-
-    plain: list[TokenSpans]
-    shared: list[SharedPrompts]
 
 
 def prompt_length(sequence: TokenSpans) -> int:
@@ -53,36 +46,33 @@ def prompt_length(sequence: TokenSpans) -> int:
 
 
 def windows(sequences: Iterable[TokenSpans], *, rows: int) -> Iterator[list[TokenSpans]]:
-    """Cut a stream into lists of at most ``rows`` sequences, so that memory stays constant."""
+    """Split a stream into lists of at most ``rows`` sequences, so that memory stays constant."""
     stream = iter(sequences)
     while window := list(islice(stream, rows)):
         yield window
 
 
-def plan_window(window: Sequence[TokenSpans], *, share: bool) -> Work:
-    """Split a window into plain rows (longest first) and shared prompts.
+def plan_window(window: Sequence[TokenSpans], *, share: bool) -> list[Work]:
+    """Split a window into prompts to share (longest first) and, at the end, sequences as they are.
 
     The order within the window does not matter: equal sets of sequences give equal plans.
     """
     ordered = sorted(window, key=_order)
-    if not share:
-        return Work(plain=ordered, shared=[])
     groups: dict[tuple[object, ...], list[TokenSpans]] = defaultdict(list)
-    for sequence in ordered:
-        cut = prompt_length(sequence)
-        steering = tuple(i.fingerprint for i in sequence.steering)
-        groups[(sequence.token_ids[:cut], steering)].append(sequence)
+    for sequence in ordered if share else ():
+        prompt = sequence.token_ids[: prompt_length(sequence)]
+        groups[(prompt, tuple(i.fingerprint for i in sequence.steering))].append(sequence)
     by_length: dict[int, list[list[TokenSpans]]] = defaultdict(list)
     for group in groups.values():
         if len(group) > 1 and prompt_length(group[0]) > 0:
             by_length[prompt_length(group[0])].append(group)
     shared = [
-        SharedPrompts(length=length, groups=by_length[length])
+        Work(length=length, groups=by_length[length])
         for length in sorted(by_length, reverse=True)
         if _pays(by_length[length], length)
     ]
     chosen = {id(s) for work in shared for group in work.groups for s in group}
-    return Work(plain=[s for s in ordered if id(s) not in chosen], shared=shared)
+    return [*shared, Work(length=0, groups=[[s] for s in ordered if id(s) not in chosen])]
 
 
 def rows_that_fit(lengths: Sequence[int], *, token_budget: int) -> int:

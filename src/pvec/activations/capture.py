@@ -1,8 +1,8 @@
 """Mean activations of token spans, at the speed of the model's blocks.
 
-Only embedding and blocks run. The means are made inside the hooks, on the device, in float32, so
-that ``[rows, layers, H]`` is all that is kept of a batch, and one copy brings it to the host while
-the next batch runs. Answers to the same prompt share its computation.
+Only embedding and blocks run. The hooks compute the means on the device in float32, so that only
+``[rows, layers, H]`` is kept of a batch; it is copied to the host while the next batch runs.
+Answers to the same prompt share its computation.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar, get_args
 
 import numpy as np
@@ -18,16 +19,17 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from pvec.activations.batching import (
-    SharedPrompts,
+    Work,
     plan_window,
     prompt_length,
     rows_that_fit,
     windows,
 )
 from pvec.activations.prefix import can_share, continue_from
-from pvec.activations.reduce import DoneError, OnTheWay, Reducer, Sums
+from pvec.activations.reduce import DoneError, PendingCopy, Reducer, Sums
 from pvec.errors import InputError, ModelError
 from pvec.models.decoder import Decoder, check_layer, find_decoder
+from pvec.models.memory import unless_out_of_memory
 from pvec.steering.hooks import Steerer
 from pvec.steering.positions import roles_by_length
 from pvec.types import SpanMeans, SpanName, TokenSpans
@@ -68,18 +70,18 @@ def capture_means(
     a single sequence does not fit into memory; ``InputError`` for a span outside its sequence.
     """
     decoder = find_decoder(model)
-    wanted = tuple(range(decoder.num_layers + 1) if layers is None else layers)
-    for layer in wanted:
+    chosen = tuple(range(decoder.num_layers + 1) if layers is None else layers)
+    for layer in chosen:
         if layer != 0:
             check_layer(layer, decoder.num_layers)
-    engine = _Engine(
+    runner = CaptureRunner(
         decoder,
-        layers=wanted,
+        layers=chosen,
         token_budget=token_budget or default_token_budget(decoder.device),
         share_prompts=share_prompts,
         on_retry=on_retry,
     )
-    return engine.run(sequences)
+    return runner.run(sequences)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,8 +93,8 @@ class _Prefix:
     length: int
 
 
-class _Engine:
-    """Runs windows of sequences through the body and lets go of all but their means."""
+class CaptureRunner:
+    """Runs windows of sequences through the model's body and keeps only their means."""
 
     def __init__(
         self,
@@ -111,17 +113,17 @@ class _Engine:
         self._names: tuple[SpanName, ...] = _SPANS
 
     def run(self, sequences: Iterable[TokenSpans]) -> Iterator[SpanMeans]:
-        """Yield results one batch behind the device, so that copies and callers cost no time."""
-        on_the_way: OnTheWay | None = None
+        """Yield results one batch behind the device, so that it never waits for copy or caller."""
+        pending: PendingCopy | None = None
         for window in windows(sequences, rows=_WINDOW_ROWS):
             for sequence in window:
                 self._check(sequence)
             for batch, sums in self._window(window):
-                previous, on_the_way = on_the_way, OnTheWay(batch, sums, self._names)
+                previous, pending = pending, PendingCopy(batch, sums, self._names)
                 if previous is not None:
-                    yield from previous.arrive(self._layers)
-        if on_the_way is not None:
-            yield from on_the_way.arrive(self._layers)
+                    yield from previous.wait(self._layers)
+        if pending is not None:
+            yield from pending.wait(self._layers)
 
     def _check(self, sequence: TokenSpans) -> None:
         length = len(sequence.token_ids)
@@ -140,19 +142,13 @@ class _Engine:
 
     def _window(self, window: Sequence[TokenSpans]) -> Iterator[tuple[list[TokenSpans], Sums]]:
         self._names = tuple(n for n in _SPANS if any(n in s.spans for s in window))
-        work = plan_window(window, share=self._share)
-        for shared in work.shared:
-            yield from self._shared(shared)
-        yield from self._plain(work.plain)
+        for work in plan_window(window, share=self._share):
+            if work.length:
+                yield from self._shared(work)
+            else:
+                yield from self._rows(work.groups, None)
 
-    def _plain(self, rows: list[TokenSpans]) -> Iterator[tuple[list[TokenSpans], Sums]]:
-        lengths = [len(s.token_ids) for s in rows]
-        for start, stop, sums in self._batches(
-            lengths, lambda a, b: self._forward(rows[a:b], start=0)
-        ):
-            yield rows[start:stop], sums
-
-    def _shared(self, work: SharedPrompts) -> Iterator[tuple[list[TokenSpans], Sums]]:
+    def _shared(self, work: Work) -> Iterator[tuple[list[TokenSpans], Sums]]:
         heads = [group[0] for group in work.groups]
         for start, stop, prefix in self._batches(
             [work.length] * len(heads),
@@ -160,28 +156,30 @@ class _Engine:
         ):
             if prefix is None:  # the architecture keeps more than keys and values
                 self._share = False
-                rest = [s for group in work.groups[start:] for s in group]
-                yield from self._plain(sorted(rest, key=lambda s: -len(s.token_ids)))
+                yield from self._rows([[s] for group in work.groups[start:] for s in group], None)
                 return
-            yield from self._answers(work.groups[start:stop], prefix)
+            yield from self._rows(work.groups[start:stop], prefix)
 
-    def _answers(
-        self, groups: list[list[TokenSpans]], prefix: _Prefix
+    def _rows(
+        self, groups: list[list[TokenSpans]], prefix: _Prefix | None
     ) -> Iterator[tuple[list[TokenSpans], Sums]]:
+        """Run every sequence of the groups, group ``k`` behind the computed prompt ``k`` if any."""
         owned = [(s, owner) for owner, group in enumerate(groups) for s in group]
         owned.sort(key=lambda pair: -len(pair[0].token_ids))
         rows = [s for s, _ in owned]
         owners = torch.tensor([owner for _, owner in owned], device=self._decoder.device)
+        shared = prefix.length if prefix is not None else 0
         # a cached prompt token costs memory and attention, but no projection
-        costs = [len(s.token_ids) - prefix.length + prefix.length // 4 for s in rows]
+        costs = [len(s.token_ids) - shared + shared // 4 for s in rows]
 
         def run(start: int, stop: int) -> Sums:
+            if prefix is None:
+                return self._forward(rows[start:stop], start=0)
             sums = prefix.sums.of_rows(owners[start:stop])
-            if len(rows[start].token_ids) == prefix.length:
+            if len(rows[start].token_ids) == shared:
                 return sums  # the longest answer is empty
             cache = continue_from(prefix.cache, owners[start:stop])
-            answers = self._forward(rows[start:stop], start=prefix.length, cache=cache)
-            return sums.plus(answers)
+            return sums.plus(self._forward(rows[start:stop], start=shared, cache=cache))
 
         for start, stop, sums in self._batches(costs, run):
             yield rows[start:stop], sums
@@ -198,7 +196,7 @@ class _Engine:
         start = 0
         while start < len(costs):
             stop = start + rows_that_fit(costs[start:], token_budget=self._budget)
-            result = _unless_out_of_memory(run, start, stop)
+            result = unless_out_of_memory(partial(run, start, stop))
             if result is not None:
                 yield start, stop, result[0]
                 start = stop
@@ -274,23 +272,6 @@ class _Engine:
             )
         )
         return steerer
-
-
-def _unless_out_of_memory(
-    run: Callable[[int, int], _Result], start: int, stop: int
-) -> tuple[_Result] | None:
-    """Return the result, or None when memory ran out; what the attempt held is free by then."""
-    try:
-        return (run(start, stop),)
-    except torch.OutOfMemoryError:
-        pass
-    except RuntimeError as error:  # the CPU's has no class of its own
-        text = str(error).lower()
-        if "out of memory" not in text and "not enough memory" not in text:
-            raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pvec.types import SpanMeans, SpanName, TokenSpans
 
 
 class DoneError(Exception):
-    """Raised in the hook of the last wanted layer: the blocks above it need not run."""
+    """Raised in the hook of the last layer that is asked for: the blocks above it need not run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +35,12 @@ class Sums:
         return Sums(self.means[rows], self.norms[rows])
 
     def plus(self, other: Sums) -> Sums:
-        """Return the parts of two pieces of the same rows together."""
+        """Return the sum of two parts of the same rows."""
         return Sums(self.means + other.means, self.norms + other.norms)
 
 
 class Reducer:
-    """The hooks of one forward: each turns its layer into span means and forgets it."""
+    """The hooks of one forward: each reduces its layer to span means at once."""
 
     def __init__(self, layers: tuple[int, ...], weights: torch.Tensor) -> None:
         self.stop_at: int | None = None
@@ -51,7 +51,7 @@ class Reducer:
 
     @contextmanager
     def attached(self, decoder: Decoder) -> Iterator[None]:
-        """Hold the hooks; none remains whatever happens inside.
+        """Attach the hooks and remove them at the end, whatever happens inside.
 
         With ``stop_at`` set the forward ends in ``DoneError`` after that layer.
         """
@@ -82,7 +82,7 @@ class Reducer:
         return Sums(torch.stack(means, dim=2), torch.stack(norms, dim=2))
 
 
-class OnTheWay:
+class PendingCopy:
     """Results being copied to the host while the device computes the next batch."""
 
     def __init__(self, rows: list[TokenSpans], sums: Sums, names: tuple[SpanName, ...]) -> None:
@@ -95,7 +95,7 @@ class OnTheWay:
             self._copied = torch.Event(sums.means.device)
             self._copied.record()
 
-    def arrive(self, layers: tuple[int, ...]) -> Iterator[SpanMeans]:
+    def wait(self, layers: tuple[int, ...]) -> Iterator[SpanMeans]:
         """Wait for the copy and yield each row's own arrays."""
         if self._copied is not None:
             self._copied.synchronize()

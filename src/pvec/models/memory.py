@@ -1,21 +1,28 @@
-"""What there is to run on, how much runs at once, and what happens when that was too much."""
+"""How much runs at once on a device, and what happens when its memory is not enough."""
 
 from __future__ import annotations
 
 import gc
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 _MOST_ROWS = 512
 _PREFILL_TOKENS = 16_384
 _SAMPLING_BYTES = 32
 """Working memory per row and vocabulary entry while sampling (float64 copies)."""
-_LOOKS = 7
-"""How often running tasks are counted: one look may fall on a moment of rest."""
+_SAMPLES = 7
+"""How often running tasks are counted: a single count may fall on a moment of rest."""
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+"""What the messages of errors without a class of their own say: CUDA and MPS, PyTorch's allocator
+on Linux and on Windows, cuBLAS (CUBLAS_STATUS_ALLOC_FAILED)."""
 
 
 @dataclass(kw_only=True)
@@ -43,7 +50,7 @@ class BatchLimits:
 
 
 def limits_for(device: torch.device, *, bytes_per_token: int, vocab_size: int) -> BatchLimits:
-    """Return limits that leave room: three quarters of what is free now may become cache."""
+    """Return limits under which at most three quarters of the free memory become cache."""
     free = _free_bytes(device)
     rows = min(_MOST_ROWS, int(free * 0.1) // (vocab_size * _SAMPLING_BYTES))
     return BatchLimits(
@@ -53,36 +60,46 @@ def limits_for(device: torch.device, *, bytes_per_token: int, vocab_size: int) -
     )
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell an allocation that failed (CUDA, MPS or main memory) from any other error."""
-    if isinstance(error, torch.OutOfMemoryError):
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell a failed allocation (CUDA, MPS or main memory) from any other error."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    text = str(error)
-    return "out of memory" in text or "can't allocate memory" in text
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _OUT_OF_MEMORY)
 
 
-def release_memory() -> None:
-    """Give back what a failed batch left behind."""
+def unless_out_of_memory(run: Callable[[], Result]) -> tuple[Result] | None:
+    """Return ``(run(),)``, or None when memory ran out.
+
+    By then nothing holds what the attempt had allocated, so that a smaller one can follow.
+    """
+    try:
+        return (run(),)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside the except clause, where the traceback no longer holds the attempt's tensors.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return None
 
 
 def idle_cores() -> int:
-    """Return how many cores nobody else computes on now; all of them where that is not known.
+    """Return how many cores are idle now; all of them where that is not known.
 
-    The median of a few looks at the number of running tasks, of which this one is not another.
+    Uses the median of a few counts of the running tasks, leaving this process out.
     """
     cores = os.cpu_count() or 1
-    looks = []
-    for _ in range(_LOOKS):
+    counts = []
+    for _ in range(_SAMPLES):
         try:
             running = Path("/proc/loadavg").read_text(encoding="ascii").split()[3].partition("/")[0]
         except OSError:  # not Linux
             return cores
-        looks.append(int(running) - 1)
+        counts.append(int(running) - 1)
         time.sleep(0.01)
-    return cores - max(0, sorted(looks)[_LOOKS // 2])
+    return cores - max(0, sorted(counts)[_SAMPLES // 2])
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -20,7 +21,7 @@ from pvec.backends.hf.forward import CausalModel
 from pvec.backends.hf.generation import Notify
 from pvec.backends.hf.kvcache import RowCache
 from pvec.errors import ModelError
-from pvec.models.memory import BatchLimits, is_out_of_memory, release_memory
+from pvec.models.memory import BatchLimits, unless_out_of_memory
 
 _WORTH_SHARING = 16
 """Common prompt beginnings shorter than this are not worth a pass of their own."""
@@ -70,24 +71,18 @@ def continuation_logprobs(
     queue = deque(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
     while queue:
         now = _take(queue, prompts, tree, model, limits)
-        failed = None
-        try:
-            scores = scorer.score([prompts[index] for index in now])
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            failed = len(now)
-        if failed is None:
-            yield from zip(now, scores, strict=True)
+        chosen = [prompts[index] for index in now]
+        scores = unless_out_of_memory(partial(scorer.score, chosen))
+        if scores is not None:
+            yield from zip(now, scores[0], strict=True)
             continue
         queue.extendleft(reversed(now))
-        release_memory()
-        if not limits.halve(failed):
+        if not limits.halve(len(now)):
             raise ModelError(
                 f"There is not enough memory to score a prompt of {len(prompts[now[0]])} tokens: "
                 f"use a smaller model or dtype."
             )
-        notify(f"out of memory with {failed} prompts: going on with at most {limits.rows}")
+        notify(f"out of memory with {len(now)} prompts: continuing with at most {limits.rows}")
 
 
 def _take(

@@ -19,7 +19,7 @@ from pvec.backends.hf.forward import CausalModel, left_padded
 from pvec.backends.hf.kvcache import RowCache
 from pvec.backends.hf.sampling import sample_tokens
 from pvec.errors import ModelError
-from pvec.models.memory import BatchLimits, is_out_of_memory, release_memory
+from pvec.models.memory import BatchLimits, unless_out_of_memory
 from pvec.steering.hooks import Steerer
 from pvec.steering.positions import roles_by_length
 from pvec.types import FinishReason, Generation, Progress, Request, StreamChunk
@@ -73,30 +73,27 @@ def generate(
     queue = deque(sorted(rows, key=lambda r: (-len(r.request.prompt_ids), r.shared_key)))
     batch = _Batch(model)
     most = done = tokens = 0
+
+    def advance() -> list[_Finished]:
+        nonlocal most, tokens
+        if queue and len(batch.rows) <= _REFILL_BELOW * most:
+            batch.extend(_take(queue, batch.rows, limits), prefill_tokens=limits.prefill_tokens)
+            most = len(batch.rows)
+        tokens += len(batch.rows)
+        return batch.step()
+
     while queue or batch.rows:
-        try:
-            if queue and len(batch.rows) <= _REFILL_BELOW * most:
-                batch.extend(_take(queue, batch.rows, limits), prefill_tokens=limits.prefill_tokens)
-                most = len(batch.rows)
-            tokens += len(batch.rows)
-            finished = batch.step()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            failed = len(batch.rows)
-            single = batch.rows[0] if batch.rows else None
-        else:
-            done += len(finished)
+        finished = unless_out_of_memory(advance)
+        if finished is not None:
+            done += len(finished[0])
             extra = {"tokens": float(tokens), "rows": float(len(batch.rows))}
             progress(Progress(stage="generate", done=done, total=len(rows), extra=extra))
-            yield from (_generation(answer, tokenizer) for answer in finished)
+            yield from (_generation(answer, tokenizer) for answer in finished[0])
             continue
-        # Outside the except clause, so that the traceback no longer holds the batch's tensors.
+        _shrink(limits, batch.rows, notify)
         queue.extendleft(reversed(batch.rows))
         batch = _Batch(model)
         most = 0
-        release_memory()
-        _shrink(limits, failed, single, notify)
 
 
 def stream(
@@ -158,14 +155,14 @@ def _take(queue: deque[_Row], running: Sequence[_Row], limits: BatchLimits) -> l
     return taken
 
 
-def _shrink(limits: BatchLimits, failed: int, single: _Row | None, notify: Notify) -> None:
-    if not limits.halve(failed):
-        length = single.full_length if single else 0
+def _shrink(limits: BatchLimits, failed: Sequence[_Row], notify: Notify) -> None:
+    if not limits.halve(len(failed)):
+        length = failed[0].full_length if failed else 0
         raise ModelError(
             f"There is not enough memory for one answer of up to {length} tokens: lower the "
             f"maximum tokens, or use a smaller model or dtype."
         )
-    notify(f"out of memory with {failed} rows: going on with at most {limits.rows}")
+    notify(f"out of memory with {len(failed)} rows: continuing with at most {limits.rows}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
