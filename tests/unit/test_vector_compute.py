@@ -11,7 +11,6 @@ import pytest
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError, ModelError, StoreError
 from pvec.extraction.compute import ComputeResult, from_csv, from_run, with_model_of
-from pvec.judges.scoring import keep_traits
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.settings import Settings, resolve
@@ -147,7 +146,7 @@ def make_run(folder: Path, trait: Trait, *, judges: tuple[str, ...] = ("alice",)
     with ModelSession(settings()) as session:
         metadata = session.metadata
     with Run.open_or_create(folder, kind="extract", identity={"trait": trait.name}) as run:
-        keep_traits(run, [trait])
+        run.keep_traits([trait])
         run.update_manifest(model={"id": metadata.id, "fingerprint": metadata.fingerprint})
         for sign in ("pos", "neg"):
             for number, row in enumerate(judged_rows(sign)):

@@ -54,9 +54,9 @@ class ModelSession(Closing):
         from pvec.backends.registry import choose_backend
         from pvec.models.load import inspect_model
 
-        self._settings = settings
-        self._say = notify
-        self._on_progress = on_progress
+        self.settings = settings
+        self.notify = notify
+        self.on_progress = on_progress
         self.processes = processes
         self.spec = replace(model_spec(settings), device=_device(settings, processes))
         self.metadata: ModelMetadata = inspect_model(self.spec)
@@ -79,17 +79,17 @@ class ModelSession(Closing):
     @property
     def thinking(self) -> bool:
         """Whether models that can think aloud are let to."""
-        return self._settings.generation.thinking == "on"
+        return self.settings.generation.thinking == "on"
 
     @property
     def max_tokens(self) -> int:
         """Longest answer in tokens: as set, else 1000, and 96 for the bundled model."""
         default = BUNDLED_MAX_TOKENS if self.metadata.bundled else DEFAULT_MAX_TOKENS
-        return self._settings.generation.max_tokens or default
+        return self.settings.generation.max_tokens or default
 
     def sampling(self, seed: int) -> Sampling:
         """Return the sampling that the settings ask for, with this seed."""
-        generation = self._settings.generation
+        generation = self.settings.generation
         return Sampling(
             temperature=generation.temperature,
             top_p=generation.top_p,
@@ -101,18 +101,18 @@ class ModelSession(Closing):
     def backend(self) -> Backend:
         """The loaded model; the first use loads it and says what was chosen and why."""
         if self._backend is None:
-            self._say(f"loading {self.metadata.id} on {self.choice.name} ({self.choice.reason})")
+            self.notify(f"loading {self.metadata.id} on {self.choice.name} ({self.choice.reason})")
             self._backend = open_backend(
                 self.choice.name,
                 self.spec,
-                self._settings,
+                self.settings,
                 metadata=self.metadata,
-                notify=self._say,
+                notify=self.notify,
             )
             info = self._backend.info
-            self._say(f"{info.num_layers} layers, {info.hidden_size} wide, {info.dtype}")
+            self.notify(f"{info.num_layers} layers, {info.hidden_size} wide, {info.dtype}")
             for note in info.notes:
-                self._say(f"  {note}")
+                self.notify(f"  {note}")
             if info.bundled and info.device == "cpu":
                 self._use_few_threads()
         return self._backend
@@ -129,7 +129,7 @@ class ModelSession(Closing):
 
         threads = max(1, min(_BUNDLED_THREADS, torch.get_num_threads(), idle_cores()))
         torch.set_num_threads(threads)
-        self._say(f"  threads: {threads}")
+        self.notify(f"  threads: {threads}")
 
     @property
     def loaded(self) -> bool:

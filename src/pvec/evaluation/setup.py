@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pvec.backends.identity import run_identity
 from pvec.backends.planned import PlannedResponse, PromptCache, derive_seed, question_messages
+from pvec.backends.run_session import run_identity
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError
 from pvec.evaluation.conditions import (
@@ -182,7 +182,6 @@ def open_run(setup: SteerSetup) -> Run:
         kind=KIND,
         identity={
             **run_identity(
-                setup.settings,
                 setup.session,
                 subject={"trait": setup.trait.name, "trait_hash": setup.trait.hash},
             ),

@@ -7,15 +7,14 @@ for in the system prompt. Without a vector this is the baseline evaluation of a 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pvec.backends.identity import keep_settings
 from pvec.backends.planned import generate_missing, missing
+from pvec.backends.run_session import manifest_sections
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.judged_csv import JudgedAnswer, write_judged_csv
 from pvec.errors import JudgeError
@@ -24,7 +23,7 @@ from pvec.evaluation.summary import SweepNumbers, read_sweep, summarise
 from pvec.evaluation.tasks import TaskScore, check_tasks, evaluate_tasks
 from pvec.judges.judging import estimate_judging
 from pvec.judges.prompts import COHERENCE
-from pvec.judges.scoring import JudgeReport, ResponseScorer, keep_traits, score_of
+from pvec.judges.scoring import JudgeReport, ResponseScorer, score_of
 from pvec.runs.names import slug
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
@@ -160,9 +159,8 @@ class _Job:
         self.tasks = tasks
         self.on_progress = on_progress
         self.timings: dict[str, float] = {}
-        store.begin_session(command=sys.argv)
-        keep_settings(store, setup.settings, setup.session)
-        keep_traits(store, [setup.trait, *setup.also])
+        store.begin_session(**manifest_sections(setup.session))
+        store.keep_traits([setup.trait, *setup.also])
 
     def run(self) -> SteerEvalResult:
         setup = self.setup

@@ -6,7 +6,6 @@ one writes and returns the result, the others return None.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.judged_csv import JudgedAnswer, read_judged_csv
 from pvec.errors import InputError, ModelError, StoreError
 from pvec.extraction.vectors import Contribution, compute_vector, filter_provenance, vector_of_run
-from pvec.judges.scoring import traits_of
 from pvec.models.chat import encode_pair, spans_from_ids, think_length
 from pvec.runs.files import probe_writable
 from pvec.runs.names import run_name
@@ -87,29 +85,22 @@ def from_run(
     chosen = seen.choose_judge(judge)
     if chosen is None:
         raise InputError(f"{path} has no scores yet: score it with `pvec judge {path}`.")
-    (trait,) = traits_of(seen)
+    (trait,) = seen.traits()
     with (
         _session(settings, notify=notify, on_progress=on_progress) as session,
         ExitStack() as stack,
     ):
         main = session.processes.main
         _require_same_model(seen, session)
-        store = stack.enter_context(_writable(seen)) if main else seen
+        store = seen
+        if main:
+            store = stack.enter_context(Run.reopen(path))
+            stack.enter_context(store.session())
         # answers to one prompt side by side, so that one process computes it once for all of them
         records = sorted(store.responses(), key=lambda record: (record.prompt_ids, record.id))
-        vector = vector_of_run(
-            store,
-            trait,
-            records,
-            judge=chosen,
-            session=session,
-            settings=settings,
-            out=out,
-            on_progress=on_progress if main else ignore,
-        )
+        vector = vector_of_run(store, trait, records, judge=chosen, session=session, out=out)
         if not main:
             return None
-        store.end_session(timings={})
     return ComputeResult(
         trait=trait.name,
         model=session.metadata.id,
@@ -156,9 +147,8 @@ def from_csv(
     target = out or Path("vectors") / f"{name}.safetensors"
     with _session(settings, notify=notify, on_progress=on_progress) as session:
         main = session.processes.main
-        show = on_progress if main else ignore
         session.processes.on_main(lambda: probe_writable(target.parent))
-        tokenised = _tokenised(answers, session, on_progress=show)
+        tokenised = _tokenised(answers, session)
         kept = [one for one in tokenised if filtered.kept(one.contribution.spans.id)]
         vector = compute_vector(
             session,
@@ -169,7 +159,6 @@ def from_csv(
                 **filter_provenance(settings, filtered),
                 "source": f"{pos.name}, {neg.name}",
             },
-            on_progress=show,
         )
         session.processes.on_main(lambda: save_vector(vector, target))
         if not main:
@@ -213,10 +202,7 @@ class _Tokenised:
 
 
 def _tokenised(
-    answers: Mapping[Sign, Sequence[JudgedAnswer]],
-    session: ModelSession,
-    *,
-    on_progress: Callable[[Progress], None],
+    answers: Mapping[Sign, Sequence[JudgedAnswer]], session: ModelSession
 ) -> Iterator[_Tokenised]:
     tokenizer = session.metadata.tokenizer
     total = sum(map(len, answers.values()))
@@ -227,7 +213,9 @@ def _tokenised(
                 f"{sign}-{number}", row, sign=sign, tokenizer=tokenizer, thinking=session.thinking
             )
             done += 1
-            on_progress(Progress(stage="tokenising", done=done, total=total, unit="answers"))
+            session.on_progress(
+                Progress(stage="tokenising", done=done, total=total, unit="answers")
+            )
 
 
 def _tokenise(
@@ -294,13 +282,6 @@ def _require_same_model(run: Run, session: ModelSession) -> None:
             f"{fingerprint}), not by {session.metadata.id} ({session.metadata.fingerprint}): give "
             f"that model with --model and --adapter."
         )
-
-
-def _writable(seen: Run) -> Run:
-    identity = {k: v for k, v in seen.manifest["identity"].items() if k != "kind"}
-    store = Run.open_or_create(seen.path, kind=seen.kind, identity=identity)
-    store.begin_session(command=sys.argv)
-    return store
 
 
 def _thinking(answers: Sequence[tuple[int, int]], *, averaged: bool) -> Thinking:

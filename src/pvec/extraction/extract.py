@@ -7,30 +7,26 @@ goes, so a second call finishes what is missing and repeats nothing.
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pvec.backends.identity import keep_settings, run_identity
 from pvec.backends.kept_means import KeptMeans
 from pvec.backends.planned import (
     PlannedResponse,
     PromptCache,
     derive_seed,
-    generate_missing,
     missing,
     question_messages,
 )
+from pvec.backends.run_session import RunSession, run_identity
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
 from pvec.extraction.vectors import RunVector, vector_of_run
 from pvec.judges.judging import estimate_judging
-from pvec.judges.scoring import JudgeReport, ResponseScorer, keep_traits, trait_metrics
+from pvec.judges.scoring import JudgeReport, ResponseScorer, trait_metrics
 from pvec.runs.names import run_name
-from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.traits.check import require_usable
@@ -82,9 +78,9 @@ def plan(
     Raises what ``run`` raises for bad input.
     """
     with ModelSession(settings) as session:
-        scorer = ResponseScorer(settings, session=session, bundled=session.metadata.bundled)
+        scorer = ResponseScorer.of(session)
         return [
-            _plan_one(settings, trait, session, scorer, folder=run_folder(settings, trait, out=out))
+            _plan(trait, session, scorer, folder=run_folder(settings, trait, out=out))
             for trait in _load_traits(traits, out=out)
         ]
 
@@ -111,39 +107,28 @@ def run(
         )
         scorer = None
         if settings.extract.judge:
-            scorer = ResponseScorer(
-                settings, session=session, bundled=session.metadata.bundled, notify=notify
-            )
-            stack.enter_context(scorer)
+            scorer = stack.enter_context(ResponseScorer.of(session))
             session.kept_means = stack.enter_context(KeptMeans())
-        stores = [
-            stack.enter_context(_open_run(settings, trait, session, out=out)) for trait in loaded
-        ]
-        if scorer is not None:
             scorer.check()
-        jobs = [
-            _Job(settings, trait, store, session, scorer, notify, on_progress)
-            for trait, store in zip(loaded, stores, strict=True)
-        ]
+        runs = [stack.enter_context(_open_run(trait, session, out=out)) for trait in loaded]
+        jobs = [_Job(run, trait, scorer) for run, trait in zip(runs, loaded, strict=True)]
         for job in jobs:
             job.generate()
         return _finish(jobs)
 
 
-def wanted_answers(
-    trait: Trait, settings: Settings, session: ModelSession
-) -> list[PlannedResponse]:
-    """Return the answers that an extraction wants: instruction x question x rollout, both signs.
+def planned_responses(trait: Trait, session: ModelSession) -> list[PlannedResponse]:
+    """Return the answers of an extraction: instruction x question x rollout, both signs.
 
     A positive answer and its opposite number share their seed.
     """
-    prompts = PromptCache(session)
+    prompts, extract = PromptCache(session), session.settings.extract
     return [
-        _wanted(trait, settings, session, prompts, sign=sign, instruction=i, question=q, rollout=r)
-        for q in range(len(trait.questions("extract")[: settings.extract.limit]))
+        _planned(trait, session, prompts, sign=sign, instruction=i, question=q, rollout=r)
+        for q in range(len(trait.questions("extract")[: extract.limit]))
         for i in range(len(trait.instructions))
         for sign in SIGNS
-        for r in range(settings.extract.rollouts)
+        for r in range(extract.rollouts)
     ]
 
 
@@ -158,81 +143,47 @@ def run_folder(settings: Settings, trait: Trait, *, out: Path | None = None) -> 
 class _Job:
     """One trait on its way through the steps."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        trait: Trait,
-        store: Run,
-        session: ModelSession,
-        scorer: ResponseScorer | None,
-        notify: Notify,
-        on_progress: Callable[[Progress], None],
-    ) -> None:
-        self.settings = settings
+    def __init__(self, run: RunSession, trait: Trait, scorer: ResponseScorer | None) -> None:
+        self.run = run
         self.trait = trait
-        self.store = store
-        self.session = session
         self.scorer = scorer
-        self.on_progress = on_progress
-        self.wanted = wanted_answers(trait, settings, session)
+        self.planned = planned_responses(trait, run.session)
         self.generated = 0
-        self.timings: dict[str, float] = {}
-        store.begin_session(command=sys.argv)
-        keep_traits(store, [trait])
-        keep_settings(store, settings, session)
-        for note in (*trait.notes, *store.notes):
-            notify(note)
 
     def generate(self) -> None:
         """Generate the answers that are missing."""
-        with self._timed("generate"):
-            self.generated = generate_missing(
-                self.store,
-                self.session,
-                self.wanted,
-                on_progress=self.on_progress,
-                stage=f"{self.trait.name}: answers",
-            )
+        self.generated = self.run.generate(self.planned, stage=f"{self.trait.name}: answers")
 
     def finish(self) -> ExtractResult:
         """Judge, filter and average; write the vector and the exports."""
-        records = self._records()
+        run = self.run
+        records = run.responses(self.planned)
         result = ExtractResult(
             trait=self.trait.name,
-            run=self.store.path,
-            model=self.session.metadata.id,
+            run=run.store.path,
+            model=run.session.metadata.id,
             answers=len(records),
             generated=self.generated,
             cut=sum(record.finish_reason == "length" for record in records),
+            next=(f"pvec judge {run.store.path}",),
         )
         if self.scorer is None:
-            result = replace(result, next=(f"pvec judge {self.store.path}",))
-        else:
-            result = self._judged(self.scorer, result, records)
-        self.store.end_session(timings=self.timings)
-        return result
-
-    def _judged(
-        self, scorer: ResponseScorer, result: ExtractResult, records: list[ResponseRecord]
-    ) -> ExtractResult:
-        with self._timed("judge"):
-            report = scorer.score(
-                self.store, records, trait_metrics(self.trait), on_progress=self.on_progress
-            )
-        with self._timed("vector"):
-            vector = vector_of_run(
-                self.store,
-                self.trait,
+            return result
+        with run.store.stage("judge"):
+            report = self.scorer.score(
+                run.store,
                 records,
-                judge=report.judge,
-                session=self.session,
-                settings=self.settings,
-                on_progress=self.on_progress,
+                trait_metrics(self.trait),
+                on_progress=run.session.on_progress,
+            )
+        with run.store.stage("vector"):
+            vector = vector_of_run(
+                run.store, self.trait, records, judge=report.judge, session=run.session
             )
         return replace(result, judge=report, vector=vector, next=self._next(vector))
 
     def _next(self, vector: RunVector) -> tuple[str, ...]:
-        model = self.settings.model
+        model = self.run.settings.model
         options = "" if model.id == "tiny" else f" --model {model.id}"
         options += f" --adapter {model.adapter}" if model.adapter else ""
         trait = name_or_path(self.trait)
@@ -241,17 +192,6 @@ class _Job:
             f"pvec steer-eval --trait {trait} --vector {vector.path} "
             f"--layer {vector.summary.suggested_layer}{options}",
         )
-
-    def _records(self) -> list[ResponseRecord]:
-        order = {one.id: position for position, one in enumerate(self.wanted)}
-        found = [record for record in self.store.responses() if record.id in order]
-        return sorted(found, key=lambda record: order[record.id])
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.timings[stage] = round(time.perf_counter() - started, 3)
 
 
 def _finish(jobs: Sequence[_Job]) -> list[ExtractResult]:
@@ -284,18 +224,19 @@ def _load_traits(names: Sequence[str], *, out: Path | None) -> list[Trait]:
     return traits
 
 
-def _open_run(settings: Settings, trait: Trait, session: ModelSession, *, out: Path | None) -> Run:
+def _open_run(trait: Trait, session: ModelSession, *, out: Path | None) -> RunSession:
     subject = {"trait": trait.name, "trait_hash": trait.hash}
-    return Run.open_or_create(
-        run_folder(settings, trait, out=out),
+    return RunSession(
+        session,
+        run_folder(session.settings, trait, out=out),
         kind=KIND,
-        identity=run_identity(settings, session, subject=subject),
+        identity=run_identity(session, subject=subject),
+        traits=[trait],
     )
 
 
-def _wanted(
+def _planned(
     trait: Trait,
-    settings: Settings,
     session: ModelSession,
     prompts: PromptCache,
     *,
@@ -307,7 +248,7 @@ def _wanted(
     system = trait.system_prompt(sign, instruction)
     text = trait.extract_questions[question]
     prompt, prompt_ids = prompts(question_messages(text, system=system))
-    seed = derive_seed(settings.generation.seed, trait.name, question, instruction, rollout)
+    seed = derive_seed(session.settings.generation.seed, trait.name, question, instruction, rollout)
     return PlannedResponse(
         trait=trait.name,
         condition={"sign": sign, "instruction": instruction, "rollout": rollout},
@@ -321,13 +262,14 @@ def _wanted(
     )
 
 
-def _plan_one(
-    settings: Settings, trait: Trait, session: ModelSession, scorer: ResponseScorer, *, folder: Path
+def _plan(
+    trait: Trait, session: ModelSession, scorer: ResponseScorer, *, folder: Path
 ) -> ExtractPlan:
-    wanted = wanted_answers(trait, settings, session)
-    todo = missing(Run.read(folder), wanted) if (folder / "manifest.json").exists() else wanted
+    planned = planned_responses(trait, session)
+    begun = (folder / "manifest.json").exists()
+    todo = missing(Run.read(folder), planned) if begun else planned
     judging = estimate_judging(
-        [one.question for one in wanted],
+        [one.question for one in planned],
         trait_metrics(trait),
         answers_per_question=1,
         answer_tokens=session.max_tokens,
@@ -336,7 +278,7 @@ def _plan_one(
     return ExtractPlan(
         trait=trait.name,
         run=folder,
-        answers=len(wanted),
+        answers=len(planned),
         missing=len(todo),
         most_tokens=sum(one.sampling.max_tokens for one in todo),
         judge=scorer.choice.model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from pvec.errors import StoreError
 from pvec.extraction.vectors import MetricMean, export_signs, metric_means
 from pvec.judges.judging import COHERENCE_METRIC, Metric
 from pvec.judges.prompts import COHERENCE
-from pvec.judges.scoring import JudgeReport, ResponseScorer, filter_records, traits_of
+from pvec.judges.scoring import JudgeReport, ResponseScorer, filter_records
 from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.types import Progress
@@ -47,23 +46,20 @@ def run(
     ``StoreError`` for a folder that is no run or has no answers, ``JudgeError`` as judging does.
     """
     seen = Run.read(path)
-    traits = traits_of(seen)
+    traits = seen.traits()
     bundled = seen.manifest.get("model", {}).get("bundled", False)
     metrics = [Metric(name=trait.name, prompt=trait.eval_prompt) for trait in traits]
-    with ResponseScorer(settings, session=None, bundled=bundled, notify=notify) as scorer:
+    with ResponseScorer(settings, bundled=bundled, notify=notify) as scorer:
         scorer.check()
-        identity = {k: v for k, v in seen.manifest["identity"].items() if k != "kind"}
-        with Run.open_or_create(path, kind=seen.kind, identity=identity) as store:
+        with Run.reopen(path) as store, store.session():
             for note in store.notes:
                 notify(note)
-            store.begin_session(command=sys.argv)
             records = list(store.responses())
             if not records:
                 raise StoreError(f"{path} has no answers yet: run the command that made it again.")
             report = scorer.score(
                 store, records, [*metrics, COHERENCE_METRIC], on_progress=on_progress
             )
-            store.end_session(timings={})
             scores = store.scores_by_response(judge=report.judge)
             filtered: Mapping[Sign, Mapping[Reason, int]] = {}
             if store.kind == "extract":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from pvec import __version__
 from pvec.backends.kept_means import captured
-from pvec.backends.session import ModelSession, ignore
+from pvec.backends.session import ModelSession
 from pvec.data.judged_csv import JudgedAnswer, write_judged_csv
 from pvec.errors import InputError
 from pvec.judges.prompts import COHERENCE
@@ -74,9 +74,7 @@ def vector_of_run(
     *,
     judge: str,
     session: ModelSession,
-    settings: Settings,
     out: Path | None = None,
-    on_progress: Callable[[Progress], None] = ignore,
 ) -> RunVector:
     """Filter a judged extraction's answers, export them, and write the vector of the kept ones.
 
@@ -84,6 +82,7 @@ def vector_of_run(
     run. Raises ``InputError`` when too few answers are left; the exports are written all the same,
     a vector from before is not touched.
     """
+    settings = session.settings
     scores = store.scores_by_response(judge=judge)
     filtered = filter_records(records, scores, trait=trait.name, settings=settings)
     session.processes.on_main(lambda: export_signs(store, trait.name, records, scores))
@@ -106,7 +105,6 @@ def vector_of_run(
             [_contribution(record) for record in kept],
             filtered=filtered,
             provenance=provenance,
-            on_progress=on_progress,
         )
         made = vector
         session.processes.on_main(lambda: save_vector(made, path))
@@ -167,7 +165,6 @@ def compute_vector(
     *,
     filtered: Filtered | None = None,
     provenance: Mapping[str, str],
-    on_progress: Callable[[Progress], None] = ignore,
 ) -> PersonaVector:
     """Capture the responses and return their persona vector (all three kinds) with its quality.
 
@@ -179,7 +176,7 @@ def compute_vector(
     accumulator = VectorAccumulator(questions=[one.question for one in contributions])
     mine = session.processes.share(contributions, cost=lambda one: len(one.spans.token_ids))
     by_id = {one.spans.id: one for one in mine}
-    stage = f"{trait}: activations"
+    stage, on_progress = f"{trait}: activations", session.on_progress
     on_progress(Progress(stage=stage, done=0, total=len(mine), unit="responses"))
     rows = captured(session, (one.spans for one in mine))
     for done, row in enumerate(rows, start=1):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 from pvec.backends.session import ModelSession, Notify, ignore, load_judge_model
 from pvec.closing import Closing
-from pvec.errors import StoreError
 from pvec.judges.base import Judge
 from pvec.judges.judging import (
     COHERENCE_METRIC,
@@ -20,16 +19,12 @@ from pvec.judges.judging import (
     open_judge,
 )
 from pvec.judges.prompts import COHERENCE
-from pvec.runs.files import atomic_write
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.settings import Settings
-from pvec.traits.trait import Trait, load_trait
+from pvec.traits.trait import Trait
 from pvec.types import JudgeScale, Progress, Score
 from pvec.vectors.filter import Filtered, Scored, Sign, filter_responses
-
-TRAITS = "traits"
-"""Folder of a run that keeps the trait definitions its answers are scored on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +52,25 @@ class ResponseScorer(Closing):
         self,
         settings: Settings,
         *,
-        session: ModelSession | None,
         bundled: bool,
+        session: ModelSession | None = None,
         notify: Notify = ignore,
     ) -> None:
         self.choice: JudgeChoice = choose_judge(settings.judge, bundled=bundled)
         self._settings = settings
         self._session = session
-        self._say = notify
+        self._notify = notify
         self._judge: Judge | None = None
+
+    @classmethod
+    def of(cls, session: ModelSession) -> Self:
+        """Choose the judge of the answers that the model of ``session`` gives."""
+        return cls(
+            session.settings,
+            bundled=session.metadata.bundled,
+            session=session,
+            notify=session.notify,
+        )
 
     @property
     def judge(self) -> Judge:
@@ -110,9 +115,9 @@ class ResponseScorer(Closing):
             on_progress=on_progress,
         )
         for note in judged.notes:
-            self._say(note)
+            self._notify(note)
         if judged.stopped:
-            self._say(f"{judged.stopped}; {judged.unasked} scores are left for another call")
+            self._notify(f"{judged.stopped}; {judged.unasked} scores are left for another call")
         return JudgeReport(
             judge=self.name,
             counts=dict(judged.counts),
@@ -127,27 +132,6 @@ class ResponseScorer(Closing):
         if self._judge is not None:
             self._judge.close()
             self._judge = None
-
-
-def keep_traits(run: Run, traits: Sequence[Trait]) -> None:
-    """Keep the definitions that a run is about in the run, so that it can be judged anywhere."""
-    for trait in traits:
-        text = json.dumps(trait.to_json(), indent=2, ensure_ascii=False)
-        with atomic_write(run.path / TRAITS / f"{trait.name}.json", mode="w") as stream:
-            stream.write(text + "\n")
-
-
-def traits_of(run: Run) -> list[Trait]:
-    """Return the traits that a run's answers are scored on, by name.
-
-    Raises ``StoreError`` when the run keeps none.
-    """
-    traits = [load_trait(path) for path in sorted((run.path / TRAITS).glob("*.json"))]
-    if not traits:
-        raise StoreError(
-            f"{run.path} keeps no trait definition: run the command that made it again."
-        )
-    return traits
 
 
 def trait_metrics(trait: Trait) -> list[Metric]:

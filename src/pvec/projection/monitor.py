@@ -9,7 +9,6 @@ that can.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pvec.backends.identity import keep_settings
 from pvec.backends.planned import OnProgress
+from pvec.backends.run_session import manifest_sections
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.conversations import Ids
 from pvec.data.csv_table import encode_row
 from pvec.errors import InputError
-from pvec.judges.scoring import JudgeReport, ResponseScorer, keep_traits
+from pvec.judges.scoring import JudgeReport, ResponseScorer
 from pvec.projection.inputs import RunSource, open_source
 from pvec.projection.projector import (
     Directions,
@@ -136,7 +135,7 @@ def run(
         )
         monitoring = _Monitoring(settings, session, directions, study, notify, on_progress)
         folder = study.out or study_folder(settings, session, kind="monitor", path=path)
-        identity = study_identity(settings, session, path=path)
+        identity = study_identity(session, path=path)
 
         def open_run() -> Run:
             return stack.enter_context(open_study(folder, kind=PROMPTS_KIND, identity=identity))
@@ -194,9 +193,8 @@ class _Monitoring:
     ) -> MonitorResult:
         """Generate answers to the prompts and judge them, then use their scores."""
         traits = self._traits()
-        store.begin_session(command=sys.argv)
-        keep_traits(store, traits)
-        keep_settings(store, self.settings, self.session)
+        store.begin_session(**manifest_sections(self.session))
+        store.keep_traits(traits)
         made = answer_prompts(
             store,
             self.session,

@@ -7,7 +7,6 @@ vectors; the projection differences, scores and files are made from it again on 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pvec.backends.identity import keep_settings
 from pvec.backends.planned import OnProgress
+from pvec.backends.run_session import manifest_sections
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.projection.base_responses import Naturals
 from pvec.projection.inputs import open_source
@@ -123,10 +122,9 @@ def run(
             for name, source in sources.items()
         }
         folder = files.out or study_folder(settings, session, kind="screen", path=path)
-        identity = study_identity(settings, session, path=path)
+        identity = study_identity(session, path=path)
         store = stack.enter_context(open_study(folder, kind=DIFF_KIND, identity=identity))
-        store.begin_session(command=sys.argv)
-        keep_settings(store, settings, session)
+        store.begin_session(**manifest_sections(session))
         screening = _Screening(settings, session, directions, store, sets, on_progress)
         result = screening.run(targets)
         store.end_session(timings={})

@@ -7,7 +7,6 @@ base model's, projected on the vector. Adapters are put on the one loaded base i
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from pvec.backends.hf.backend import HFBackend
-from pvec.backends.identity import keep_settings
 from pvec.backends.planned import OnProgress, PromptCache, question_messages
+from pvec.backends.run_session import manifest_sections
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.conversations import Ids
 from pvec.errors import InputError, ModelError
@@ -106,8 +105,7 @@ def run(
             "fingerprint": session.metadata.fingerprint,
         }
         with open_study(folder, kind=SHIFT_KIND, identity=identity) as store:
-            store.begin_session(command=sys.argv)
-            keep_settings(store, settings, session)
+            store.begin_session(**manifest_sections(session))
             measure = _Measure(directions, prompts)
             on_progress(_progress(0, len(models)))
             at_base = measure(_backend(session), session)

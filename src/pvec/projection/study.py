@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pvec.backends.identity import run_identity
+from pvec.backends.run_session import run_identity
 from pvec.backends.session import ModelSession
 from pvec.errors import StoreError
 from pvec.runs.names import run_name
@@ -22,9 +22,9 @@ def study_folder(settings: Settings, session: ModelSession, *, kind: str, path: 
     return settings.paths.runs / name
 
 
-def study_identity(settings: Settings, session: ModelSession, *, path: Path) -> dict[str, Json]:
+def study_identity(session: ModelSession, *, path: Path) -> dict[str, Json]:
     """Return what tells a study whose answers are generated from another one."""
-    return run_identity(settings, session, subject={"trait": path.resolve().stem})
+    return run_identity(session, subject={"trait": path.resolve().stem})
 
 
 def open_study(folder: Path, *, kind: str, identity: Mapping[str, Json]) -> Run:

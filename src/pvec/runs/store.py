@@ -7,8 +7,11 @@ scores finish, ``vectors/`` and the CSV exports are made from them (docs/formats
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pvec.closing import Closing
 from pvec.errors import InputError, StoreError, did_you_mean
-from pvec.runs.files import WriterLock, probe_writable
+from pvec.runs.files import WriterLock, atomic_write, probe_writable
 from pvec.runs.jsonl import JsonlLog, read_jsonl
 from pvec.runs.manifest import (
     FILE_NAME,
@@ -27,12 +30,14 @@ from pvec.runs.manifest import (
     write_manifest,
 )
 from pvec.runs.responses import Json, ResponseRecord
+from pvec.traits.trait import Trait, load_trait
 from pvec.types import Score
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _LOCK = ".lock"
+_TRAITS = "traits"
 
 
 class Run(Closing):
@@ -47,6 +52,7 @@ class Run(Closing):
         self.path = path
         self.manifest = manifest
         self._resources = resources
+        self._seconds: dict[str, float] = {}
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -80,6 +86,12 @@ class Run(Closing):
             refuse_other_identity(folder, recorded=manifest["identity"], asked=identity)
             return cls(folder, manifest, resources.pop_all())
 
+    @classmethod
+    def reopen(cls, path: str | Path) -> Self:
+        """Open the run in ``path`` for writing, whatever it is. Raises ``StoreError``."""
+        recorded = read_manifest(Path(path))
+        return cls.open_or_create(path, kind=recorded["kind"], identity=recorded["identity"])
+
     @property
     def kind(self) -> str:
         """What made the run: ``extract``, ``steer-eval``, …"""
@@ -92,7 +104,7 @@ class Run(Closing):
 
     # ── the manifest ────────────────────────────────────────────────────────────────────────────
 
-    def update_manifest(self, **sections: Json) -> None:
+    def update_manifest(self, **sections: Any) -> None:
         """Set top-level sections (``settings=…, model=…``) and write the manifest, atomically."""
         reserved = {"format", "format_version", "kind", "created", "identity"} & sections.keys()
         assert not reserved, f"these parts of a manifest never change: {reserved}"
@@ -100,16 +112,58 @@ class Run(Closing):
         self.manifest.update(sections)
         write_manifest(self.path, self.manifest)
 
-    def begin_session(self, *, command: Sequence[str]) -> None:
-        """Note that a process has begun to work on the run; ``end_session`` notes how it ended."""
-        session: dict[str, Any] = {"command": list(command), "started": timestamp(), "ended": None}
-        self.update_manifest(sessions=[*self.manifest["sessions"], session])
+    def begin_session(self, *, command: Sequence[str] | None = None, **sections: Any) -> None:
+        """Note that a process has begun to work on the run; ``end_session`` notes how it ended.
 
-    def end_session(self, *, timings: Mapping[str, float]) -> None:
-        """Note that the session's work is done; ``timings`` are seconds per stage."""
+        ``command`` is its own command line by default; ``sections`` go into the manifest too.
+        """
+        argv = list(sys.argv if command is None else command)
+        session: dict[str, Any] = {"command": argv, "started": timestamp(), "ended": None}
+        self._seconds = {}
+        self.update_manifest(**sections, sessions=[*self.manifest["sessions"], session])
+
+    def end_session(self, *, timings: Mapping[str, float] | None = None) -> None:
+        """Note that the session's work is done; ``timings`` are seconds per stage (``stage``)."""
         sessions: list[dict[str, Any]] = self.manifest["sessions"]
-        ended = {**sessions[-1], "ended": timestamp(), "timings": dict(timings)}
+        seconds = dict(self._seconds if timings is None else timings)
+        ended = {**sessions[-1], "ended": timestamp(), "timings": seconds}
         self.update_manifest(sessions=[*sessions[:-1], ended])
+
+    @contextmanager
+    def session(self, **sections: Any) -> Iterator[None]:
+        """Work on the run: begin a session, and end it unless the block raises."""
+        self.begin_session(**sections)
+        yield
+        self.end_session()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the seconds of a block as those of stage ``name`` of the session."""
+        started = time.perf_counter()
+        yield
+        seconds = self._seconds.get(name, 0.0) + time.perf_counter() - started
+        self._seconds[name] = round(seconds, 3)
+
+    # ── the traits that its answers are about ───────────────────────────────────────────────────
+
+    def keep_traits(self, traits: Sequence[Trait]) -> None:
+        """Keep the definitions of ``traits`` in the run, so that it can be judged anywhere."""
+        for trait in traits:
+            text = json.dumps(trait.to_json(), indent=2, ensure_ascii=False)
+            with atomic_write(self.path / _TRAITS / f"{trait.name}.json", mode="w") as stream:
+                stream.write(text + "\n")
+
+    def traits(self) -> list[Trait]:
+        """Return the traits that the answers are scored on, by name.
+
+        Raises ``StoreError`` when the run keeps none.
+        """
+        traits = [load_trait(path) for path in sorted((self.path / _TRAITS).glob("*.json"))]
+        if not traits:
+            raise StoreError(
+                f"{self.path} keeps no trait definition: run the command that made it again."
+            )
+        return traits
 
     # ── responses and scores ────────────────────────────────────────────────────────────────────
 

@@ -1,0 +1,100 @@
+"""What every command that makes answers does with its run folder, whatever the answers are for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from pvec.backends.planned import PlannedResponse, generate_missing
+from pvec.backends.session import ModelSession
+from pvec.closing import Closing
+from pvec.runs.responses import Json, ResponseRecord
+from pvec.runs.store import Run
+from pvec.traits.trait import Trait
+
+
+class RunSession(Closing):
+    """One command at work on one run folder, with the model of ``session``.
+
+    Opening it takes the folder (see ``Run.open_or_create`` for what it raises), notes the command,
+    the settings and the model in the manifest, keeps ``traits`` and shows what the user should know
+    of them. Leaving it notes that the work is done and how long its stages took, unless an
+    exception says otherwise.
+    """
+
+    def __init__(
+        self,
+        session: ModelSession,
+        folder: Path,
+        *,
+        kind: str,
+        identity: Mapping[str, Json],
+        traits: Sequence[Trait] = (),
+    ) -> None:
+        self.session = session
+        self.settings = session.settings
+        with ExitStack() as stack:
+            self.store = stack.enter_context(
+                Run.open_or_create(folder, kind=kind, identity=identity)
+            )
+            self.store.keep_traits(traits)
+            stack.enter_context(self.store.session(**manifest_sections(session)))
+            self._stack = stack.pop_all()
+        for note in (*(note for trait in traits for note in trait.notes), *self.store.notes):
+            session.notify(note)
+
+    def generate(self, planned: Sequence[PlannedResponse], *, stage: str = "generate") -> int:
+        """Generate the answers that are missing and return their number."""
+        with self.store.stage("generate"):
+            return generate_missing(
+                self.store,
+                self.session,
+                planned,
+                on_progress=self.session.on_progress,
+                stage=stage,
+            )
+
+    def responses(self, planned: Sequence[PlannedResponse]) -> list[ResponseRecord]:
+        """Return the answers that the run holds of those that were planned, in that order."""
+        order = {one.id: position for position, one in enumerate(planned)}
+        records = [record for record in self.store.responses() if record.id in order]
+        return sorted(records, key=lambda record: order[record.id])
+
+    def close(self) -> None:
+        """Let the next writer in. The manifest says that the command did not end its work."""
+        self._stack.close()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.__exit__(*exc_info)  # type: ignore[arg-type]
+
+
+def run_identity(session: ModelSession, *, subject: Mapping[str, Json]) -> dict[str, Json]:
+    """Return what tells a run that generates from another: its ``subject``, and who answers how."""
+    generation = session.settings.generation
+    return {
+        **subject,
+        "model": session.metadata.id,
+        "adapter": session.metadata.adapter,
+        "engine": session.identity,
+        "temperature": generation.temperature,
+        "top_p": generation.top_p,
+        "max_tokens": session.max_tokens,
+        "seed": generation.seed,
+        "thinking": generation.thinking,
+    }
+
+
+def manifest_sections(session: ModelSession) -> dict[str, Any]:
+    """Return what a manifest says of the settings and the model that answers came from."""
+    metadata = session.metadata
+    return {
+        "settings": session.settings.model_dump(mode="json"),
+        "model": {
+            "id": metadata.id,
+            "fingerprint": metadata.fingerprint,
+            "adapter": metadata.adapter,
+            "bundled": metadata.bundled,
+        },
+    }
