@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 
 class PvecError(Exception):
-    """Something the user can fix. The message is one plain sentence with the remedy."""
+    """An error that the user can fix. The message is one plain sentence with the remedy."""
 
 
 class InputError(PvecError, ValueError):
@@ -46,3 +46,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if not nearest:
         return ""
     return f" Did you mean {' or '.join(repr(n) for n in nearest)}?"
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an optional part of pvec, which comes as a source folder.
+
+    >>> install_command("vllm")
+    "pip install '.[vllm]' (in the folder of pvec's source)"
+    """
+    return f"pip install '.[{extra}]' (in the folder of pvec's source)"

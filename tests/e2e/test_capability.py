@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'pvec[eval]'")
+pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install '.[eval]'")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

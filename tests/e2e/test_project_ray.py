@@ -20,7 +20,7 @@ from pvec.settings import Settings
 from pvec.vectors.formats import save_vector
 from pvec.vectors.vector import PersonaVector
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'pvec[ray]'")
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
 
 pytestmark = [
     pytest.mark.slow,

@@ -408,6 +408,6 @@ def test_tasks_without_the_harness_are_refused_with_the_install_command(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused(
-        InputError, r"pip install 'pvec\[eval\]'", tmp_path / "run",
+        InputError, r"pip install '\.\[eval\]'", tmp_path / "run",
         settings(server), str(trait), tasks=["mmlu"],
     )  # fmt: skip

@@ -31,7 +31,7 @@ def test_vllm_by_name_without_vllm_tells_the_install_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(registry, "_installed", lambda _package: False)
-    with pytest.raises(InputError, match=r"pip install 'pvec\[vllm\]'"):
+    with pytest.raises(InputError, match=r"pip install '\.\[vllm\]'"):
         registry.choose_backend("vllm")
 
 

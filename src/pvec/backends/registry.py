@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from pvec.backends.base import Backend
-from pvec.errors import InputError, did_you_mean
+from pvec.errors import InputError, did_you_mean, install_command
 
 BackendName = Literal["hf", "vllm"]
 
@@ -16,8 +16,6 @@ _CLASSES: dict[BackendName, str] = {
     "hf": "pvec.backends.hf.backend:HFBackend",
     "vllm": "pvec.backends.vllm.engine:VLLMBackend",
 }
-
-_VLLM_INSTALL = "pip install 'pvec[vllm]'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +41,7 @@ def choose_backend(wanted: str = "auto", *, bundled: bool = False) -> BackendCho
         )
     if wanted == "vllm" and not _installed("vllm"):
         raise InputError(
-            f"The vllm backend needs vLLM, which is not installed: {_VLLM_INSTALL}, "
+            f"The vllm backend needs vLLM, which is not installed: {install_command('vllm')}, "
             f"or --backend hf."
         )
     return BackendChoice(name="vllm" if wanted == "vllm" else "hf", reason="as asked")

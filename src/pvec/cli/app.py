@@ -62,7 +62,7 @@ COMMANDS = (
     Command("report", "Write one self-contained page about one or more runs."),
     Command("trait", "List, show, check and write trait definitions."),
     Command("config", "Show every setting and where its value comes from."),
-    Command("doctor", "Look whether pvec can work here, and what is missing."),
+    Command("doctor", "Check the installation."),
 )
 
 

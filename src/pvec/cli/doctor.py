@@ -1,4 +1,4 @@
-"""``pvec doctor``: whether pvec can work here, and what is missing."""
+"""``pvec doctor``: check the installation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pvec.cli.console import Console, table
 from pvec.cli.options import console_from, new_app, options, settings_from
 
 if TYPE_CHECKING:
-    from pvec.doctor.doctor import Diagnosis
+    from pvec.doctor import Diagnosis
 
 app = new_app()
 
@@ -18,40 +18,40 @@ app = new_app()
 @app.command()
 @options("paths")
 def doctor(ctx: typer.Context) -> None:
-    """Look whether pvec can work here, and what is missing.
+    """Check the installation.
 
-    Python, packages, device, memory, folders, keys (never shown) and the bundled model, which is
-    loaded and asked. Changes nothing and uses no network. Exits with 2 when pvec cannot work.
+    Checks Python, packages, device, memory, folders, keys (never shown) and the bundled model,
+    which is loaded and asked a question. Changes nothing and uses no network. Exits with code 2
+    when pvec cannot work.
     """
-    from pvec.doctor.doctor import examine
+    from pvec.doctor import examine
 
     settings, console = settings_from(ctx), console_from(ctx)
     with console.progress() as on_progress:
         diagnosis = examine(settings, on_progress=on_progress)
     result = {"able": diagnosis.able, "areas": diagnosis.areas}
-    console.emit(result, lambda shown: _render(shown, diagnosis))
+    console.emit(result, lambda out: _render(out, diagnosis))
     if not diagnosis.able:
         raise typer.Exit(2)
 
 
 def _render(console: Console, diagnosis: Diagnosis) -> None:
-    for area, findings in diagnosis.areas.items():
-        good = [one for one in findings if one.state == "ok"]
-        if area == "packages" and len(good) == len(findings):
-            console.print(f"{area}: all {len(good)} that pvec needs are here")
+    for area, checks in diagnosis.areas.items():
+        if area == "packages" and all(check.state == "ok" for check in checks):
+            console.print(f"{area}: all {len(checks)} required packages are installed")
             continue
-        rows = [(_MARKS[one.state], one.name, one.found) for one in findings]
+        rows = [(_MARKS[check.state], check.name, check.found) for check in checks]
         console.print(table(("", area, ""), rows))
-    lacking = [
-        (one.name, one.remedy)
-        for found in diagnosis.areas.values()
-        for one in found
-        if one.state != "ok" and one.remedy
+    remedies = [
+        (check.name, check.remedy)
+        for checks in diagnosis.areas.values()
+        for check in checks
+        if check.state != "ok" and check.remedy
     ]
-    if lacking:
-        console.print(table(("what is not there", "how to get it"), lacking))
+    if remedies:
+        console.print(table(("not available", "how to get it"), remedies))
     console.print(
-        "pvec can work here: pvec extract --trait evil"
+        "pvec can work here. Try: pvec extract --trait evil"
         if diagnosis.able
         else "pvec cannot work here: see the lines marked BROKEN"
     )

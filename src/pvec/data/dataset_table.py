@@ -8,7 +8,7 @@ from typing import Any
 
 from pvec.data.parquet_table import ParquetTable
 from pvec.data.tables import BadRow, Row, Table
-from pvec.errors import InputError
+from pvec.errors import InputError, install_command
 
 _BATCH_ROWS = 1024
 
@@ -42,7 +42,7 @@ def _load(path: Path) -> Any:
         from datasets import DatasetDict, load_from_disk
     except ImportError as exc:
         raise InputError(
-            "Data set folders need the datasets package; install it with: pip install 'pvec[data]'."
+            f"Data set folders need the datasets package: {install_command('data')}."
         ) from exc
     found = load_from_disk(str(path))
     if isinstance(found, DatasetDict):

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import IO, Any
 
 from pvec.data.tables import BadRow, Row, Table, TableWriter
-from pvec.errors import InputError
+from pvec.errors import InputError, install_command
 
 _BATCH_ROWS = 1024
 
@@ -98,6 +98,6 @@ def _packages() -> tuple[ModuleType, ModuleType]:
         from pyarrow import parquet
     except ImportError as exc:
         raise InputError(
-            "Parquet files need the pyarrow package; install it with: pip install 'pvec[data]'."
+            f"Parquet files need the pyarrow package: {install_command('data')}."
         ) from exc
     return pa, parquet

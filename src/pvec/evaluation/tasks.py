@@ -1,6 +1,6 @@
 """What steering costs in capability: lm-evaluation-harness tasks on the steered model.
 
-An optional extra (``pip install 'pvec[eval]'``). The harness drives our own loaded model; each of
+An optional extra (``eval``). The harness drives our own loaded model; each of
 its forwards and generations runs inside ``pvec.steer``. Its tasks score whole texts, without a
 boundary between prompt and answer, so tasks are steered at all positions.
 """
@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pvec.errors import InputError
+from pvec.errors import InputError, install_command
 from pvec.types import Instruction, Progress
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise InputError(
             "Capability tasks need lm-evaluation-harness, which is not installed: "
-            "pip install 'pvec[eval]'."
+            f"{install_command('eval')}."
         )
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.jsonl_table import extended_line
 from pvec.data.tables import Row
-from pvec.errors import InputError
+from pvec.errors import InputError, install_command
 from pvec.projection.inputs import conversation_of
 from pvec.projection.project import model_name
 from pvec.projection.projector import Directions, Values, open_directions, projector
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import ray.data
 
-_INSTALL = "pip install 'pvec[ray]'"
 _LINE = "text"
 """Name of the only column of JSON lines as Ray reads them: whole lines, so that nothing in them
 changes.
@@ -148,7 +147,9 @@ def run(
     and for vectors that do not fit, before a worker starts.
     """
     if importlib.util.find_spec("ray") is None:
-        raise InputError(f"--engine ray needs Ray, which is not installed: {_INSTALL}.")
+        raise InputError(
+            f"--engine ray needs Ray: {install_command('ray')}."
+        )
     if settings.project.turns == "each":
         raise InputError("--engine ray writes a row per row: use --turns last or all.")
     lines = _holds_lines(path)

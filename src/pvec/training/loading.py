@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pvec.errors import InputError, ModelError
+from pvec.errors import InputError, ModelError, install_command
 from pvec.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def check_train_packages() -> None:
     """Raise ``InputError`` when the packages of the ``train`` extra are missing."""
     for package in ("trl", "datasets", "peft"):
         if importlib.util.find_spec(package) is None:
-            raise InputError(f"Training needs {package}: pip install 'pvec[train]'.")
+            raise InputError(f"Training needs {package}: {install_command('train')}.")
 
 
 def load_for_training(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pvec.errors import InputError, did_you_mean
+from pvec.errors import InputError, did_you_mean, install_command
 from pvec.types import Message
 
 HUB = "hf:"
@@ -107,7 +107,7 @@ def _from_datasets(
         import datasets
     except ImportError:
         raise InputError(
-            f"Reading {source} needs the datasets package: pip install 'pvec[train]'."
+            f"Reading {source} needs the datasets package: {install_command('train')}."
         ) from None
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 

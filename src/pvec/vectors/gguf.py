@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pvec.errors import InputError
+from pvec.errors import InputError, install_command
 from pvec.models.decoder import block_index
 from pvec.runs.files import atomic_write
 from pvec.types import VectorKind
@@ -156,7 +156,5 @@ def _package() -> ModuleType:
     try:
         import gguf
     except ImportError as exc:
-        raise InputError(
-            "GGUF files need the gguf package; install it with: pip install 'pvec[gguf]'."
-        ) from exc
+        raise InputError(f"GGUF files need the gguf package: {install_command('gguf')}.") from exc
     return gguf

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvec.backends.vllm.costs import accumulator_rows
-from pvec.errors import InputError, ModelError
+from pvec.errors import InputError, ModelError, install_command
 from pvec.settings.tree import VLLMSettings
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 OLDEST, NEWEST = (0, 29), (0, 32)
 """The first and last vLLM that pvec was tried with."""
 
-INSTALL = "pip install 'pvec[vllm]'"
+INSTALL = install_command("vllm")
 
 _HERE: list[Any] = []
 """The engines that run in this process."""

@@ -1,1 +1,0 @@
-"""Whether pvec can work on this machine."""
