@@ -147,9 +147,7 @@ def run(
     and for vectors that do not fit, before a worker starts.
     """
     if importlib.util.find_spec("ray") is None:
-        raise InputError(
-            f"--engine ray needs Ray: {install_command('ray')}."
-        )
+        raise InputError(f"--engine ray needs Ray: {install_command('ray')}.")
     if settings.project.turns == "each":
         raise InputError("--engine ray writes a row per row: use --turns last or all.")
     lines = _holds_lines(path)
