@@ -63,7 +63,7 @@ def _one_layer_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _too_strong(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = steering_module.layer_steps
+    right = steering_module.layer_table
 
     def doubled(plans: Any, layer: int) -> Any:
         stronger = [
@@ -71,20 +71,20 @@ def _too_strong(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         return right(stronger, layer)
 
-    monkeypatch.setattr(steering_module, "layer_steps", doubled)
+    monkeypatch.setattr(steering_module, "layer_table", doubled)
 
 
 def _every_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = steering_module._RowAddition.apply
+    right = steering_module.steering_change
 
-    def spread(self: Any, hidden: torch.Tensor, roles: Any) -> torch.Tensor:
-        return hidden + (right(self, hidden, roles) - hidden).sum(dim=0, keepdim=True)
+    def spread(row: torch.Tensor, hidden: torch.Tensor, **table: torch.Tensor) -> torch.Tensor:
+        return right(row, hidden, **table).sum(dim=0, keepdim=True)
 
-    monkeypatch.setattr(steering_module._RowAddition, "apply", spread)
+    monkeypatch.setattr(steering_module, "steering_change", spread)
 
 
 def _no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steering_module._RowAddition, "apply", lambda self, hidden, roles: hidden)
+    monkeypatch.setattr(steering_module, "steering_change", lambda row, hidden, **table: 0.0)
 
 
 @pytest.mark.parametrize("mistake", [_one_layer_late, _too_strong, _every_row, _no_effect])

@@ -23,7 +23,7 @@ from pvec.steering.positions import (
     expected_touched,
     roles_from_labels,
 )
-from pvec.steering.tables import Plan, check_instruction
+from pvec.steering.tables import Plan, check_instruction, rows_of_roles
 from pvec.steering.tracking import RoleTracker
 from pvec.types import Instruction
 
@@ -54,7 +54,7 @@ class Steerer:
         self._rows = np.array([number[key] for key in keys], dtype=np.int64)  # [B] row -> plan
         layers = sorted({i.layer for plan in self._plans for i in plan})
         self._layers = {layer: LayerSteering(self._plans, layer) for layer in layers}
-        self._follow_rows()
+        self._take_rows(self._rows)
 
     @property
     def plans(self) -> list[Plan]:
@@ -83,15 +83,20 @@ class Steerer:
         assert roles.shape[0] == len(self._rows), "one row of roles per row of the batch"
         roles = roles.long()
         counts = torch.nn.functional.one_hot(roles, NUM_ROLES).sum(dim=1).cpu().numpy()
-        for steering in self._layers.values():
-            steering.expect(roles, counts)
+        self._expect(roles, counts)
 
     def set_generated(self, tokens: int = 1) -> None:
         """Say that the next forward holds ``tokens`` generated tokens of every row, no padding."""
         counts = np.zeros((len(self._rows), NUM_ROLES), dtype=np.int64)
         counts[:, GENERATED] = tokens
-        for steering in self._layers.values():
-            steering.expect(None, counts)
+        self._expect(torch.full((1, 1), GENERATED, device=self._decoder.device), counts)
+
+    def _expect(self, roles: torch.Tensor, counts: np.ndarray) -> None:
+        if self._layers:
+            plans = torch.from_numpy(self._rows)[:, None].to(roles.device)  # [B, 1]
+            row = rows_of_roles(plans, roles)
+            for steering in self._layers.values():
+                steering.expect(row, counts)
 
     def pause(self) -> None:
         """Let forwards pass unsteered and uncounted until roles are set again."""
@@ -104,10 +109,10 @@ class Steerer:
         Touched counts go with their rows: read those of rows that leave before this.
         """
         chosen = np.asarray(indices.cpu() if isinstance(indices, torch.Tensor) else indices)
-        self._rows = self._rows[chosen.astype(np.int64)]
+        chosen = chosen.astype(np.int64)
+        self._rows = self._rows[chosen]
         for steering in self._layers.values():
-            steering.touched = steering.touched[chosen.astype(np.int64)]
-        self._follow_rows()
+            steering.touched = steering.touched[chosen]
 
     def join(self, other: Steerer) -> None:
         """Append the rows of ``other`` with their counts, as when two batches become one."""
@@ -124,10 +129,7 @@ class Steerer:
 
     def repeat_plan(self, batch: int) -> None:
         """Start a batch of ``batch`` rows that all carry the first plan, counts at zero."""
-        self._rows = np.zeros(batch, dtype=np.int64)
-        self._follow_rows()
-        for steering in self._layers.values():
-            steering.touched = np.zeros((batch, NUM_ROLES), dtype=np.int64)
+        self._take_rows(np.zeros(batch, dtype=np.int64))
 
     def touched(self) -> list[tuple[int, ...]]:
         """Return, per row and instruction, how many positions a hook has changed so far.
@@ -173,9 +175,11 @@ class Steerer:
                 )
         return counts
 
-    def _follow_rows(self) -> None:
+    def _take_rows(self, rows: np.ndarray) -> None:
+        """Take over the batch's rows (plan numbers), counts at zero."""
+        self._rows = rows
         for steering in self._layers.values():
-            steering.follow(self._rows)
+            steering.touched = np.zeros((len(rows), NUM_ROLES), dtype=np.int64)
 
 
 class SteeringHandle:

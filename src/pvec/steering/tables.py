@@ -1,4 +1,15 @@
-"""Steering instructions as tensors: one set per layer, aligned over the plans of a batch."""
+"""The steering formula: a plan as rows of tables, and what these rows do to tokens.
+
+A plan is the steering of one sequence. After one block it is a chain of additions and clamps
+(``ablate`` and ``cap`` clamp the component along a direction). Additions commute with everything
+but what a later clamp sees of them, so the chain becomes one sum ``delta`` and, for each clamp, a
+unit direction with the part ``offset`` of the earlier additions along it:
+
+    c = h.u + offset;   h <- h + u * (clamp(c, low, high) - c);   finally h <- h + delta
+
+A plan has one row per role of a token. Row 0 of a table changes nothing: padding and unsteered
+tokens point to it.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +18,140 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn.functional import embedding
 
 from pvec.errors import ModelError
 from pvec.models.decoder import Decoder, check_layer, describe_layer
-from pvec.steering.positions import NUM_ROLES, ROLES_OF
+from pvec.steering.positions import GENERATED, LAST, PAD, PROMPT, ROLES_OF
 from pvec.types import Instruction, ModelInfo, Operator, Positions
 
+STEERED_ROLES = (PROMPT, LAST, GENERATED)
+"""The rows of a plan, in order: prompt but its last token, last prompt token, generated."""
 
-@dataclass(frozen=True, eq=False)
-class Addition:
-    """What is added to a token: by plan and role. ``deltas`` float32 ``[P, roles, H]``."""
+NEUTRAL = (0.0, -np.inf, np.inf)
+"""Offset, low and high of a clamp that changes nothing."""
 
-    deltas: torch.Tensor
+Plan = tuple[Instruction, ...]
+"""The steering of one sequence: instructions in the order they apply within a layer."""
 
 
-@dataclass(frozen=True, eq=False)
-class Removal:
-    """What of a token's component along a direction is taken away: all of it, or its excess.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TableRows:
+    """``R`` rows of the steering table of one layer, with ``K`` clamps.
 
-    ``units`` float32 ``[P, H]``; ``ceilings`` float32 ``[P]``; ``capped`` bool ``[P]`` (False:
-    ablate); ``active`` float32 ``[P, roles]``, 1 where the plan has this step.
+    ``delta`` float32 ``[R, H]``; ``units`` float32 ``[K, R, H]`` (zero where nothing is clamped);
+    ``bounds`` float32 ``[K, R, 3]``: offset, low, high.
     """
 
-    units: torch.Tensor
-    ceilings: torch.Tensor
-    capped: torch.Tensor
-    active: torch.Tensor
+    delta: np.ndarray
+    units: np.ndarray
+    bounds: np.ndarray
 
 
-Step = Addition | Removal
-Plan = tuple[Instruction, ...]
-"""The steering of one row: instructions in the order they apply within a layer."""
+def first_row(plan: int) -> int:
+    """Return the row of the first role of the ``plan``-th plan of a table (numbered from 0)."""
+    return 1 + len(STEERED_ROLES) * plan
+
+
+def rows_of_roles(plans: torch.Tensor, roles: torch.Tensor) -> torch.Tensor:
+    """Return the table row of every token: ``plans`` ``[B, 1]`` numbers, ``roles`` ``[B, T]``."""
+    return torch.where(roles == PAD, 0, len(STEERED_ROLES) * plans + roles)  # PROMPT is role 1
+
+
+def steering_change(
+    row: torch.Tensor,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    *,
+    delta: torch.Tensor,
+    units: torch.Tensor,
+    bounds: torch.Tensor,
+) -> torch.Tensor:
+    """Return what is added to the residual stream of each token, in the dtype of ``delta``.
+
+    ``row`` integers ``[..., T]`` choose rows of the table (``TableRows`` as tensors); the residual
+    stream is ``hidden`` ``[..., T, H]`` plus ``residual`` where a model keeps one apart. Additions
+    are in the dtype of ``delta``, clamps in float32. Differentiable, and free of in-place edits
+    and of branches on values, so that it can be compiled and captured.
+    """
+    change = embedding(row, delta)  # [..., T, H]
+    if not len(units):
+        return change
+    start = hidden.float() if residual is None else hidden.float() + residual.float()
+    moved = torch.zeros_like(start)
+    for unit_table, bound_table in zip(units, bounds, strict=True):
+        unit = embedding(row, unit_table)  # [..., T, H]
+        bound = embedding(row, bound_table)  # [..., T, 3]
+        along = ((start + moved) * unit).sum(dim=-1) + bound[..., 0]  # [..., T]
+        clamped = torch.minimum(torch.maximum(along, bound[..., 1]), bound[..., 2])
+        moved = moved + (clamped - along)[..., None] * unit
+    return change + moved.to(delta.dtype)
+
+
+def plan_rows(plan: Sequence[Instruction], *, clamps: int) -> dict[int, TableRows]:
+    """Return the three rows of a plan by layer; no token meets more than ``clamps`` on one."""
+    by_layer: dict[int, list[Instruction]] = {}
+    for instruction in plan:
+        by_layer.setdefault(instruction.layer, []).append(instruction)
+    return {layer: _chain_rows(chain, clamps=clamps) for layer, chain in by_layer.items()}
+
+
+def layer_table(plans: Sequence[Plan], layer: int) -> TableRows:
+    """Return the table of ``layer`` for several plans: row 0, then three rows per plan."""
+    chains = [tuple(i for i in plan if i.layer == layer) for plan in plans]
+    clamps = max(map(clamps_needed, chains))
+    width = next(len(i.vector) for chain in chains for i in chain)
+    table = empty_rows(first_row(len(plans)), width, clamps=clamps)
+    for number, chain in enumerate(chains):
+        place = slice(first_row(number), first_row(number + 1))
+        for rows in plan_rows(chain, clamps=clamps).values():
+            table.delta[place] = rows.delta
+            table.units[:, place] = rows.units
+            table.bounds[:, place] = rows.bounds
+    return table
+
+
+def empty_rows(height: int, width: int, *, clamps: int) -> TableRows:
+    """Return ``height`` rows that change nothing."""
+    return TableRows(
+        delta=np.zeros((height, width), dtype=np.float32),
+        units=np.zeros((clamps, height, width), dtype=np.float32),
+        bounds=np.tile(np.array(NEUTRAL, dtype=np.float32), (clamps, height, 1)),
+    )
+
+
+def clamps_needed(plan: Sequence[Instruction]) -> int:
+    """Return the largest number of clamps that any one token of the plan meets on one layer."""
+    counts: dict[tuple[int, int], int] = {}
+    for instruction in plan:
+        if instruction.operator != "add":
+            for role in ROLES_OF[instruction.positions]:
+                key = (instruction.layer, role)
+                counts[key] = counts.get(key, 0) + 1
+    return max(counts.values(), default=0)
+
+
+def _chain_rows(chain: Sequence[Instruction], *, clamps: int) -> TableRows:
+    rows = empty_rows(len(STEERED_ROLES), len(chain[0].vector), clamps=clamps)
+    delta = np.zeros(rows.delta.shape, dtype=np.float64)
+    for row, role in enumerate(STEERED_ROLES):
+        clamp = 0
+        for instruction in chain:
+            if role not in ROLES_OF[instruction.positions]:
+                continue
+            vector = np.asarray(instruction.vector, dtype=np.float64)
+            if instruction.operator == "add":
+                delta[row] += instruction.coef * vector
+                continue
+            unit = vector / np.linalg.norm(vector)
+            low, high = (
+                (0.0, 0.0) if instruction.operator == "ablate" else (-np.inf, instruction.coef)
+            )
+            rows.units[clamp, row] = unit
+            rows.bounds[clamp, row] = float(delta[row] @ unit), low, high
+            clamp += 1
+    rows.delta[:] = delta
+    return rows
 
 
 def check_instruction(instruction: Instruction, decoder: Decoder | ModelInfo) -> None:
@@ -58,65 +172,6 @@ def check_instruction(instruction: Instruction, decoder: Decoder | ModelInfo) ->
         raise ModelError(
             f"{where} is zero, so it has no direction to {instruction.operator}: use another layer."
         )
-
-
-def layer_steps(plans: Sequence[Plan], layer: int) -> list[Step]:
-    """Return what happens after block ``layer`` for each of ``P`` plans, in order.
-
-    Neighbouring additions of a plan become one sum; plans are aligned so that step ``k`` of every
-    plan runs in the same tensor operation, and a plan without a step ``k`` passes through it.
-    """
-    chains = [_chain([i for i in plan if i.layer == layer]) for plan in plans]
-    depth = max((len(chain) for chain in chains), default=0)
-    steps: list[Step] = []
-    for k in range(depth):
-        at_k = [chain[k] if k < len(chain) else [] for chain in chains]
-        step = _addition(at_k) if k % 2 == 0 else _removal(at_k)
-        if step is not None:
-            steps.append(step)
-    return steps
-
-
-def _chain(instructions: list[Instruction]) -> list[list[Instruction]]:
-    """Split into additions, one removal, additions, one removal … (runs may be empty)."""
-    chain: list[list[Instruction]] = [[]]
-    for instruction in instructions:
-        if instruction.operator == "add":
-            chain[-1].append(instruction)
-        else:
-            chain += [[instruction], []]
-    return chain
-
-
-def _addition(rows: list[list[Instruction]]) -> Addition | None:
-    effective = [[i for i in row if i.coef != 0.0] for row in rows]
-    width = next((i.vector.shape[0] for row in effective for i in row), None)
-    if width is None:
-        return None  # coefficient 0 everywhere: the identity, exactly
-    deltas = np.zeros((len(rows), NUM_ROLES, width), dtype=np.float32)
-    for plan, row in enumerate(effective):
-        for i in row:
-            scaled = np.float32(i.coef) * np.asarray(i.vector, dtype=np.float32)
-            for role in ROLES_OF[i.positions]:
-                deltas[plan, role] += scaled
-    return Addition(torch.from_numpy(deltas))
-
-
-def _removal(rows: list[list[Instruction]]) -> Removal | None:
-    width = next((i.vector.shape[0] for row in rows for i in row), None)
-    if width is None:
-        return None
-    units = np.zeros((len(rows), width), dtype=np.float32)
-    ceilings = np.zeros(len(rows), dtype=np.float32)
-    capped = np.zeros(len(rows), dtype=bool)
-    active = np.zeros((len(rows), NUM_ROLES), dtype=np.float32)
-    for plan, row in enumerate(rows):
-        for i in row:
-            vector = np.asarray(i.vector, dtype=np.float64)
-            units[plan] = vector / np.linalg.norm(vector)
-            ceilings[plan], capped[plan] = i.coef, i.operator == "cap"
-            active[plan, list(ROLES_OF[i.positions])] = 1.0
-    return Removal(*(torch.from_numpy(a) for a in (units, ceilings, capped, active)))
 
 
 def all_layer_instructions(
