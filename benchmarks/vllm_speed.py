@@ -229,14 +229,14 @@ def engine_settings(options: argparse.Namespace) -> VLLMSettings:
     """Return an engine that holds all requests at once."""
     gpu = torch.cuda.is_available()
     return VLLMSettings(
-        eager=options.eager,
-        cache_bytes=None if gpu else CPU_CACHE_BYTES,
-        memory_share=0.6,
-        prefix_caching=False,
+        enforce_eager=options.enforce_eager,
+        kv_cache_memory_bytes=None if gpu else CPU_CACHE_BYTES,
+        gpu_memory_utilization=0.6,
+        enable_prefix_caching=False,
         block_size=None if gpu else 32,
         max_model_len=1024,
-        max_seqs=256 if gpu else 96,
-        max_batch_tokens=8192 if gpu else 2048,
+        max_num_seqs=256 if gpu else 96,
+        max_num_batched_tokens=8192 if gpu else 2048,
         captures=256 if gpu else 96,
     )
 

@@ -97,12 +97,12 @@ def test_the_cost_of_slots_and_captures_is_what_the_buffers_take() -> None:
     from pvec.backends.vllm.costs import accumulator_rows
     from pvec.backends.vllm.probe import Probe
 
-    options = VLLMSettings(slots=5, captures=7, removals=2)
+    options = VLLMSettings(slots=5, captures=7, clamps=2)
     probe = Probe(
         where=torch.zeros(2, 8, dtype=torch.int32),
         hidden_size=16,
         slots=5,
-        removals=2,
+        clamps=2,
         rows=accumulator_rows(options),
         dtype=torch.bfloat16,
     )

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from pvec.backends.vllm.probe import Probe, hang_before, hang_on
-from pvec.backends.vllm.tables import pack_plan, plan_rows, removals_needed, unpack_plan
+from pvec.backends.vllm.packing import pack_plan, unpack_plan
+from pvec.backends.vllm.probe import Probe, attach, attach_before
+from pvec.steering.tables import clamps_needed, plan_rows
 from pvec.types import Instruction, Operator, Positions
 
 WIDTH = 12
@@ -37,7 +38,7 @@ PLANS = {
         _instruction(2, "ablate"),
         _instruction(3, coef=-1.0),
     ),
-    "two removals": (
+    "two clamps": (
         _instruction(1, "ablate", "prompt"),
         _instruction(2, positions="response", coef=2.0),
         _instruction(3, "cap", coef=-0.5),
@@ -51,13 +52,13 @@ PLANS = {
 }
 
 
-def _probe(*, tokens: int = 32, removals: int = 2, slots: int = 3, rows: int = 9) -> Probe:
+def _probe(*, tokens: int = 32, clamps: int = 2, slots: int = 3, rows: int = 9) -> Probe:
     where = torch.zeros(2, tokens, dtype=torch.int32)
     return Probe(
         where=where,
         hidden_size=WIDTH,
         slots=slots,
-        removals=removals,
+        clamps=clamps,
         rows=rows,
         dtype=torch.float32,
     )
@@ -88,7 +89,7 @@ def test_a_plan_does_to_each_role_what_its_instructions_do_one_by_one(
 ) -> None:
     probe = _probe()
     plan = PLANS[name]
-    probe.load(2, unpack_plan(pack_plan(plan_rows(plan, removals=2)))[1])
+    probe.load(2, unpack_plan(pack_plan(plan_rows(plan, clamps=2)))[1])
     hidden, residual = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
     probe.where[0, :5] = torch.tensor([0, 4, 5, 6, 1])  # nobody, slot 2 in its roles, empty slot 1
     changed = probe(hidden, residual if apart else None)
@@ -103,7 +104,7 @@ def test_a_plan_does_to_each_role_what_its_instructions_do_one_by_one(
 def test_clearing_a_slot_leaves_nothing_of_the_plan_before() -> None:
     probe = _probe()
     empty = {name: value.clone() for name, value in probe.named_buffers()}
-    probe.load(3, plan_rows(PLANS["two removals"], removals=2)[1])
+    probe.load(3, plan_rows(PLANS["two clamps"], clamps=2)[1])
     assert not torch.equal(probe.delta, empty["delta"])
     probe.load(3, None)
     for name, value in probe.named_buffers():
@@ -137,9 +138,9 @@ def test_probes_hang_on_layers_that_return_a_pair_or_one_tensor(shape: str) -> N
             return hidden if shape == "tensor" else (hidden, None)
 
     layer, after, before = Layer(), _probe(), _probe(slots=0)
-    hang_on(layer, after)
-    hang_before(layer, before)
-    after.load(1, plan_rows((_instruction(1),), removals=2)[1])
+    attach(layer, after)
+    attach_before(layer, before)
+    after.load(1, plan_rows((_instruction(1),), clamps=2)[1])
     after.where[0, 2] = 1
     after.where[1, :3] = 5
     before.where[1, :3] = 6
@@ -153,8 +154,8 @@ def test_probes_hang_on_layers_that_return_a_pair_or_one_tensor(shape: str) -> N
     assert torch.allclose(before.sums[6], hidden.sum(dim=0), atol=1e-5)
 
 
-def test_removals_are_counted_where_they_meet() -> None:
-    assert removals_needed(PLANS["sum"]) == 0
-    assert removals_needed(PLANS["two removals"]) == 2
+def test_clamps_are_counted_where_they_meet() -> None:
+    assert clamps_needed(PLANS["sum"]) == 0
+    assert clamps_needed(PLANS["two clamps"]) == 2
     apart = (_instruction(1, "ablate", "prompt"), _instruction(2, "cap", "response"))
-    assert removals_needed(apart) == 2  # the last prompt token belongs to both
+    assert clamps_needed(apart) == 2  # the last prompt token belongs to both

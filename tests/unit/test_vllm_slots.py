@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pvec.backends.vllm.ledger import OPEN_END
 from pvec.backends.vllm.slots import Rows, Slots, cut
+from pvec.backends.vllm.token_rows import OPEN_END
 
 
 def test_requests_that_are_steered_alike_share_a_slot() -> None:

@@ -73,14 +73,14 @@ def start(models: Callable[[str], Path]) -> Iterator[Start]:
         key = f"{architecture} {sorted(settings.items())}"
         if key not in running:
             defaults = {
-                "cache_bytes": CACHE_BYTES,
+                "kv_cache_memory_bytes": CACHE_BYTES,
                 "block_size": 32,
-                "eager": True,
-                "max_seqs": 16,
-                "max_batch_tokens": 256,
+                "enforce_eager": True,
+                "max_num_seqs": 16,
+                "max_num_batched_tokens": 256,
                 "slots": 4,
                 "captures": 16,
-                "removals": 2,
+                "clamps": 2,
             }
             running[key] = VLLMBackend(
                 str(models(architecture)), options=VLLMSettings(**(defaults | settings))

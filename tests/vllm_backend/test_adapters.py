@@ -39,14 +39,14 @@ def test_requests_on_two_adapters_and_none_share_a_batch(
         r.id: (None, *folders)[n % 3] for n, r in enumerate(requests) if n % 4
     }
     options = VLLMSettings(
-        eager=True,
-        cache_bytes=CACHE_BYTES,
+        enforce_eager=True,
+        kv_cache_memory_bytes=CACHE_BYTES,
         block_size=32,
-        max_seqs=16,
-        adapters=2,
-        adapter_rank=8,
-        max_batch_tokens=128,
-        removals=2,
+        max_num_seqs=16,
+        max_loras=2,
+        max_lora_rank=8,
+        max_num_batched_tokens=128,
+        clamps=2,
         slots=4,
         captures=16,
     )
@@ -72,5 +72,5 @@ def test_an_adapter_asked_of_an_engine_without_any_is_refused(
     start: Callable[[], VLLMBackend],
 ) -> None:
     request = replace(battery()[0], id="r")
-    with pytest.raises(InputError, match=r"backend\.vllm\.adapters"):
+    with pytest.raises(InputError, match=r"backend\.vllm\.max_loras"):
         list(start().generate([request], adapters={"r": "/some/adapter"}))

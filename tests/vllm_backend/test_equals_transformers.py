@@ -18,16 +18,16 @@ from vllm_backend.requests import battery
 
 ENGINES: dict[str, dict[str, Any]] = {
     "qwen2": {},
-    "llama, chunks": {"architecture": "llama", "max_batch_tokens": 24},
+    "llama, chunks": {"architecture": "llama", "max_num_batched_tokens": 24},
     "qwen3, no prefix cache, no chunks": {
         "architecture": "qwen3",
-        "prefix_caching": False,
-        "chunked_prefill": False,
+        "enable_prefix_caching": False,
+        "enable_chunked_prefill": False,
     },
     "gemma2": {"architecture": "gemma2"},
-    "gemma3, chunks": {"architecture": "gemma3", "max_batch_tokens": 24},
-    "qwen2, preempted": {"cache_bytes": 6 * 32 * 2 * 3 * 32 * 4, "max_model_len": 128},
-    "qwen2, compiled": {"eager": False, "removals": 2, "max_batch_tokens": 64},
+    "gemma3, chunks": {"architecture": "gemma3", "max_num_batched_tokens": 24},
+    "qwen2, preempted": {"kv_cache_memory_bytes": 6 * 32 * 2 * 3 * 32 * 4, "max_model_len": 128},
+    "qwen2, compiled": {"enforce_eager": False, "clamps": 2, "max_num_batched_tokens": 64},
 }
 
 
@@ -76,7 +76,7 @@ def test_a_second_run_in_another_order_reads_the_cache_and_gives_the_same(
 
 def test_the_small_cache_preempts(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = start(**ENGINES["qwen2, preempted"])
-    scheduler = backend._flow.flows[0].engine.engine_core.engine_core.scheduler
+    scheduler = backend._pool.clients[0].engine.engine_core.engine_core.scheduler
     preempted = []
     preempt = scheduler._preempt_request
     monkeypatch.setattr(

@@ -42,9 +42,9 @@ def test_the_second_model_runner_gives_the_same() -> None:
 
 
 WORKERS: dict[str, dict[str, Any]] = {
-    "tensor": {"tensor_parallel": 2},
-    "pipeline": {"pipeline_parallel": 2},
-    "data": {"data_parallel": 2},
+    "tensor": {"tensor_parallel_size": 2},
+    "pipeline": {"pipeline_parallel_size": 2},
+    "data": {"data_parallel_size": 2},
 }
 
 
@@ -57,19 +57,19 @@ def backend(request: pytest.FixtureRequest, models: Callable[[str], Path]) -> It
 
     settings = WORKERS[request.param]
     options = VLLMSettings(
-        eager=True,
-        cache_bytes=CACHE_BYTES,
+        enforce_eager=True,
+        kv_cache_memory_bytes=CACHE_BYTES,
         block_size=32,
-        max_seqs=16,
+        max_num_seqs=16,
         slots=4,
         captures=16,
-        max_batch_tokens=48,
-        removals=2,
+        max_num_batched_tokens=48,
+        clamps=2,
         **settings,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        if "data_parallel" not in settings:
+        if "data_parallel_size" not in settings:
             patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
         disable_envs_cache()  # an engine of another test may have read the environment
         # Two heads of keys and values, so that two ranks can share them.

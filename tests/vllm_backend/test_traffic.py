@@ -44,11 +44,11 @@ def test_hundreds_of_different_steerings_pass_through_four_slots(backend: VLLMBa
     requests = [
         _request(n, replace(base, vector=vector(n), coef=(-1) ** n * 1.0)) for n in range(300)
     ]
-    before = backend._flow.flows[0].slots.loads
+    before = backend._pool.clients[0].slots.loads
     found = {g.id: g for g in backend.generate(requests)}
     assert len(found) == 300
-    assert backend._flow.flows[0].slots.loads - before == 300
-    assert backend._flow.flows[0].slots.held == 0
+    assert backend._pool.clients[0].slots.loads - before == 300
+    assert backend._pool.clients[0].slots.held == 0
     for request in requests[::10]:
         tokens, _ = greedy(model, request.prompt_ids, tokens=3, stop=[2], plan=request.steering)
         assert list(found[request.id].token_ids) == tokens, request.id
@@ -76,13 +76,13 @@ def test_positions_touched_are_counted_per_instruction(backend: VLLMBackend) -> 
 
 
 def test_a_stream_that_is_left_early_leaves_slots_and_rows_free(backend: VLLMBackend) -> None:
-    free = len(backend._flow.flows[0].rows._free)
+    free = len(backend._pool.clients[0].rows._free)
     stream = backend.generate_and_capture(battery())
     next(stream)
     stream.close()
-    assert backend._flow.flows[0].slots.held == 0
-    assert len(backend._flow.flows[0].rows._free) == free
-    assert not backend._flow.flows[0]._running
+    assert backend._pool.clients[0].slots.held == 0
+    assert len(backend._pool.clients[0].rows._free) == free
+    assert not backend._pool.clients[0]._running
     assert len(list(backend.generate(battery()))) == len(battery())
 
 
@@ -144,7 +144,7 @@ def test_requests_are_drawn_as_there_is_room(backend: VLLMBackend) -> None:
     for _ in range(50):
         next(stream)
     stream.close()
-    assert drawn <= 50 + 2 * backend.options.max_seqs + 1
+    assert drawn <= 50 + 2 * backend.options.max_num_seqs + 1
 
 
 def test_the_same_seed_gives_the_same_text_in_any_company(backend: VLLMBackend) -> None:
@@ -196,9 +196,9 @@ BAD = {
     "no room": (ModelError, "leaves no room", lambda: _request(0, prompt=256)),
     "no prompt": (ModelError, "is empty", lambda: replace(_request(0), prompt_ids=())),
     "strange token": (ModelError, "vocabulary", lambda: replace(_request(0), prompt_ids=(9**9,))),
-    "too many removals": (
+    "too many clamps": (
         InputError,
-        "backend.vllm.removals to 3",
+        "backend.vllm.clamps to 3",
         lambda: _request(
             0, *[Instruction(vector=vector(s), layer=1, operator="ablate") for s in range(3)]
         ),
@@ -245,18 +245,18 @@ def test_an_answer_that_is_cut_by_the_context_is_captured_to_its_last_token(
 def test_a_worker_that_lost_a_request_is_an_error_not_a_number(
     backend: VLLMBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = backend._flow.flows[
+    worker = backend._pool.clients[
         0
     ].engine.engine_core.engine_core.model_executor.driver_worker.worker
     with monkeypatch.context() as patch:
-        patch.setattr(worker.pvec_ledger, "open", lambda *_args: None)
+        patch.setattr(worker.pvec_row_map, "open", lambda *_args: None)
         with pytest.raises(SteeringError, match="without being seen"):
             list(backend.generate([_request(0, Instruction(vector=vector(1), layer=1))]))
-    backend._flow.flows[0].slots._holders.clear()
+    backend._pool.clients[0].slots._holders.clear()
 
 
 def test_a_graph_that_did_not_steer_is_an_error_at_the_end(backend: VLLMBackend) -> None:
-    worker = backend._flow.flows[
+    worker = backend._pool.clients[
         0
     ].engine.engine_core.engine_core.model_executor.driver_worker.worker
     hooks = worker.pvec_layers[2]._forward_hooks
@@ -276,7 +276,7 @@ def test_a_worker_that_dies_is_one_sentence_and_what_was_finished_is_kept(
     from vllm.v1.engine.exceptions import EngineDeadError
 
     backend = start(captures=8)  # of its own: it is of no use afterwards
-    engine = backend._flow.flows[0].engine
+    engine = backend._pool.clients[0].engine
     step, finished = engine.step, []
 
     def step_until_two_are_done() -> list[object]:
@@ -316,7 +316,7 @@ def test_a_model_that_vllm_cannot_run_or_hold_is_refused_with_a_remedy(
     from pvec.settings.tree import VLLMSettings
 
     folder = str(models("qwen2"))
-    small = VLLMSettings(eager=True, cache_bytes=2**14, block_size=32, captures=4)
+    small = VLLMSettings(enforce_eager=True, kv_cache_memory_bytes=2**14, block_size=32, captures=4)
     with pytest.raises(ModelError, match=r"too little memory.*backend\.vllm\.max_model_len"):
         VLLMBackend(folder, options=small)
 
@@ -328,7 +328,9 @@ def test_an_engine_whose_layers_are_not_steered_does_not_start(
     from pvec.settings.tree import VLLMSettings
 
     monkeypatch.setattr(probe.Probe, "_change", lambda _self, _row, hidden, _residual: 0 * hidden)
-    options = VLLMSettings(eager=True, cache_bytes=2**20, block_size=32, max_seqs=4, captures=4)
+    options = VLLMSettings(
+        enforce_eager=True, kv_cache_memory_bytes=2**20, block_size=32, max_num_seqs=4, captures=4
+    )
     with pytest.raises(SteeringError, match="self-test of steering on vLLM failed: at layer 1"):
         VLLMBackend(str(models("qwen2")), options=options)
 
@@ -351,11 +353,11 @@ def test_a_graph_compiled_without_probes_or_for_other_tables_is_not_taken_from_t
         return found
 
     def ours(**settings: Any) -> dict[str, Any]:
-        options = VLLMSettings(cache_bytes=CACHE_BYTES, block_size=32, **settings)
+        options = VLLMSettings(kv_cache_memory_bytes=CACHE_BYTES, block_size=32, **settings)
         return engine_arguments(metadata, options, dtype="float32", trust_code=False)
 
     plain = ours() | {"additional_config": {}}
-    asked = [plain, ours(), ours(slots=8), ours(removals=2), ours(captures=8)]
+    asked = [plain, ours(), ours(slots=8), ours(clamps=2), ours(captures=8)]
     assert len({key(arguments) for arguments in asked}) == len(asked)
     assert key(ours()) == key(ours())
 
@@ -396,8 +398,8 @@ def test_seeded_texts_do_not_depend_on_chunks_or_preemption(start: Start) -> Non
     ]
     engines = [
         start(),
-        start(max_batch_tokens=24),
-        start(cache_bytes=6 * 32 * 2 * 3 * 32 * 4, max_model_len=128),
+        start(max_num_batched_tokens=24),
+        start(kv_cache_memory_bytes=6 * 32 * 2 * 3 * 32 * 4, max_model_len=128),
     ]
     texts = [{g.id: g.token_ids for g in engine.generate(requests)} for engine in engines]
     assert texts[0] == texts[1] == texts[2]

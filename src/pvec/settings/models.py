@@ -49,58 +49,58 @@ class VLLMSettings(Section):
     """How the vLLM engine is started."""
 
     slots: int = Field(default=64, ge=0)
-    """Different steerings in flight at once; one more waits for a free slot. Costs three vectors \
-per layer each"""
+    """Different sets of steering instructions in flight at once; a further one waits for a free \
+slot. Each takes three vectors per layer"""
 
-    removals: int = Field(default=1, ge=0)
-    """Most `ablate` or `cap` instructions on one token and layer; 0 saves a little time"""
+    clamps: int = Field(default=1, ge=0)
+    """Most `ablate` or `cap` instructions on one token and layer; 0 is slightly faster"""
 
     captures: int = Field(default=256, ge=4)
-    """Captured answers in flight at once; each costs three float32 vectors per layer"""
+    """Captured answers in flight at once; each takes three float32 vectors per layer"""
 
-    memory_share: float = Field(default=0.9, gt=0, le=1)
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     """Share of the GPU's memory that the engine may take"""
 
-    cache_bytes: int | None = Field(default=None, ge=1)
+    kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
     """Memory of the key-value cache in bytes (default: what is left of the share)"""
 
     max_model_len: int | None = Field(default=None, ge=2)
     """Most tokens of prompt and answer together (default: what the model allows)"""
 
-    max_seqs: int = Field(default=256, ge=1)
+    max_num_seqs: int = Field(default=256, ge=1)
     """Sequences that run at once"""
 
-    max_batch_tokens: int | None = Field(default=None, ge=1)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
     """Tokens of one step (default: vLLM's)"""
 
     block_size: int | None = Field(default=None, ge=1)
     """Tokens in a block of the key-value cache (default: vLLM's)"""
 
-    eager: bool = False
-    """Neither compile nor capture graphs: starts faster, runs slower"""
+    enforce_eager: bool = False
+    """Do not compile or capture graphs: starts faster, runs slower"""
 
-    prefix_caching: bool = True
+    enable_prefix_caching: bool = True
     """Share the computed prompts of requests that are steered alike"""
 
-    chunked_prefill: bool = True
+    enable_chunked_prefill: bool = True
     """Split long prompts over several steps"""
 
     async_scheduling: bool = False
     """Prepare the next step while one runs: faster on a GPU, but no capture while generating"""
 
-    tensor_parallel: int = Field(default=1, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs that share each layer"""
 
-    pipeline_parallel: int = Field(default=1, ge=1)
+    pipeline_parallel_size: int = Field(default=1, ge=1)
     """GPUs that share the stack of layers"""
 
-    data_parallel: int = Field(default=1, ge=1)
+    data_parallel_size: int = Field(default=1, ge=1)
     """Engines side by side, each with its own GPUs, that share the requests"""
 
-    adapters: int = Field(default=0, ge=0)
+    max_loras: int = Field(default=0, ge=0)
     """Different LoRA adapters in one batch (at least one when the model has an adapter)"""
 
-    adapter_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
     """Largest rank of an adapter"""
 
 

@@ -50,7 +50,25 @@ __all__ = [
 
 ENV_PREFIX = "PVEC_"
 
-RENAMED: dict[str, str] = {}
+_VLLM_NAMES = {
+    "memory_share": "gpu_memory_utilization",
+    "cache_bytes": "kv_cache_memory_bytes",
+    "max_seqs": "max_num_seqs",
+    "max_batch_tokens": "max_num_batched_tokens",
+    "eager": "enforce_eager",
+    "prefix_caching": "enable_prefix_caching",
+    "chunked_prefill": "enable_chunked_prefill",
+    "tensor_parallel": "tensor_parallel_size",
+    "pipeline_parallel": "pipeline_parallel_size",
+    "data_parallel": "data_parallel_size",
+    "adapters": "max_loras",
+    "adapter_rank": "max_lora_rank",
+    "removals": "clamps",
+}
+
+RENAMED: dict[str, str] = {
+    f"backend.vllm.{old}": f"backend.vllm.{new}" for old, new in _VLLM_NAMES.items()
+}
 """Old dotted path of a setting → its present one. The old name still works in files, in the
 environment and as a hidden option, and a note says the new one.
 """

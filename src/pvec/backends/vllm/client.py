@@ -1,8 +1,8 @@
 """Requests into the engine and results out of it.
 
-Jobs are admitted in order while there is room: a slot for their steering, rows for what they
-capture. A job that finds none waits; none is dropped. Several streams may share one engine; each
-gets its own results.
+Requests are admitted in order while there is room: a slot for their steering, rows for what they
+capture. A request that finds none waits; none is dropped. Several streams may share one engine;
+each gets its own results.
 """
 
 from __future__ import annotations
@@ -17,62 +17,24 @@ from typing import Any
 
 import numpy as np
 
-from pvec.backends.vllm.ledger import Ticket
-from pvec.backends.vllm.slots import Rows, Segments, Slots
-from pvec.backends.vllm.tables import pack_plan, plan_rows, unpack
+from pvec.backends.vllm.packing import pack_plan, unpack
+from pvec.backends.vllm.requests import EngineRequest, EngineResult
+from pvec.backends.vllm.slots import Rows, Slots
+from pvec.backends.vllm.token_rows import RequestMetadata
 from pvec.backends.vllm.worker import EXTRA
 from pvec.errors import ModelError, SteeringError
+from pvec.steering.tables import plan_rows
 from pvec.types import Instruction
 
-_TAKE_AT = 16
-"""Finished jobs whose accounts are fetched together; one that captured is fetched at once."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Job:
-    """One request to the engine.
-
-    ``steered_prompt`` is the number of tokens that are prompt to the steering; ``sampling`` are
-    arguments of vLLM's ``SamplingParams``; ``tag`` is the caller's own; ``stream`` asks for what
-    there is after every step.
-    """
-
-    tag: Any
-    token_ids: Sequence[int]
-    steered_prompt: int
-    sampling: Mapping[str, Any]
-    plan: tuple[Instruction, ...] = ()
-    segments: Segments | None = None
-    adapter: str | None = None
-    stream: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Done:
-    """A finished job, or with ``finished`` False the tokens so far of a streamed one.
-
-    ``high`` is the number of positions computed or read from the cache (None for a job that was
-    neither steered nor captured).
-
-    ``sums`` float32 ``[layers, segments, H]`` and ``stats`` float32 ``[layers, segments, 2]`` (sum
-    of norms, number of tokens) for layers 0 … num_layers and the job's covered segments.
-    """
-
-    job: Job
-    token_ids: tuple[int, ...]
-    stopped: bool
-    logprobs: Sequence[Any] | None
-    high: int | None = None
-    sums: np.ndarray | None = None
-    stats: np.ndarray | None = None
-    finished: bool = True
+_FETCH_AT = 16
+"""Finished requests whose counts are fetched together; one that captured is fetched at once."""
 
 
 @dataclass(kw_only=True, eq=False)
 class _Running:
-    job: Job
+    request: EngineRequest
     key: int
-    mailbox: deque[Done]
+    mailbox: deque[EngineResult]
     engine_id: str
     plan_key: str | None
     rows: tuple[int, ...]
@@ -84,25 +46,23 @@ class _Running:
 
 
 @dataclass(kw_only=True, eq=False)
-class _Books:
-    """What the workers returned for several finished jobs."""
+class _WorkerResults:
+    """What the workers returned for several finished requests."""
 
-    accounts: np.ndarray  # int64 [jobs, 3]
+    counts: np.ndarray  # int64 [requests, 3]
     sums: np.ndarray  # float32 [layers, rows, H]
     stats: np.ndarray  # float32 [layers, rows, 2]
     place: Mapping[int, int] = field(default_factory=dict)  # row -> index
 
 
-class Flow:
-    """The traffic of one engine. ``window`` is the most jobs of a stream in the engine at once."""
+class EngineClient:
+    """The traffic of one engine. ``window``: most requests of a stream in the engine at once."""
 
-    def __init__(
-        self, engine: Any, *, slots: Slots, rows: Rows, removals: int, window: int
-    ) -> None:
+    def __init__(self, engine: Any, *, slots: Slots, rows: Rows, clamps: int, window: int) -> None:
         self.engine = engine
         self.slots = slots
         self.rows = rows
-        self._removals = removals
+        self._clamps = clamps
         self._window = window
         self._keys = itertools.count(1)
         self._running: dict[str, _Running] = {}
@@ -110,22 +70,26 @@ class Flow:
         self._adapters: dict[str, Any] = {}
         self._dead = False
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Done]:
-        """Yield every job as it finishes; jobs are drawn from the iterable as there is room."""
-        mailbox: deque[Done] = deque()
-        source = iter(jobs)
+    def run(self, requests: Iterable[EngineRequest]) -> Iterator[EngineResult]:
+        """Yield results as requests finish; requests are drawn as there is room for them."""
+        mailbox: deque[EngineResult] = deque()
+        source = iter(requests)
         waiting = next(source, None)
-        mine = 0
+        in_engine = 0
         try:
             while True:
-                while waiting is not None and mine < self._window and self._admit(waiting, mailbox):
-                    waiting, mine = next(source, None), mine + 1
+                while (
+                    waiting is not None
+                    and in_engine < self._window
+                    and self._admit(waiting, mailbox)
+                ):
+                    waiting, in_engine = next(source, None), in_engine + 1
                 if mailbox:
                     done = mailbox.popleft()
-                    mine -= done.finished
+                    in_engine -= done.finished
                     yield done
-                elif mine or waiting is not None:
-                    self._step(short=waiting is not None and mine < self._window)
+                elif in_engine or waiting is not None:
+                    self._step(short=waiting is not None and in_engine < self._window)
                 else:
                     return
         finally:
@@ -133,7 +97,7 @@ class Flow:
 
     @property
     def running(self) -> int:
-        """How many jobs are in the engine, those that wait there for room included."""
+        """How many requests are in the engine, those that wait there for room included."""
         return len(self._running)
 
     def call(self, method: str, *args: Any) -> list[Any]:
@@ -156,55 +120,60 @@ class Flow:
                 "kept, run the same command again to go on where it stopped."
             ) from error
 
-    def _admit(self, job: Job, mailbox: deque[Done]) -> bool:
-        """Put a job into the engine; False when it must wait for a slot or rows."""
-        plan_key = _plan_key(job.plan) if job.plan else None
-        needed = len(job.segments.covered) if job.segments else 0
+    def _admit(self, request: EngineRequest, mailbox: deque[EngineResult]) -> bool:
+        """Put a request into the engine; False when it must wait for a slot or rows."""
+        plan_key = _plan_key(request.plan) if request.plan else None
+        needed = len(request.segments.covered) if request.segments else 0
         rows = self.rows.acquire(needed)
         if rows is None:
             return False
         slot = 0
         if plan_key is not None:
-            found = self.slots.acquire(plan_key, lambda place: self._load(place, job.plan))
-            if found is None:
+            acquired = self.slots.acquire(plan_key, lambda place: self._load(place, request.plan))
+            if acquired is None:
                 self.rows.release(rows)
                 return False
-            slot = found
+            slot = acquired
         key = next(self._keys)
         running = _Running(
-            job=job, key=key, mailbox=mailbox, engine_id=f"pvec-{key}", plan_key=plan_key, rows=rows
+            request=request,
+            key=key,
+            mailbox=mailbox,
+            engine_id=f"pvec-{key}",
+            plan_key=plan_key,
+            rows=rows,
         )
         self._running[running.engine_id] = running
-        ticket = Ticket(
+        metadata = RequestMetadata(
             key=key,
             slot=slot,
-            prompt=job.steered_prompt,
-            edges=job.segments.edges if job.segments else (),
-            rows=job.segments.rows(rows) if job.segments else (0,),
+            prompt=request.steered_prompt,
+            edges=request.segments.edges if request.segments else (),
+            rows=request.segments.rows(rows) if request.segments else (0,),
         )
-        self._submit(running, ticket)
+        self._submit(running, metadata)
         return True
 
-    def _submit(self, running: _Running, ticket: Ticket) -> None:
+    def _submit(self, running: _Running, metadata: RequestMetadata) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        job = running.job
+        request = running.request
         params = SamplingParams(
-            **job.sampling,
+            **request.sampling,
             detokenize=False,
             output_kind=(
-                RequestOutputKind.CUMULATIVE if job.stream else RequestOutputKind.FINAL_ONLY
+                RequestOutputKind.CUMULATIVE if request.stream else RequestOutputKind.FINAL_ONLY
             ),
-            extra_args={EXTRA: ticket.as_args()} if running.watched else None,
+            extra_args={EXTRA: metadata.as_args()} if running.watched else None,
         )
-        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(job.token_ids)}
+        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(request.token_ids)}
         salt = _salt(running)
         if salt is not None:
             prompt["cache_salt"] = salt
         with self._alive():
             self.engine.add_request(
-                running.engine_id, prompt, params, lora_request=self._adapter(job.adapter)
+                running.engine_id, prompt, params, lora_request=self._adapter(request.adapter)
             )
 
     def _adapter(self, path: str | None) -> Any:
@@ -218,10 +187,10 @@ class Flow:
         return self._adapters[path]
 
     def _load(self, slot: int, plan: tuple[Instruction, ...]) -> None:
-        self.call("pvec_load", slot, pack_plan(plan_rows(plan, removals=self._removals)))
+        self.call("pvec_load", slot, pack_plan(plan_rows(plan, clamps=self._clamps)))
 
     def _step(self, *, short: bool) -> None:
-        """Run the engine one step; ``short``: a job waits for what finished ones still hold."""
+        """Run the engine one step; ``short``: a request waits for what finished ones still hold."""
         with self._alive():
             outputs = self.engine.step()
         for output in outputs:
@@ -229,7 +198,7 @@ class Flow:
             if running is None:
                 continue
             if not output.finished:
-                running.mailbox.append(_so_far(running.job, output))
+                running.mailbox.append(_so_far(running.request, output))
                 continue
             del self._running[output.request_id]
             running.output = output
@@ -238,23 +207,25 @@ class Flow:
             else:
                 running.mailbox.append(_done(running))
         urgent = short or any(running.rows for running in self._due)
-        if self._due and (urgent or len(self._due) >= _TAKE_AT or not self._running):
+        if self._due and (urgent or len(self._due) >= _FETCH_AT or not self._running):
             self._settle()
 
     def _settle(self) -> None:
-        """Fetch the accounts of finished jobs, hand them over and free what they held."""
+        """Fetch the counts of finished requests, hand them over and free what they held."""
         due, self._due = self._due, []
-        books = self._take(due)
+        results = self._fetch(due)
         for place, running in enumerate(due):
             self._free(running)
-            running.mailbox.append(_done(running, books=books, place=place))
+            running.mailbox.append(_done(running, results=results, place=place))
 
-    def _take(self, jobs: Sequence[_Running]) -> _Books:
-        rows = [row for running in jobs for row in running.rows]
-        answers = [a for a in self.call("pvec_take", [r.key for r in jobs], rows) if a is not None]
+    def _fetch(self, finished: Sequence[_Running]) -> _WorkerResults:
+        rows = [row for running in finished for row in running.rows]
+        answers = [
+            a for a in self.call("pvec_fetch", [r.key for r in finished], rows) if a is not None
+        ]
         parts = sorted((unpack(answer) for answer in answers), key=lambda p: int(p["layers"][0]))
-        return _Books(
-            accounts=parts[0]["accounts"],
+        return _WorkerResults(
+            counts=parts[0]["counts"],
             sums=np.concatenate([part["sums"] for part in parts]),
             stats=np.concatenate([part["stats"] for part in parts]),
             place={row: index for index, row in enumerate(rows)},
@@ -265,48 +236,52 @@ class Flow:
             self.slots.release(running.plan_key)
         self.rows.release(running.rows)
 
-    def _abandon(self, mailbox: deque[Done]) -> None:
+    def _abandon(self, mailbox: deque[EngineResult]) -> None:
         """Take out of the engine what a stream that is left early still has in it."""
-        mine = [r for r in self._running.values() if r.mailbox is mailbox]
+        unfinished = [r for r in self._running.values() if r.mailbox is mailbox]
         late = [r for r in self._due if r.mailbox is mailbox]
-        if self._dead or not (mine or late):
+        if self._dead or not (unfinished or late):
             return
-        if mine:
-            self.engine.abort_request([running.engine_id for running in mine])
-        for running in mine:
+        if unfinished:
+            self.engine.abort_request([running.engine_id for running in unfinished])
+        for running in unfinished:
             del self._running[running.engine_id]
         self._due = [r for r in self._due if r.mailbox is not mailbox]
-        watched = [running for running in (*mine, *late) if running.watched]
+        watched = [running for running in (*unfinished, *late) if running.watched]
         if watched:
-            self._take(watched)
+            self._fetch(watched)
         for running in watched:
             self._free(running)
 
 
-def _so_far(job: Job, output: Any) -> Done:
+def _so_far(request: EngineRequest, output: Any) -> EngineResult:
     tokens = tuple(output.outputs[0].token_ids)
-    return Done(job=job, token_ids=tokens, stopped=False, logprobs=None, finished=False)
+    return EngineResult(
+        request=request, token_ids=tokens, stopped=False, logprobs=None, finished=False
+    )
 
 
-def _done(running: _Running, *, books: _Books | None = None, place: int = 0) -> Done:
+def _done(
+    running: _Running, *, results: _WorkerResults | None = None, place: int = 0
+) -> EngineResult:
     completion = running.output.outputs[0]
     high = None
-    if books is not None:
-        cached, high, gaps = books.accounts[place].tolist()
+    if results is not None:
+        cached, high, gaps = results.counts[place].tolist()
         if cached < 0 or gaps:
             raise SteeringError(
                 "A request went through the vLLM engine without being seen by pvec's worker "
-                f"(account {cached}, {high}, {gaps}): this vLLM is not supported, use --backend hf."
+                f"(counts {cached}, {high}, {gaps}): this vLLM is not supported, use --backend hf."
             )
-    index = [books.place[row] for row in running.rows] if books else []
-    return Done(
-        job=running.job,
+    index = [results.place[row] for row in running.rows] if results else []
+    return EngineResult(
+        request=running.request,
         token_ids=tuple(completion.token_ids),
         stopped=completion.finish_reason == "stop",
         logprobs=completion.logprobs,
         high=high,
-        sums=books.sums[:, index] if books and index else None,
-        stats=books.stats[:, index] if books and index else None,
+        sums=results.sums[:, index] if results and index else None,
+        stats=results.stats[:, index] if results and index else None,
     )
 
 
@@ -325,4 +300,4 @@ def _salt(running: _Running) -> str | None:
     if running.plan_key is None:
         return None
     digest = hashlib.sha256(running.plan_key.encode()).hexdigest()[:32]
-    return f"{digest}-{running.job.steered_prompt}"
+    return f"{digest}-{running.request.steered_prompt}"

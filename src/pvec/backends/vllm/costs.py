@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pvec.backends.vllm.tables import ROLES
 from pvec.settings.tree import VLLMSettings
+from pvec.steering.tables import first_row
 
 SPAN_ROWS = 3
 """Accumulator rows of a captured answer: prompt but its last token, last prompt token, response."""
@@ -18,9 +18,8 @@ def table_bytes(
     options: VLLMSettings, *, num_layers: int, hidden_size: int, item_bytes: int
 ) -> int:
     """Return the size of the steering tables in bytes."""
-    height = 1 + len(ROLES) * options.slots
-    per_row = hidden_size * item_bytes + options.removals * 4 * (hidden_size + 3)
-    return num_layers * height * per_row
+    per_row = hidden_size * item_bytes + options.clamps * 4 * (hidden_size + 3)
+    return num_layers * first_row(options.slots) * per_row
 
 
 def capture_bytes(options: VLLMSettings, *, num_layers: int, hidden_size: int) -> int:

@@ -11,11 +11,17 @@ import numpy as np
 
 from pvec.backends.base import Backend
 from pvec.backends.vllm import scores
+from pvec.backends.vllm.client import EngineClient
 from pvec.backends.vllm.costs import accumulator_rows, capture_bytes, table_bytes
-from pvec.backends.vllm.fleet import Fleet, gpus_of
-from pvec.backends.vllm.flow import Done, Flow, Job
-from pvec.backends.vllm.jobs import Adapters, Jobs
-from pvec.backends.vllm.results import span_means, wrong_count
+from pvec.backends.vllm.replicas import ReplicaPool, gpus_of
+from pvec.backends.vllm.requests import (
+    Adapters,
+    EngineRequest,
+    EngineResult,
+    RequestBuilder,
+    span_means,
+    wrong_count,
+)
 from pvec.backends.vllm.selftest import prove
 from pvec.backends.vllm.slots import Rows, Slots
 from pvec.backends.vllm.start import check_vllm, platform, start_engine, stop_engine, stop_ids
@@ -54,24 +60,24 @@ class VLLMBackend(Backend):
         metadata = metadata or inspect_model(spec)
         options = options or VLLMSettings()
         if metadata.adapter is not None:
-            options = options.model_copy(update={"adapters": max(options.adapters, 1)})
+            options = options.model_copy(update={"max_loras": max(options.max_loras, 1)})
         self.options = options
         self.on_note = on_note or (lambda _note: None)
         self.tokenizer = metadata.tokenizer
         device = platform()
         dtype, why = choose_dtype(spec.dtype, device)
         name = str(dtype).removeprefix("torch.")
-        self._flow = Fleet(
+        self._pool = ReplicaPool(
             [
                 self._start(metadata, number, dtype=name, trust_code=spec.trust_remote_code)
-                for number in range(options.data_parallel)
+                for number in range(options.data_parallel_size)
             ]
         )
-        config = self._flow.flows[0].engine.vllm_config.model_config
+        config = self._pool.clients[0].engine.vllm_config.model_config
         self.context: int = config.max_model_len
         try:
             self.info = self._inspect(metadata, dtype=name, why=why, item_bytes=dtype.itemsize)
-            self._jobs = Jobs(
+            self._requests = RequestBuilder(
                 info=self.info,
                 options=options,
                 tokenizer=metadata.tokenizer,
@@ -79,8 +85,8 @@ class VLLMBackend(Backend):
                 vocab=config.get_vocab_size(),
                 stop_ids=sorted(stop_ids(metadata)),
             )
-            for flow in self._flow.flows:
-                prove(flow, self.info, vocab=self._jobs.vocab, removals=options.removals)
+            for client in self._pool.clients:
+                prove(client, self.info, vocab=self._requests.vocab, clamps=options.clamps)
         except BaseException:
             self.close()
             raise
@@ -105,14 +111,14 @@ class VLLMBackend(Backend):
         ``adapters`` gives requests, by id, LoRA adapter folders of their own (None: the bare
         model); the others get the model's adapter, if it has one.
         """
-        jobs = (self._jobs.of_request(request, adapters=adapters) for request in requests)
-        for done in self._watched(jobs):
-            yield self._jobs.answer(done)
+        translated = (self._requests.for_request(r, adapters=adapters) for r in requests)
+        for result in self._watched(translated):
+            yield self._requests.answer(result)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[StreamChunk]:
-        """Yield a ``Piece`` for every new token; see ``Backend.stream``."""
-        for done in self._run(self._jobs.of_request(request, stream=True) for request in requests):
-            yield self._jobs.chunk(done)
+        """Yield a ``StreamChunk`` for every new token; see ``Backend.stream``."""
+        for result in self._run(self._requests.for_request(r, stream=True) for r in requests):
+            yield self._requests.chunk(result)
 
     def generate_and_capture(
         self,
@@ -132,13 +138,13 @@ class VLLMBackend(Backend):
                 "Capture while generating needs backend.vllm.async_scheduling off: switch it off, "
                 "or generate first and capture afterwards."
             )
-        wanted = self._wanted(layers)
-        jobs = (
-            self._jobs.of_request(request, adapters=adapters, capture=True) for request in requests
+        rows = self._layer_rows(layers)
+        translated = (
+            self._requests.for_request(r, adapters=adapters, capture=True) for r in requests
         )
-        for done in self._watched(jobs):
-            generation = self._jobs.answer(done)
-            yield generation, self._means(done, wanted, identity=generation.id)
+        for result in self._watched(translated):
+            generation = self._requests.answer(result)
+            yield generation, self._means(result, rows, identity=generation.id)
 
     @property
     def captures_while_generating(self) -> bool:
@@ -149,12 +155,12 @@ class VLLMBackend(Backend):
         self, sequences: Iterable[TokenSpans], *, layers: Sequence[int] | None = None
     ) -> Iterator[SpanMeans]:
         """Yield the span means of each sequence; see ``Backend.capture``."""
-        wanted = self._wanted(layers)
-        for done in self._run(self._jobs.of_sequence(sequence) for sequence in sequences):
-            sequence: TokenSpans = done.job.tag
-            if done.high is not None and done.high != len(sequence.token_ids):
-                raise wrong_count(sequence.id, done.high, len(sequence.token_ids))
-            yield self._means(done, wanted, identity=sequence.id)
+        rows = self._layer_rows(layers)
+        for result in self._run(map(self._requests.for_sequence, sequences)):
+            sequence: TokenSpans = result.request.tag
+            if result.high is not None and result.high != len(sequence.token_ids):
+                raise wrong_count(sequence.id, result.high, len(sequence.token_ids))
+            yield self._means(result, rows, identity=sequence.id)
 
     def continuation_logprobs(
         self, prompts: Sequence[tuple[int, ...]], continuations: Sequence[tuple[int, ...]]
@@ -166,61 +172,63 @@ class VLLMBackend(Backend):
         """
         longest = max(map(len, continuations), default=0)
         for index, prompt in enumerate(prompts):
-            self._jobs.check_ids(f"prompt {index}", prompt, room=longest)
+            self._requests.check_ids(f"prompt {index}", prompt, room=longest)
         return scores.continuation_logprobs(
-            self._flow, prompts, continuations, adapter=self.info.adapter
+            self._pool, prompts, continuations, adapter=self.info.adapter
         )
 
     def close(self) -> None:
         """Stop the engine and give its memory back."""
-        for flow in self._flow.flows:
-            if flow.engine is not None:
-                stop_engine(flow.engine)
-                flow.engine = None
+        for client in self._pool.clients:
+            if client.engine is not None:
+                stop_engine(client.engine)
+                client.engine = None
         gc.collect()
 
-    def _start(self, metadata: ModelMetadata, number: int, *, dtype: str, trust_code: bool) -> Flow:
+    def _start(
+        self, metadata: ModelMetadata, number: int, *, dtype: str, trust_code: bool
+    ) -> EngineClient:
         options = self.options
-        gpus = options.tensor_parallel * options.pipeline_parallel
-        with gpus_of(number, per_replica=gpus, replicas=options.data_parallel):
+        gpus = options.tensor_parallel_size * options.pipeline_parallel_size
+        with gpus_of(number, per_replica=gpus, replicas=options.data_parallel_size):
             engine = start_engine(metadata, options, dtype=dtype, trust_code=trust_code)
-        return Flow(
+        return EngineClient(
             engine,
             slots=Slots(options.slots),
             rows=Rows(accumulator_rows(options)),
-            removals=options.removals,
-            window=2 * options.max_seqs,
+            clamps=options.clamps,
+            window=2 * options.max_num_seqs,
         )
 
-    def _run(self, jobs: Iterable[Job]) -> Iterator[Done]:
-        """Yield jobs as they finish; say what was cut, and check at the end what was steered."""
-        yield from self._flow.run(jobs)
+    def _run(self, requests: Iterable[EngineRequest]) -> Iterator[EngineResult]:
+        """Yield results as requests finish; at the end check how many tokens were steered."""
+        yield from self._pool.run(requests)
         self._check_proof()
-        if self._jobs.cut:
+        if self._requests.truncated:
             self.on_note(
-                f"{self._jobs.cut} answers may be shorter than asked: the engine's context is "
-                f"{self.context} tokens"
+                f"{self._requests.truncated} answers may be shorter than requested: the engine's "
+                f"context is {self.context} tokens"
             )
-            self._jobs.cut = 0
+            self._requests.truncated = 0
 
-    def _watched(self, jobs: Iterable[Job]) -> Iterator[Done]:
-        """Run jobs and tell ``on_progress`` of each: only finished answers' tokens are known."""
+    def _watched(self, requests: Iterable[EngineRequest]) -> Iterator[EngineResult]:
+        """Run requests and report each to ``on_progress``; only finished answers have tokens."""
         done = tokens = 0
-        for result in self._run(jobs):
+        for result in self._run(requests):
             done, tokens = done + 1, tokens + len(result.token_ids)
-            extra = {"tokens": float(tokens), "rows": float(self._flow.running)}
+            extra = {"tokens": float(tokens), "rows": float(self._pool.running)}
             self.on_progress(Progress(stage="generate", done=done, total=None, extra=extra))
             yield result
 
-    def _means(self, done: Done, layers: tuple[int, ...], *, identity: str) -> SpanMeans:
-        return span_means(done, layers, identity=identity, hidden_size=self.info.hidden_size)
+    def _means(self, result: EngineResult, layers: tuple[int, ...], *, identity: str) -> SpanMeans:
+        return span_means(result, layers, identity=identity, hidden_size=self.info.hidden_size)
 
-    def _wanted(self, layers: Sequence[int] | None) -> tuple[int, ...]:
-        wanted = tuple(range(self.info.num_layers + 1) if layers is None else layers)
-        for layer in wanted:
+    def _layer_rows(self, layers: Sequence[int] | None) -> tuple[int, ...]:
+        rows = tuple(range(self.info.num_layers + 1) if layers is None else layers)
+        for layer in rows:
             if layer != 0:
                 check_layer(layer, self.info.num_layers)
-        return wanted
+        return rows
 
     def _inspect(
         self, metadata: ModelMetadata, *, dtype: str, why: str, item_bytes: int
@@ -241,7 +249,7 @@ class VLLMBackend(Backend):
 
     def _describe(self, metadata: ModelMetadata) -> dict[str, Any]:
         """Ask the workers what they found; ``SteeringError`` when a layer has no probe."""
-        found = [json.loads(answer) for answer in self._flow.call("pvec_describe")]
+        found = [json.loads(answer) for answer in self._pool.call("pvec_describe")]
         layers = {layer for worker in found for layer in worker["layers"]}
         missing = sorted(set(range(metadata.num_layers + 1)) - layers)
         if missing:
@@ -265,7 +273,7 @@ class VLLMBackend(Backend):
 
     def _check_proof(self) -> None:
         """Compare what every probe counted on the device with what it should have steered."""
-        for answer in self._flow.call("pvec_proof"):
+        for answer in self._pool.call("pvec_proof"):
             proof = json.loads(answer)
             wrong = {k: n for k, n in proof["counted"].items() if n != proof["expected"]}
             if wrong:

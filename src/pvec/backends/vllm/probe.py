@@ -1,8 +1,8 @@
-"""The module that hangs on a decoder layer: steers the residual stream, counts, and accumulates.
+"""The module attached to a decoder layer: steers the residual stream, counts, and accumulates.
 
 Everything is a persistent buffer of fixed shape and a plain tensor operation, so that the module is
-traced into a compiled graph and captured into a CUDA graph with the layer it hangs on. What changes
-from step to step is the content of ``where``, filled before each step. No vLLM here.
+traced into a compiled graph and captured into a CUDA graph with its layer. Only the content of
+``where`` changes from step to step. No vLLM here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pvec.backends.vllm.tables import NEUTRAL, ROLES, LayerRows
+from pvec.steering.tables import NEUTRAL, TableRows, first_row, steering_change
 
 STEERING, SUMMED = 0, 1
 """The rows of ``where``."""
@@ -28,9 +28,9 @@ class Probe(nn.Module):
     """
 
     where: torch.Tensor  # int32 [2, T]
-    delta: torch.Tensor  # [R, H] in the model's dtype
-    units: torch.Tensor  # float32 [K, R, H]
-    bounds: torch.Tensor  # float32 [K, R, 3]: offset, low, high
+    delta: torch.Tensor  # these three: ``TableRows`` as tensors, delta in the model's dtype
+    units: torch.Tensor
+    bounds: torch.Tensor
     steered: torch.Tensor  # int64 [1]: tokens steered since the start
     sums: torch.Tensor  # float32 [A, H]
     stats: torch.Tensor  # float32 [A, 2]: sum of norms, number of tokens
@@ -41,25 +41,24 @@ class Probe(nn.Module):
         where: torch.Tensor,
         hidden_size: int,
         slots: int,
-        removals: int,
+        clamps: int,
         rows: int,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
         device = where.device
-        height = 1 + len(ROLES) * slots
+        height = first_row(slots)
         tables = {
             "where": where,
             "delta": torch.zeros(height, hidden_size, dtype=dtype, device=device),
-            "units": torch.zeros(removals, height, hidden_size, device=device),
-            "bounds": torch.tensor(NEUTRAL, device=device).repeat(removals, height, 1),
+            "units": torch.zeros(clamps, height, hidden_size, device=device),
+            "bounds": torch.tensor(NEUTRAL, device=device).repeat(clamps, height, 1),
             "steered": torch.zeros(1, dtype=torch.int64, device=device),
             "sums": torch.zeros(rows, hidden_size, device=device),
             "stats": torch.zeros(rows, 2, device=device),
         }
         for name, tensor in tables.items():
             self.register_buffer(name, tensor, persistent=False)
-        self.removals = removals
         self.steers = slots > 0
         self.loaded: set[int] = set()
 
@@ -72,7 +71,9 @@ class Probe(nn.Module):
         stream = hidden if residual is None else residual
         if self.steers:
             row = self.where[STEERING, :tokens]  # [n]
-            stream = stream + self._change(row, hidden, residual)
+            stream = stream + steering_change(
+                row, hidden, residual, delta=self.delta, units=self.units, bounds=self.bounds
+            )
             self.steered.add_((row > 0).sum())
         whole = stream.float() if residual is None else hidden.float() + stream.float()
         flat = whole.reshape(-1, whole.shape[-1])  # [n, H]
@@ -82,27 +83,11 @@ class Probe(nn.Module):
         self.stats.index_add_(0, row, torch.stack([norms, torch.ones_like(norms)], dim=-1))
         return stream
 
-    def _change(
-        self, row: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> torch.Tensor:
-        delta = self.delta.index_select(0, row)  # [n, H]
-        if not self.removals:
-            return delta
-        start = hidden.float() if residual is None else hidden.float() + residual.float()
-        moved = torch.zeros_like(start)
-        for stage in range(self.removals):
-            unit = self.units[stage].index_select(0, row)  # [n, H]
-            bounds = self.bounds[stage].index_select(0, row)  # [n, 3]
-            along = ((start + moved) * unit).sum(dim=-1) + bounds[:, 0]  # [..., n]
-            wanted = torch.minimum(torch.maximum(along, bounds[:, 1]), bounds[:, 2])
-            moved = moved + (wanted - along)[..., None] * unit
-        return delta + moved.to(delta.dtype)
-
-    def load(self, slot: int, rows: LayerRows | None) -> None:
+    def load(self, slot: int, rows: TableRows | None) -> None:
         """Write the steering of ``slot`` (1-based); None clears what an earlier plan left there."""
         if not self.steers or (rows is None and slot not in self.loaded):
             return
-        place = slice(1 + len(ROLES) * (slot - 1), 1 + len(ROLES) * slot)
+        place = slice(first_row(slot - 1), first_row(slot))
         if rows is None:
             self.loaded.discard(slot)
             self.delta[place] = 0
@@ -115,13 +100,13 @@ class Probe(nn.Module):
         self.bounds[:, place] = torch.from_numpy(rows.bounds).to(self.bounds)
 
 
-def hang_on(layer: nn.Module, probe: Probe) -> None:
+def attach(layer: nn.Module, probe: Probe) -> None:
     """Steer and capture the output of ``layer``."""
     layer.add_module("pvec", probe)
     layer.register_forward_hook(_after)
 
 
-def hang_before(layer: nn.Module, probe: Probe) -> None:
+def attach_before(layer: nn.Module, probe: Probe) -> None:
     """Capture the input of the first decoder layer: layer 0."""
     layer.add_module("pvec_input", probe)
     layer.register_forward_pre_hook(_before, with_kwargs=True)

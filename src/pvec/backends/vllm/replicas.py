@@ -1,4 +1,4 @@
-"""Several engines side by side (data parallel): each takes the next job when it has room.
+"""Several engines side by side (data parallel): each takes the next request when it has room.
 
 vLLM's own data parallelism hands requests out in a process of its own and answers calls to workers
 from one engine only; pvec needs every engine's accounts, so it keeps the engines apart. Each runs
@@ -14,46 +14,48 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from pvec.backends.vllm.flow import Done, Flow, Job
+from pvec.backends.vllm.client import EngineClient
+from pvec.backends.vllm.requests import EngineRequest, EngineResult
 from pvec.errors import InputError
 
 
-class Fleet:
-    """Flows that share a stream of jobs; ``run`` and ``call`` as of one ``Flow``."""
+class ReplicaPool:
+    """Clients that share a stream of requests; ``run`` and ``call`` as of one ``EngineClient``."""
 
-    def __init__(self, flows: Sequence[Flow]) -> None:
-        self.flows = tuple(flows)
+    def __init__(self, clients: Sequence[EngineClient]) -> None:
+        self.clients = tuple(clients)
         self._turn = threading.Lock()  # one stream at a time drives the engines
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Done]:
-        """Yield every job as it finishes on any engine; see ``Flow.run``."""
-        if len(self.flows) == 1:
-            yield from self.flows[0].run(jobs)
+    def run(self, requests: Iterable[EngineRequest]) -> Iterator[EngineResult]:
+        """Yield every request as it finishes on any engine; see ``EngineClient.run``."""
+        if len(self.clients) == 1:
+            yield from self.clients[0].run(requests)
             return
         if not self._turn.acquire(blocking=False):
             raise InputError(
                 "Engines side by side run one stream at a time: finish the first, or set "
-                "backend.vllm.data_parallel to 1."
+                "backend.vllm.data_parallel_size to 1."
             )
         try:
-            yield from self._run(jobs)
+            yield from self._run(requests)
         finally:
             self._turn.release()
 
     @property
     def running(self) -> int:
-        """How many jobs are in the engines."""
-        return sum(flow.running for flow in self.flows)
+        """How many requests are in the engines."""
+        return sum(client.running for client in self.clients)
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call a ``pvec_*`` method on every worker of every engine."""
-        return [answer for flow in self.flows for answer in flow.call(method, *args)]
+        return [answer for client in self.clients for answer in client.call(method, *args)]
 
-    def _run(self, jobs: Iterable[Job]) -> Iterator[Done]:
-        source = _Shared(jobs)
-        results: queue.Queue[Done | BaseException | None] = queue.Queue()
+    def _run(self, requests: Iterable[EngineRequest]) -> Iterator[EngineResult]:
+        source = _Shared(requests)
+        results: queue.Queue[EngineResult | BaseException | None] = queue.Queue()
         threads = [
-            threading.Thread(target=_drive, args=(flow, source, results)) for flow in self.flows
+            threading.Thread(target=_drive, args=(client, source, results))
+            for client in self.clients
         ]
         for thread in threads:
             thread.start()
@@ -80,23 +82,25 @@ class Fleet:
 class _Shared:
     """An iterable that several threads draw from; once ``stopped`` it is at its end."""
 
-    def __init__(self, jobs: Iterable[Job]) -> None:
+    def __init__(self, requests: Iterable[EngineRequest]) -> None:
         self.stopped = False
-        self._source = iter(jobs)
+        self._source = iter(requests)
         self._lock = threading.Lock()
 
-    def __iter__(self) -> Iterator[Job]:
+    def __iter__(self) -> Iterator[EngineRequest]:
         while True:
             with self._lock:
-                job = None if self.stopped else next(self._source, None)
-            if job is None:
+                request = None if self.stopped else next(self._source, None)
+            if request is None:
                 return
-            yield job
+            yield request
 
 
-def _drive(flow: Flow, source: _Shared, results: queue.Queue[Done | BaseException | None]) -> None:
+def _drive(
+    client: EngineClient, source: _Shared, results: queue.Queue[EngineResult | BaseException | None]
+) -> None:
     """Run one engine; whatever goes wrong is raised in the caller's thread."""
-    stream = flow.run(source)
+    stream = client.run(source)
     try:
         for done in stream:
             results.put(done)

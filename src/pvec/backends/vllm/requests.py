@@ -1,4 +1,4 @@
-"""Requests as jobs of the engine, checked first, and finished jobs as answers."""
+"""Requests and sequences as engine requests, checked first, and engine results as answers."""
 
 from __future__ import annotations
 
@@ -6,24 +6,73 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pvec.activations.batching import prompt_length
-from pvec.backends.vllm.flow import Done, Job
-from pvec.backends.vllm.results import answer_spans, wrong_count
-from pvec.backends.vllm.slots import cut
-from pvec.backends.vllm.tables import removals_needed
-from pvec.errors import InputError, ModelError
+from pvec.backends.vllm.slots import Segments, cut
+from pvec.backends.vllm.token_rows import OPEN_END
+from pvec.errors import InputError, ModelError, SteeringError
 from pvec.settings.tree import VLLMSettings
 from pvec.steering.positions import expected_touched
-from pvec.steering.tables import check_instruction
-from pvec.types import Generation, Instruction, ModelInfo, Request, StreamChunk, TokenSpans
+from pvec.steering.tables import check_instruction, clamps_needed
+from pvec.types import (
+    Generation,
+    Instruction,
+    ModelInfo,
+    Request,
+    SpanMeans,
+    SpanName,
+    StreamChunk,
+    TokenSpans,
+)
 
 Adapters = Mapping[str, str | None]
 """LoRA adapter folder by request id; None is the bare model."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EngineRequest:
+    """One request to the engine.
+
+    ``steered_prompt`` is the number of tokens that are prompt to the steering; ``sampling`` are
+    arguments of vLLM's ``SamplingParams``; ``tag`` is the caller's own; ``stream`` asks for what
+    there is after every step.
+    """
+
+    tag: Any
+    token_ids: Sequence[int]
+    steered_prompt: int
+    sampling: Mapping[str, Any]
+    plan: tuple[Instruction, ...] = ()
+    segments: Segments | None = None
+    adapter: str | None = None
+    stream: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EngineResult:
+    """A finished request, or with ``finished`` False the tokens so far of a streamed one.
+
+    ``high`` is the number of positions computed or read from the cache (None for a request that
+    was neither steered nor captured).
+
+    ``sums`` float32 ``[layers, segments, H]`` and ``stats`` float32 ``[layers, segments, 2]`` (sum
+    of norms, number of tokens) for layers 0 … num_layers and the covered segments.
+    """
+
+    request: EngineRequest
+    token_ids: tuple[int, ...]
+    stopped: bool
+    logprobs: Sequence[Any] | None
+    high: int | None = None
+    sums: np.ndarray | None = None
+    stats: np.ndarray | None = None
+    finished: bool = True
+
+
 @dataclass(kw_only=True, eq=False)
-class Jobs:
-    """What this engine can be asked, and in which words.
+class RequestBuilder:
+    """Translates to the engine and back.
 
     ``context`` is the most tokens of prompt and answer together, ``vocab`` the number of token ids,
     ``stop_ids`` the tokens that end an answer, ``info.adapter`` what requests get by default.
@@ -35,25 +84,25 @@ class Jobs:
     context: int
     vocab: int
     stop_ids: Sequence[int]
-    cut: int = 0
-    """Requests whose answers got less room than they asked for."""
+    truncated: int = 0
+    """Requests whose answers have less room than they ask for."""
 
-    def of_request(
+    def for_request(
         self,
         request: Request,
         *,
         adapters: Adapters | None = None,
         capture: bool = False,
         stream: bool = False,
-    ) -> Job:
-        """Return the job that answers a request; ``ModelError`` or ``InputError`` if it cannot."""
+    ) -> EngineRequest:
+        """Return the engine request for a request; raises ``ModelError`` or ``InputError``."""
         self.check_ids(request.id, request.prompt_ids, room=2 if capture else 1)
         self._check_plan(request.steering)
         prompt, sampling = len(request.prompt_ids), request.sampling
         # The last sampled token is never run: one more is asked for so that all of a cut answer is.
         limit = self._limit(request, capture=capture)
-        self.cut += limit < sampling.max_tokens
-        return Job(
+        self.truncated += limit < sampling.max_tokens
+        return EngineRequest(
             tag=request,
             token_ids=request.prompt_ids,
             steered_prompt=prompt,
@@ -71,8 +120,8 @@ class Jobs:
             stream=stream,
         )
 
-    def of_sequence(self, sequence: TokenSpans) -> Job:
-        """Return the job that captures given tokens; raises as ``of_request`` does."""
+    def for_sequence(self, sequence: TokenSpans) -> EngineRequest:
+        """Return the engine request that captures given tokens; raises as ``for_request`` does."""
         self.check_ids(sequence.id, sequence.token_ids, room=1)
         self._check_plan(sequence.steering)
         for name, (start, stop) in sequence.spans.items():
@@ -81,7 +130,7 @@ class Jobs:
                     f"The {name} span {start}..{stop} of {sequence.id!r} lies outside its "
                     f"{len(sequence.token_ids)} tokens."
                 )
-        return Job(
+        return EngineRequest(
             tag=sequence,
             token_ids=sequence.token_ids,
             steered_prompt=prompt_length(sequence),
@@ -91,17 +140,17 @@ class Jobs:
             adapter=self.info.adapter,
         )
 
-    def answer(self, done: Done) -> Generation:
-        """Return the answer of a request's job; ``SteeringError`` when it was not all steered."""
-        request: Request = done.job.tag
-        sampled = len(done.token_ids)
-        limit = self._limit(request, capture=done.job.segments is not None)
-        tokens = done.token_ids[:-1] if done.stopped else done.token_ids
-        stopped = done.stopped and sampled <= limit
+    def answer(self, result: EngineResult) -> Generation:
+        """Return the answer to a request; ``SteeringError`` when not all of it was steered."""
+        request: Request = result.request.tag
+        sampled = len(result.token_ids)
+        limit = self._limit(request, capture=result.request.segments is not None)
+        tokens = result.token_ids[:-1] if result.stopped else result.token_ids
+        stopped = result.stopped and sampled <= limit
         tokens = tokens[:limit]
         due = len(request.prompt_ids) + sampled - 1
-        if done.high is not None and not self._right(done.high, due):
-            raise wrong_count(request.id, done.high, due)
+        if result.high is not None and not self._right(result.high, due):
+            raise wrong_count(request.id, result.high, due)
         return Generation(
             id=request.id,
             token_ids=tokens,
@@ -117,11 +166,11 @@ class Jobs:
             ),
         )
 
-    def chunk(self, done: Done) -> StreamChunk:
+    def chunk(self, result: EngineResult) -> StreamChunk:
         """Return how far a streamed answer is."""
-        if not done.finished:
-            return StreamChunk(id=done.job.tag.id, token_ids=done.token_ids)
-        answer = self.answer(done)
+        if not result.finished:
+            return StreamChunk(id=result.request.tag.id, token_ids=result.token_ids)
+        answer = self.answer(result)
         return StreamChunk(id=answer.id, token_ids=answer.token_ids, finished=answer)
 
     def check_ids(self, identity: str, token_ids: Sequence[int], *, room: int) -> None:
@@ -149,20 +198,20 @@ class Jobs:
             raise InputError(
                 "This engine was started without steering: set backend.vllm.slots to 1 or more."
             )
-        needed = removals_needed(plan)
-        if needed > self.options.removals:
+        needed = clamps_needed(plan)
+        if needed > self.options.clamps:
             raise InputError(
                 f"{needed} ablate or cap instructions meet on one layer and this engine was "
-                f"started for {self.options.removals}: set backend.vllm.removals to {needed}."
+                f"started for {self.options.clamps}: set backend.vllm.clamps to {needed}."
             )
 
     def _adapter_of(self, request: Request, adapters: Adapters | None) -> str | None:
         if adapters is None or request.id not in adapters:
             return self.info.adapter
-        if adapters[request.id] is not None and not self.options.adapters:
+        if adapters[request.id] is not None and not self.options.max_loras:
             raise InputError(
-                "This engine was started without adapters: set backend.vllm.adapters to the number "
-                "of different ones."
+                "This engine was started without adapters: set backend.vllm.max_loras to the "
+                "number of different ones."
             )
         return adapters[request.id]
 
@@ -174,3 +223,47 @@ class Jobs:
     def _right(self, high: int, due: int) -> bool:
         """Asynchronous scheduling runs a token more behind an answer that ended by itself."""
         return due <= high <= due + 1 if self.options.async_scheduling else high == due
+
+
+def span_means(
+    result: EngineResult, layers: tuple[int, ...], *, identity: str, hidden_size: int
+) -> SpanMeans:
+    """Put segments together to spans and divide by the number of tokens, which is checked."""
+    segments = result.request.segments
+    assert segments is not None, "the request captured"
+    index = {k: i for i, k in enumerate(segments.covered)}
+    means: dict[SpanName, np.ndarray] = {}
+    norms: dict[SpanName, np.ndarray] = {}
+    if result.sums is not None and result.stats is not None and result.high is not None:
+        due = [segments.lengths(result.high)[k] for k in segments.covered]
+        if not (result.stats[:, :, 1] == due).all():
+            raise wrong_count(identity, int(result.stats[:, :, 1].sum(axis=1).min()), sum(due))
+    for name, parts in segments.members.items():
+        chosen = [index[k] for k in parts]
+        if not chosen or result.sums is None or result.stats is None:
+            means[name] = np.full((len(layers), hidden_size), np.nan, dtype=np.float32)
+            norms[name] = np.full(len(layers), np.nan, dtype=np.float32)
+            continue
+        sums = result.sums[list(layers)][:, chosen].sum(axis=1, dtype=np.float64)  # [L, H]
+        stats = result.stats[list(layers)][:, chosen].sum(axis=1, dtype=np.float64)  # [L, 2]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means[name] = (sums / stats[:, 1:]).astype(np.float32)
+            norms[name] = (stats[:, 0] / stats[:, 1]).astype(np.float32)
+    return SpanMeans(id=identity, layers=layers, means=means, norms=norms)
+
+
+def answer_spans(prompt: int) -> dict[SpanName, tuple[int, int]]:
+    """Return the spans of an answer whose length is not known yet."""
+    return {
+        "prompt": (0, prompt),
+        "prompt_last": (prompt - 1, prompt),
+        "response": (prompt, OPEN_END),
+    }
+
+
+def wrong_count(identity: str, seen: int, due: int) -> SteeringError:
+    """Return the error for tokens that did not go past pvec as they should."""
+    return SteeringError(
+        f"The vLLM engine ran {seen} tokens of {identity!r} past pvec where {due} were due: "
+        f"steering or capture did not apply, use --backend hf."
+    )

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pvec.backends.vllm.fleet import Fleet
-from pvec.backends.vllm.flow import Job
+from pvec.backends.vllm.replicas import ReplicaPool
+from pvec.backends.vllm.requests import EngineRequest
 
 _MOST_TOKENS = 128
 """vLLM returns the log-probabilities of at most so many named tokens per request."""
@@ -24,13 +24,13 @@ class _Question:
 
 
 def continuation_logprobs(
-    fleet: Fleet,
+    pool: ReplicaPool,
     prompts: Sequence[tuple[int, ...]],
     continuations: Sequence[tuple[int, ...]],
     *,
     adapter: str | None,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield ``(prompt index, log P of every continuation)`` as prompts are done."""
+    """Yield ``(prompt index, log P of every continuation)`` as prompts are result."""
     nodes = _nodes(continuations)
     known: dict[int, dict[tuple[int, ...], float]] = {i: {} for i in range(len(prompts))}
     left = dict.fromkeys(known, len(nodes))
@@ -38,11 +38,11 @@ def continuation_logprobs(
         for index in known:
             yield index, np.zeros(len(continuations), dtype=np.float32)
         return
-    jobs = (_job(index, node, prompts, adapter) for index in known for node in nodes)
-    for done in fleet.run(jobs):
-        question: _Question = done.job.tag
-        assert done.logprobs is not None, "the job asked for them"
-        answer: Mapping[int, object] = done.logprobs[0]
+    engine_requests = (_request(index, node, prompts, adapter) for index in known for node in nodes)
+    for result in pool.run(engine_requests):
+        question: _Question = result.request.tag
+        assert result.logprobs is not None, "the request asked for them"
+        answer: Mapping[int, object] = result.logprobs[0]
         for token in question.tokens:
             known[question.prompt][(*question.prefix, token)] = answer[token].logprob  # type: ignore[attr-defined]
         left[question.prompt] -= 1
@@ -50,14 +50,14 @@ def continuation_logprobs(
             yield question.prompt, _total(known.pop(question.prompt), continuations)
 
 
-def _job(
+def _request(
     index: int,
     node: tuple[tuple[int, ...], tuple[int, ...]],
     prompts: Sequence[tuple[int, ...]],
     adapter: str | None,
-) -> Job:
+) -> EngineRequest:
     prefix, tokens = node
-    return Job(
+    return EngineRequest(
         tag=_Question(prompt=index, prefix=prefix, tokens=tokens),
         token_ids=(*prompts[index], *prefix),
         steered_prompt=len(prompts[index]),

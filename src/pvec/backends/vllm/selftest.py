@@ -13,7 +13,8 @@ from typing import get_args
 
 import numpy as np
 
-from pvec.backends.vllm.flow import Done, Flow, Job
+from pvec.backends.vllm.client import EngineClient
+from pvec.backends.vllm.requests import EngineRequest, EngineResult
 from pvec.backends.vllm.slots import cut
 from pvec.errors import SteeringError
 from pvec.models.decoder import describe_layer
@@ -25,11 +26,11 @@ _TOLERANCE = {"float32": 2e-3, "float16": 3e-2, "bfloat16": 6e-2}
 """Allowed error, relative to the length of what is added."""
 
 
-def prove(flow: Flow, info: ModelInfo, *, vocab: int, removals: int) -> None:
+def prove(client: EngineClient, info: ModelInfo, *, vocab: int, clamps: int) -> None:
     """Raise ``SteeringError`` unless steering and capture hold on every layer."""
-    if not flow.slots.capacity:
+    if not client.slots.capacity:
         return
-    plain = _run(flow, [()], vocab)[0]
+    plain = _run(client, [()], vocab)[0]
     assert plain.stats is not None, "every probe captures"
     norms = plain.stats[1:, :, 0].sum(axis=1) / plain.stats[1:, :, 1].sum(axis=1)  # [L]
     generator = np.random.default_rng(0)
@@ -37,10 +38,10 @@ def prove(flow: Flow, info: ModelInfo, *, vocab: int, removals: int) -> None:
         (_instruction(layer, generator, info.hidden_size, norm=float(norms[layer - 1])),)
         for layer in range(1, info.num_layers + 1)
     ]
-    for plan, steered in zip(plans, _run(flow, plans, vocab), strict=True):
+    for plan, steered in zip(plans, _run(client, plans, vocab), strict=True):
         _check_addition(plan[0], _means(plain), _means(steered), info)
-    if removals:
-        _check_ablation(flow, plans[len(plans) // 2][0], plain, vocab, info)
+    if clamps:
+        _check_ablation(client, plans[len(plans) // 2][0], plain, vocab, info)
 
 
 def _instruction(
@@ -58,13 +59,15 @@ def _instruction(
     )
 
 
-def _run(flow: Flow, plans: Sequence[tuple[Instruction, ...]], vocab: int) -> list[Done]:
+def _run(
+    client: EngineClient, plans: Sequence[tuple[Instruction, ...]], vocab: int
+) -> list[EngineResult]:
     """Run one probe per plan; results in the order of the plans."""
     prompt = [(vocab // 3 + 7 * i) % vocab for i in range(_PROMPT)]
     spans = {"prompt": (0, _PROMPT - 1), "prompt_last": (_PROMPT - 1, _PROMPT)}
     segments = cut({**spans, "response": (_PROMPT, _PROMPT + _ANSWER)})  # type: ignore[dict-item]
-    jobs = (
-        Job(
+    engine_requests = (
+        EngineRequest(
             tag=number,
             token_ids=prompt,
             steered_prompt=_PROMPT,
@@ -79,7 +82,7 @@ def _run(flow: Flow, plans: Sequence[tuple[Instruction, ...]], vocab: int) -> li
         )
         for number, plan in enumerate(plans)
     )
-    done = sorted(flow.run(jobs), key=lambda result: int(result.job.tag))
+    done = sorted(client.run(engine_requests), key=lambda result: int(result.request.tag))
     for result in done:
         if result.high != _PROMPT + _ANSWER or result.stats is None:
             raise _failed(f"{result.high} of {_PROMPT + _ANSWER} tokens were seen")
@@ -88,7 +91,7 @@ def _run(flow: Flow, plans: Sequence[tuple[Instruction, ...]], vocab: int) -> li
     return done
 
 
-def _means(done: Done) -> np.ndarray:
+def _means(done: EngineResult) -> np.ndarray:
     """Return the means ``[num_layers + 1, 3, H]`` over prompt but its last token, last, answer."""
     assert done.sums is not None, "every probe captures"
     assert done.stats is not None, "every probe captures"
@@ -105,8 +108,8 @@ def _check_addition(
     touched = ROLES_OF[instruction.positions]
     difference = steered - plain  # [num_layers + 1, 3, H]
     for span, role in enumerate((LAST - 1, LAST, LAST + 1)):
-        wanted = added if role in touched else np.zeros_like(added)
-        error = float(np.linalg.norm(difference[layer, span] - wanted)) / scale
+        due = added if role in touched else np.zeros_like(added)
+        error = float(np.linalg.norm(difference[layer, span] - due)) / scale
         before = float(np.abs(difference[:layer, span]).max()) / scale
         if max(error, before) > _TOLERANCE[info.dtype]:
             raise _failed(
@@ -118,14 +121,14 @@ def _check_addition(
 
 
 def _check_ablation(
-    flow: Flow, added: Instruction, plain: Done, vocab: int, info: ModelInfo
+    client: EngineClient, added: Instruction, plain: EngineResult, vocab: int, info: ModelInfo
 ) -> None:
     """Ablate the mean direction of a layer: nothing may be left along it."""
     layer = added.layer
     vector = _means(plain)[layer].mean(axis=0)
     operator: Operator = "ablate"
     plan = (Instruction(vector=vector, layer=layer, positions="all", operator=operator),)
-    left = _means(_run(flow, [plan], vocab)[0])[layer] @ vector / float(vector @ vector)
+    left = _means(_run(client, [plan], vocab)[0])[layer] @ vector / float(vector @ vector)
     if float(np.abs(left).max()) > _TOLERANCE[info.dtype]:
         raise _failed(f"ablation at {describe_layer(layer)} left {np.abs(left).max():.2g} of 1")
 
@@ -133,5 +136,5 @@ def _check_ablation(
 def _failed(what: str) -> SteeringError:
     return SteeringError(
         f"The self-test of steering on vLLM failed: {what}. Delete vLLM's compile cache and try "
-        f"again, set backend.vllm.eager, or use --backend hf."
+        f"again, set backend.vllm.enforce_eager, or use --backend hf."
     )

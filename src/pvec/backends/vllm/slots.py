@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pvec.backends.vllm.ledger import OPEN_END
+from pvec.backends.vllm.token_rows import OPEN_END
 from pvec.types import SpanName
 
 Load = Callable[[int], None]

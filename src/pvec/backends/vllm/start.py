@@ -1,4 +1,4 @@
-"""Is vLLM here and right, which arguments start the engine, and what is refused with a reason."""
+"""The version check of vLLM, the arguments that start its engine, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pvec.backends.vllm.costs import accumulator_rows
 from pvec.errors import InputError, ModelError, install_command
 from pvec.settings.tree import VLLMSettings
+from pvec.steering import tables
 
 if TYPE_CHECKING:
     from pvec.models.load import ModelMetadata
@@ -56,7 +57,9 @@ def start_engine(
     # The client is a library: only problems are of interest on a user's terminal.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    workers = options.tensor_parallel * options.pipeline_parallel * options.data_parallel
+    workers = (
+        options.tensor_parallel_size * options.pipeline_parallel_size * options.data_parallel_size
+    )
     if platform() == "cpu" and workers == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts faster, says more
     from vllm.engine.arg_utils import EngineArgs
@@ -67,7 +70,7 @@ def start_engine(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # vLLM's own, about what it uses itself
             engine = LLMEngine.from_engine_args(
-                EngineArgs(**arguments), enable_multiprocessing=options.data_parallel > 1
+                EngineArgs(**arguments), enable_multiprocessing=options.data_parallel_size > 1
             )
     except (ValueError, RuntimeError, MemoryError) as error:
         raise ModelError(_why_not(metadata.id, error)) from error
@@ -126,13 +129,13 @@ def engine_arguments(
     metadata: ModelMetadata, options: VLLMSettings, *, dtype: str, trust_code: bool
 ) -> dict[str, Any]:
     """Return vLLM's ``EngineArgs`` for a model and options."""
-    cache = options.cache_bytes
+    cache = options.kv_cache_memory_bytes
     if cache is None and platform() == "cpu":
         cache = _cpu_cache_bytes()
     chosen = {
         "max_model_len": options.max_model_len,
         "kv_cache_memory_bytes": cache,
-        "max_num_batched_tokens": options.max_batch_tokens,
+        "max_num_batched_tokens": options.max_num_batched_tokens,
         "block_size": options.block_size,
     }
     arguments: dict[str, Any] = {
@@ -145,43 +148,44 @@ def engine_arguments(
         "seed": 0,
         "worker_cls": f"pvec.backends.vllm.{_worker_module()}.Worker",
         "additional_config": {"pvec": probe_setup(metadata, options)},
-        "gpu_memory_utilization": options.memory_share,
-        "max_num_seqs": options.max_seqs,
-        "enforce_eager": options.eager,
-        "enable_prefix_caching": options.prefix_caching,
-        "enable_chunked_prefill": options.chunked_prefill,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "max_num_seqs": options.max_num_seqs,
+        "enforce_eager": options.enforce_eager,
+        "enable_prefix_caching": options.enable_prefix_caching,
+        "enable_chunked_prefill": options.enable_chunked_prefill,
         "async_scheduling": options.async_scheduling,
-        "tensor_parallel_size": options.tensor_parallel,
-        "pipeline_parallel_size": options.pipeline_parallel,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "pipeline_parallel_size": options.pipeline_parallel_size,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    if options.adapters:
+    if options.max_loras:
         # One more than is used: with exactly as many, rows without an adapter are given one.
         arguments |= {
             "enable_lora": True,
-            "max_loras": options.adapters + 1,
-            "max_lora_rank": options.adapter_rank,
+            "max_loras": options.max_loras + 1,
+            "max_lora_rank": options.max_lora_rank,
         }
     return arguments | {name: value for name, value in chosen.items() if value is not None}
 
 
 def probe_setup(metadata: ModelMetadata, options: VLLMSettings) -> dict[str, Any]:
-    """Return what the worker needs to hang its probes on.
+    """Return what the worker needs to attach its probes.
 
     vLLM puts this into the key of its compile cache, which does not know the worker's class: a
     graph compiled without probes, or with tables of another size, must not be taken for this one.
     """
     from pvec import __version__
 
-    code = Path(__file__).with_name("probe.py").read_bytes()
+    sources = (Path(__file__).with_name("probe.py"), Path(tables.__file__))
+    code = b"".join(path.read_bytes() for path in sources)
     return {
         "version": __version__,
         "code": hashlib.sha256(code).hexdigest()[:16],
         "num_layers": metadata.num_layers,
         "hidden_size": metadata.hidden_size,
         "slots": options.slots,
-        "removals": options.removals,
+        "clamps": options.clamps,
         "rows": accumulator_rows(options),
     }
 
@@ -212,8 +216,8 @@ def refuse(config: Any) -> None:
             getattr(cache, "kv_sharing_fast_prefill", False)
         ),
     }
-    for reason, found in reasons.items():
-        if found:
+    for reason, applies in reasons.items():
+        if applies:
             raise ModelError(f"pvec does not run with vLLM's {reason}: switch it off.")
 
 
@@ -226,10 +230,10 @@ def stop_ids(metadata: ModelMetadata) -> frozenset[int]:
     except OSError:  # no such file
         config = AutoConfig.from_pretrained(metadata.files.folder)
         declared = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
-    found: set[int] = set()
+    stops: set[int] = set()
     for ids in (declared, metadata.tokenizer.eos_token_id):
-        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
-    return frozenset(found)
+        stops.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return frozenset(stops)
 
 
 def platform() -> str:
@@ -265,7 +269,7 @@ def _why_not(model: str, error: BaseException) -> str:
     if "kv cache" in lowered or "memory" in lowered:
         remedy = (
             "lower backend.vllm.max_model_len, backend.vllm.slots or backend.vllm.captures, "
-            "or change backend.vllm.memory_share"
+            "or change backend.vllm.gpu_memory_utilization"
         )
         return f"There is too little memory to run {model!r} on vLLM ({text[:200]}): {remedy}."
     if "see root cause above" in lowered:

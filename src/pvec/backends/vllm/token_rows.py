@@ -1,6 +1,6 @@
 """Which token of a step belongs to which request, what it is to steering, and where it is summed.
 
-Every step of the engine is a row of tokens from many requests. The ledger turns (request, first
+Every step of the engine is a row of tokens from many requests. The map turns (request, first
 position, number of tokens) into two integers per token: its row in the steering tables and its row
 in the accumulators. Positions decide, never the kind of step: a chunk of a prompt, a resumed
 request and a single new token are all the same. Row 0 is nobody's in both.
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pvec.backends.vllm.tables import ROLES
+from pvec.steering.tables import first_row
 
 NUM_EDGES = 6
 """Three spans have at most six ends."""
@@ -28,7 +28,7 @@ _NOBODY = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ticket:
+class RequestMetadata:
     """What a request carries into the engine.
 
     ``slot`` numbers its steering (0: none); ``prompt`` counts its prompt tokens; a token at
@@ -52,8 +52,8 @@ class Ticket:
         }
 
     @classmethod
-    def from_args(cls, args: Mapping[str, Any]) -> Ticket:
-        """Return the ticket that ``as_args`` described."""
+    def from_args(cls, args: Mapping[str, Any]) -> RequestMetadata:
+        """Return the metadata that ``as_args`` described."""
         return cls(
             key=int(args["key"]),
             slot=int(args["slot"]),
@@ -64,7 +64,7 @@ class Ticket:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Account:
+class TokenCounts:
     """What a finished request's tokens went through.
 
     ``cached`` tokens were read from the prefix cache and never computed; positions up to ``high``
@@ -76,8 +76,11 @@ class Account:
     gaps: int
 
 
-class Ledger:
-    """The books of one worker. ``capacity`` is the number of requests it starts out with."""
+class TokenRowMap:
+    """Which tokens of one worker belong to which request.
+
+    ``capacity`` is the number of requests that it starts out with.
+    """
 
     def __init__(self, *, capacity: int = 64) -> None:
         self._index: dict[str, int] = {}
@@ -88,30 +91,30 @@ class Ledger:
         self._last = np.zeros(0, dtype=np.int64)  # position of the last prompt token
         self._edges = np.zeros((0, NUM_EDGES), dtype=np.int64)
         self._rows = np.zeros((0, NUM_EDGES + 1), dtype=np.int32)
-        self._books = np.zeros((0, 3), dtype=np.int64)  # cached (-1: not begun), high, gaps
+        self._counts = np.zeros((0, 3), dtype=np.int64)  # cached (-1: not begun), high, gaps
         self._grow(max(capacity, 1) + 1)
-        self._free.remove(_NOBODY)  # the record of every request without a ticket
+        self._free.remove(_NOBODY)  # the record of every request without metadata
 
-    def open(self, request: str, ticket: Ticket) -> None:
-        """Enter a request of the engine. One that comes back after preemption keeps its books."""
-        known = self._of_key.get(ticket.key)
+    def open(self, request: str, metadata: RequestMetadata) -> None:
+        """Enter a request of the engine. One that comes back after preemption keeps its counts."""
+        known = self._of_key.get(metadata.key)
         if known is not None:
             self._index.pop(known[1], None)
             self._index[request] = known[0]
-            self._of_key[ticket.key] = (known[0], request)
+            self._of_key[metadata.key] = (known[0], request)
             return
         if not self._free:
             self._grow(self._size)
         record = self._free.pop()
         self._index[request] = record
-        self._of_key[ticket.key] = (record, request)
-        self._base[record] = 1 + len(ROLES) * (ticket.slot - 1) if ticket.slot else 0
-        self._last[record] = ticket.prompt - 1
+        self._of_key[metadata.key] = (record, request)
+        self._base[record] = first_row(metadata.slot - 1) if metadata.slot else 0
+        self._last[record] = metadata.prompt - 1
         self._edges[record] = OPEN_END
-        self._edges[record, : len(ticket.edges)] = ticket.edges
+        self._edges[record, : len(metadata.edges)] = metadata.edges
         self._rows[record] = 0
-        self._rows[record, : len(ticket.rows)] = ticket.rows
-        self._books[record] = (-1, 0, 0)
+        self._rows[record, : len(metadata.rows)] = metadata.rows
+        self._counts[record] = (-1, 0, 0)
 
     def step(
         self, requests: Sequence[str], first: np.ndarray, counts: np.ndarray
@@ -131,12 +134,12 @@ class Ledger:
         role = (place >= last).astype(np.int32) + (place > last)
         steering = np.where(base > 0, base + role, 0).astype(np.int32)
         segment = (place[:, None] >= self._edges[token]).sum(axis=1)
-        fresh = place >= self._books[token, 1]
+        fresh = place >= self._counts[token, 1]
         summed = np.where(fresh, self._rows[token, segment], 0).astype(np.int32)
         self._enter(record, first, counts)
         return steering, summed
 
-    def close(self, key: int) -> Account | None:
+    def close(self, key: int) -> TokenCounts | None:
         """Forget a request and return its account; None when it never reached this worker."""
         known = self._of_key.pop(key, None)
         if known is None:
@@ -144,17 +147,17 @@ class Ledger:
         record, request = known
         self._index.pop(request, None)
         self._free.append(record)
-        cached, high, gaps = self._books[record].tolist()
-        return Account(cached=max(cached, 0), high=high, gaps=gaps)
+        cached, high, gaps = self._counts[record].tolist()
+        return TokenCounts(cached=max(cached, 0), high=high, gaps=gaps)
 
     def _enter(self, record: np.ndarray, first: np.ndarray, counts: np.ndarray) -> None:
-        books = self._books[record]
-        new = books[:, 0] < 0
-        books[new, 0] = first[new]
-        books[new, 1] = first[new]
-        books[:, 2] += np.maximum(first - books[:, 1], 0)
-        books[:, 1] = np.maximum(books[:, 1], first + counts)
-        self._books[record] = books
+        seen = self._counts[record]
+        new = seen[:, 0] < 0
+        seen[new, 0] = first[new]
+        seen[new, 1] = first[new]
+        seen[:, 2] += np.maximum(first - seen[:, 1], 0)
+        seen[:, 1] = np.maximum(seen[:, 1], first + counts)
+        self._counts[record] = seen
 
     def _grow(self, more: int) -> None:
         def longer(array: np.ndarray) -> np.ndarray:
@@ -162,6 +165,6 @@ class Ledger:
 
         self._base, self._last = longer(self._base), longer(self._last)
         self._edges, self._rows = longer(self._edges), longer(self._rows)
-        self._books = longer(self._books)
+        self._counts = longer(self._counts)
         self._free += range(self._size, self._size + more)
         self._size += more

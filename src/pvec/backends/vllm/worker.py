@@ -1,7 +1,7 @@
-"""What runs inside vLLM's worker: probes on the decoder layers, and the books of every step.
+"""What runs inside vLLM's worker: probes on the decoder layers, and the bookkeeping of every step.
 
 A mix-in over vLLM's own worker class (``worker_cpu`` and ``worker_gpu``), named to the engine as
-``worker_cls``. Its ``pvec_*`` methods are what the client calls. Probes are hung on right after the
+``worker_cls``. Its ``pvec_*`` methods are what the client calls. Probes are attached after the
 weights are loaded, before anything is compiled or captured.
 """
 
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from pvec.backends.vllm.ledger import Ledger, Ticket
-from pvec.backends.vllm.probe import SUMMED, Probe, hang_before, hang_on
-from pvec.backends.vllm.tables import pack, unpack_plan
+from pvec.backends.vllm.packing import pack, unpack_plan
+from pvec.backends.vllm.probe import SUMMED, Probe, attach, attach_before
+from pvec.backends.vllm.token_rows import RequestMetadata, TokenRowMap
 from pvec.models.decoder import block_index
 
 EXTRA = "pvec"
@@ -34,20 +34,20 @@ class ProbeWorker:
     vllm_config: Any
 
     def load_model(self, **kwargs: Any) -> None:
-        """Load the weights, hang the probes on and stand in the way of every step."""
+        """Load the weights, attach the probes and stand in the way of every step."""
         super().load_model(**kwargs)  # type: ignore[misc]
         setup = self.vllm_config.additional_config[EXTRA]
         self.pvec_layers = _local_layers(self.model_runner.get_model(), setup["num_layers"])
         self.pvec_where = torch.zeros(
             2, self._pvec_width(), dtype=torch.int32, device=_device_of(self.pvec_layers)
         )
-        self.pvec_probes = _hang_all(
+        self.pvec_probes = _attach_all(
             self.pvec_layers,
             setup,
             where=self.pvec_where,
             dtype=self.vllm_config.model_config.dtype,
         )
-        self.pvec_ledger = Ledger()
+        self.pvec_row_map = TokenRowMap()
         self.pvec_expected = 0  # tokens that every steering probe should have steered
         self.pvec_runner = _intercept(self.model_runner, self._pvec_lay_out)
 
@@ -55,9 +55,9 @@ class ProbeWorker:
         """Learn the new requests of the step, then run it."""
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
-            ticket = (params.extra_args or {}).get(EXTRA) if params is not None else None
-            if ticket is not None:
-                self.pvec_ledger.open(request.req_id, Ticket.from_args(ticket))
+            metadata = (params.extra_args or {}).get(EXTRA) if params is not None else None
+            if metadata is not None:
+                self.pvec_row_map.open(request.req_id, RequestMetadata.from_args(metadata))
         return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
 
     def execute_dummy_batch(self) -> None:
@@ -66,7 +66,7 @@ class ProbeWorker:
         super().execute_dummy_batch()  # type: ignore[misc]
 
     def pvec_describe(self) -> str:
-        """Return what this worker found, as JSON: its layers, runner, ranks and hidden size."""
+        """Describe this worker, as JSON: its layers, runner, ranks and hidden size."""
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
         layer = next(iter(self.pvec_probes.values()))
@@ -87,16 +87,16 @@ class ProbeWorker:
         for layer, probe in self.pvec_probes.items():
             probe.load(slot, rows.get(layer))
 
-    def pvec_take(self, keys: Sequence[int], rows: Sequence[int]) -> bytes | None:
-        """Close requests; return their accounts and the accumulators ``rows``, then clear these.
+    def pvec_fetch(self, keys: Sequence[int], rows: Sequence[int]) -> bytes | None:
+        """Close requests; return their counts and the accumulators ``rows``, then clear these.
 
-        ``accounts`` int64 ``[len(keys), 3]`` (cached, high, gaps; -1 for a request never seen);
+        ``counts`` int64 ``[len(keys), 3]`` (cached, high, gaps; -1 for a request never seen);
         ``layers``; ``sums`` float32 ``[layers, rows, H]``; ``stats`` float32 ``[layers, rows, 2]``.
         Ranks that hold a copy of what another rank returns give None.
         """
         from vllm.distributed.parallel_state import get_tp_group
 
-        accounts = [self.pvec_ledger.close(key) for key in keys]
+        counts = [self.pvec_row_map.close(key) for key in keys]
         probes = [self.pvec_probes[layer] for layer in sorted(self.pvec_probes)]
         index = torch.tensor(rows, dtype=torch.int64, device=self.pvec_where.device)
         first = get_tp_group().rank_in_group == 0
@@ -109,8 +109,8 @@ class ProbeWorker:
             return None
         return pack(
             {
-                "accounts": np.array(
-                    [(a.cached, a.high, a.gaps) if a else (-1, -1, -1) for a in accounts],
+                "counts": np.array(
+                    [(a.cached, a.high, a.gaps) if a else (-1, -1, -1) for a in counts],
                     dtype=np.int64,
                 ).reshape(-1, 3),
                 "layers": np.array(sorted(self.pvec_probes), dtype=np.int64),
@@ -136,7 +136,7 @@ class ProbeWorker:
         return max([tokens, *sizes])
 
     def _pvec_lay_out(self, requests: Sequence[str], first: np.ndarray, counts: np.ndarray) -> None:
-        steering, summed = self.pvec_ledger.step(requests, first, counts)
+        steering, summed = self.pvec_row_map.step(requests, first, counts)
         self.pvec_expected += int((steering > 0).sum())
         staged = torch.zeros(
             self.pvec_where.shape, dtype=torch.int32, pin_memory=self.pvec_where.is_cuda
@@ -206,7 +206,7 @@ def _local_layers(model: nn.Module, num_layers: int) -> dict[int, nn.Module]:
         raise RuntimeError(
             f"pvec finds no list of {num_layers} decoder layers in {type(model).__name__}"
         )
-    blocks = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
+    blocks = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
     layers = {
         layer: blocks[block_index(layer)]
         for layer in range(1, num_layers + 1)
@@ -217,17 +217,17 @@ def _local_layers(model: nn.Module, num_layers: int) -> dict[int, nn.Module]:
     return layers
 
 
-def _hang_all(
+def _attach_all(
     layers: dict[int, nn.Module], setup: dict[str, Any], *, where: torch.Tensor, dtype: torch.dtype
 ) -> dict[int, Probe]:
-    """Hang a probe on each layer, and one before the first block for layer 0."""
+    """Attach a probe to each layer, and one before the first block for layer 0."""
 
     def probe(*, slots: int) -> Probe:
         return Probe(
             where=where,
             hidden_size=setup["hidden_size"],
             slots=slots,
-            removals=setup["removals"] if slots else 0,
+            clamps=setup["clamps"] if slots else 0,
             rows=setup["rows"],
             dtype=dtype,
         )
@@ -235,10 +235,10 @@ def _hang_all(
     probes: dict[int, Probe] = {}
     for layer, module in layers.items():
         probes[layer] = probe(slots=setup["slots"])
-        hang_on(module, probes[layer])
+        attach(module, probes[layer])
     if 1 in layers:
         probes[0] = probe(slots=0)
-        hang_before(layers[1], probes[0])
+        attach_before(layers[1], probes[0])
     return probes
 
 

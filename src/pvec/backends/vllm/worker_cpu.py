@@ -15,7 +15,7 @@ class Worker(ProbeWorker, CPUWorker):  # type: ignore[misc]
     """The CPU worker."""
 
     def load_model(self, **kwargs: Any) -> None:
-        """Load the weights, hang the probes on, and mend what the first runner lacks on a CPU."""
+        """Load the weights, attach the probes, and mend what the first runner lacks on a CPU."""
         super().load_model(**kwargs)
         if self.pvec_runner == "V1":
             _rewind_draws(self.model_runner)

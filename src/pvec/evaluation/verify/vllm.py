@@ -61,7 +61,7 @@ def engine_checks(
     yield _later_layers_feel_it(asked, seen.means)
     yield from _alone(asked, backend, requests, texts)
     session.close()
-    other = not settings.backend.vllm.prefix_caching
+    other = not settings.backend.vllm.enable_prefix_caching
     yield _other_cache(asked, session, settings, requests, texts, on=other, notify=notify)
     yield from _as_in_transformers(
         asked, session, settings, requests, sequences, seen, notify=notify
@@ -191,7 +191,7 @@ def _other_cache(
     notify: Notify,
 ) -> Check:
     """Run the same requests in an engine with the prefix cache the other way."""
-    options = settings.backend.vllm.model_copy(update={"prefix_caching": on})
+    options = settings.backend.vllm.model_copy(update={"enable_prefix_caching": on})
     backend = settings.backend.model_copy(update={"vllm": options})
     turned = settings.model_copy(update={"backend": backend})
     notify(f"starting the engine again with its prefix cache {'on' if on else 'off'}")
