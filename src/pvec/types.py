@@ -26,6 +26,11 @@ Operator = Literal["add", "ablate", "cap"]
 VectorKind = Literal["response_avg", "prompt_avg", "prompt_last"]
 """What is averaged per response (paper, section 2.2 and appendix A.3)."""
 
+Sign = Literal["pos", "neg"]
+"""Towards a trait, or away from it."""
+
+SIGNS: tuple[Sign, ...] = ("pos", "neg")
+
 SpanName = Literal["prompt", "prompt_last", "response"]
 """A token span whose activations are averaged."""
 

@@ -7,7 +7,7 @@ import pytest
 
 from pvec.errors import InputError
 from pvec.vectors.projection import column_name, cosine, project
-from pvec.vectors.suggest import suggest_prompt_layer
+from pvec.vectors.quality import suggest_prompt_layer
 
 RNG = np.random.default_rng(2)
 

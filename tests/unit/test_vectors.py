@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from pvec.vectors.suggest import dose
 
 from pvec.errors import InputError, ModelError
 from pvec.stats import Interval
@@ -21,7 +22,7 @@ from pvec.vectors.accumulate import (
     orthogonalise,
     raw_coefficient,
 )
-from pvec.vectors.suggest import dose, suggest_layer
+from pvec.vectors.quality import suggest_layer
 
 LAYERS, WIDTH = 5, 16
 Row = tuple[SpanMeans, Literal["pos", "neg"], str]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from pvec.extraction.extract import ExtractPlan, ExtractResult
     from pvec.extraction.vectors import MetricMean
     from pvec.judges.scoring import JudgeReport
-    from pvec.vectors.filter import Sign
-    from pvec.vectors.summary import LayerRow, VectorSummary
+    from pvec.types import Sign
+    from pvec.vectors.quality import LayerRow, VectorSummary
 
 app = new_app()
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pvec.vectors.edit import Written
     from pvec.vectors.hub import PullResult
     from pvec.vectors.lens import Lens, TokenScore
+    from pvec.vectors.quality import Spread, VectorSummary
     from pvec.vectors.show import Comparison, Shown
-    from pvec.vectors.summary import Spread, VectorSummary
 
 BAR_WIDTH = 10
 _EIGHTHS = " ▏▎▍▌▋▊▉"

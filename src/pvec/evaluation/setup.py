@@ -26,7 +26,8 @@ from pvec.runs.names import run_name
 from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.settings.tree import SteerSettings
-from pvec.traits.trait import Sign, Trait, load_trait
+from pvec.traits.trait import Trait, load_trait
+from pvec.types import Sign
 from pvec.vectors.find import labels, load_vectors
 from pvec.vectors.vector import PersonaVector
 

@@ -22,10 +22,10 @@ from pvec.runs.files import probe_writable
 from pvec.runs.names import run_name
 from pvec.runs.store import Run
 from pvec.settings import Settings
-from pvec.types import Progress
-from pvec.vectors.filter import Filtered, Reason, Scored, Sign, filter_responses
+from pvec.types import Progress, Sign
+from pvec.vectors.filter import FilterResult, Reason, ScoredResponse, filter_responses
 from pvec.vectors.formats import save_vector
-from pvec.vectors.summary import VectorSummary, summarize
+from pvec.vectors.quality import VectorSummary, summarize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -246,7 +246,7 @@ def _filter(
     *,
     paths: Mapping[Sign, Path],
     settings: Settings,
-) -> Filtered:
+) -> FilterResult:
     """Filter by score; with ``--paired`` row i of one file belongs to row i of the other."""
     counts = {sign: len(rows) for sign, rows in answers.items()}
     if settings.filter.paired and counts["pos"] != counts["neg"]:
@@ -256,7 +256,7 @@ def _filter(
         )
     return filter_responses(
         [
-            Scored(
+            ScoredResponse(
                 id=f"{sign}-{number}",
                 sign=sign,
                 trait=row.trait_score,

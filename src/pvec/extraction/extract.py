@@ -31,8 +31,7 @@ from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.traits.check import require_usable
 from pvec.traits.trait import Trait, load_trait, name_or_path
-from pvec.types import Progress
-from pvec.vectors.filter import Sign
+from pvec.types import Progress, Sign
 
 KIND = "extract"
 SIGNS: tuple[Sign, ...] = ("pos", "neg")

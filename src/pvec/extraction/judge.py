@@ -14,8 +14,8 @@ from pvec.judges.prompts import COHERENCE
 from pvec.judges.scoring import JudgeReport, ResponseScorer, filter_records
 from pvec.runs.store import Run
 from pvec.settings import Settings
-from pvec.types import Progress
-from pvec.vectors.filter import Reason, Sign
+from pvec.types import Progress, Sign
+from pvec.vectors.filter import Reason
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,12 +21,11 @@ from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.stats import Interval, bootstrap_mean
 from pvec.traits.trait import Trait
-from pvec.types import Progress, Score, TokenSpans
+from pvec.types import SIGNS, Progress, Score, Sign, TokenSpans
 from pvec.vectors.accumulate import VectorAccumulator, VectorSet
-from pvec.vectors.filter import REASONS, Filtered, Reason
+from pvec.vectors.filter import REASONS, FilterResult, Reason
 from pvec.vectors.formats import load_vector, save_vector
-from pvec.vectors.quality import SIGNS, Sign
-from pvec.vectors.summary import VectorSummary, summarize
+from pvec.vectors.quality import VectorSummary, summarize
 from pvec.vectors.vector import PersonaVector
 
 ENOUGH = 10
@@ -163,7 +162,7 @@ def compute_vector(
     trait: str,
     contributions: Sequence[Contribution],
     *,
-    filtered: Filtered | None = None,
+    filtered: FilterResult | None = None,
     provenance: Mapping[str, str],
 ) -> PersonaVector:
     """Capture the responses and return their persona vector (all three kinds) with its quality.
@@ -209,7 +208,7 @@ def _finish(
 
 
 def _require_enough(
-    trait: str, contributions: Sequence[Contribution], filtered: Filtered | None
+    trait: str, contributions: Sequence[Contribution], filtered: FilterResult | None
 ) -> None:
     counts = {s: sum(one.sign == s for one in contributions) for s in ("pos", "neg")}
     if min(counts.values()) >= ENOUGH:
@@ -225,12 +224,12 @@ def _require_enough(
     )
 
 
-def _reasons(filtered: Filtered, sign: Sign) -> str:
+def _reasons(filtered: FilterResult, sign: Sign) -> str:
     counts = filtered.counts[sign]
     return ", ".join(f"{n} {REASONS[reason]}" for reason, n in counts.items() if n)
 
 
-def filter_provenance(settings: Settings, filtered: Filtered) -> dict[str, str]:
+def filter_provenance(settings: Settings, filtered: FilterResult) -> dict[str, str]:
     """Return what a vector file says of the filter: its thresholds and how many it dropped."""
     dropped = {s: sum(c.values()) - c["kept"] for s, c in filtered.counts.items()}
     return {

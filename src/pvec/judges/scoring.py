@@ -23,8 +23,8 @@ from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.traits.trait import Trait
-from pvec.types import JudgeScale, Progress, Score
-from pvec.vectors.filter import Filtered, Scored, Sign, filter_responses
+from pvec.types import JudgeScale, Progress, Score, Sign
+from pvec.vectors.filter import FilterResult, ScoredResponse, filter_responses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ def filter_records(
     *,
     trait: str,
     settings: Settings,
-) -> Filtered:
+) -> FilterResult:
     """Decide which of an extraction's answers count, by the thresholds of the settings."""
     return filter_responses(
         [_scored(record, scores.get(record.id, {}), trait) for record in records],
@@ -166,9 +166,9 @@ def score_of(scores: Mapping[str, Score], metric: str) -> float | None:
     return score.score if score else None
 
 
-def _scored(record: ResponseRecord, scores: Mapping[str, Score], trait: str) -> Scored:
+def _scored(record: ResponseRecord, scores: Mapping[str, Score], trait: str) -> ScoredResponse:
     pair = (record.question_id, record.condition["instruction"], record.condition["rollout"])
-    return Scored(
+    return ScoredResponse(
         id=record.id,
         sign=sign_of(record),
         trait=score_of(scores, trait),

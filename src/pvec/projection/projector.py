@@ -19,9 +19,9 @@ from pvec.errors import InputError
 from pvec.models.decoder import describe_layer
 from pvec.settings import Settings
 from pvec.types import Progress, SpanMeans, SpanName, TokenSpans, VectorKind
-from pvec.vectors.find import load_vectors
+from pvec.vectors.find import find_vector, load_vectors
 from pvec.vectors.projection import ProjectionPlan
-from pvec.vectors.suggest import suggest_layer, suggest_prompt_layer
+from pvec.vectors.quality import suggest_layer, suggest_prompt_layer
 from pvec.vectors.vector import POST_FINAL_NORM, PersonaVector
 
 if TYPE_CHECKING:
@@ -193,7 +193,8 @@ def open_directions(
     metadata, kind = session.metadata, settings.project.kind
     vectors: dict[str, PersonaVector] = {}
     loaded = load_vectors(names, model=metadata, same_model=settings.project.same_model)
-    for path, vector in loaded.items():
+    for path in map(find_vector, names):
+        vector = loaded[path]
         lone = len(vector.kinds) == 1
         chosen = vector.main_kind if lone else kind
         vector.kind(chosen)
@@ -209,19 +210,17 @@ def open_directions(
 
 
 def suggested_layer(vector: PersonaVector, *, kind: VectorKind = "response_avg") -> int:
-    """Return the layer that a vector's own doses and separation speak for.
+    """Return the layer that a vector's file suggests (``suggest_layer``).
 
     Raises ``InputError`` for a file that holds no residual norms.
     """
-    if vector.mean_norm is None:
+    layer, _ = suggest_layer(vector, kind=kind)
+    if layer is None:
         raise InputError(
             f"The vector of {vector.trait!r} holds no residual norms to choose a layer by: say at "
             f"which layer to project (--layer)."
         )
-    from pvec.vectors.summary import summarize
-
-    suggested = summarize(vector, kind=kind).suggested_layer
-    return suggested or suggest_layer(vector.kind(kind), mean_norm=vector.mean_norm).layer
+    return layer
 
 
 def suggested_prompt_layer(vector: PersonaVector, *, kind: VectorKind = "response_avg") -> int:
@@ -230,11 +229,7 @@ def suggested_prompt_layer(vector: PersonaVector, *, kind: VectorKind = "respons
     The vector's own layer where its file does not say how prompts differ. Raises as
     ``suggested_layer`` does.
     """
-    layer = None
-    if vector.mean_norm is not None and "prompt_last" in vector.kinds:
-        layer = suggest_prompt_layer(
-            vector.kind(kind), at_prompt=vector.kind("prompt_last"), mean_norm=vector.mean_norm
-        )
+    layer = suggest_prompt_layer(vector, kind=kind)
     return suggested_layer(vector, kind=kind) if layer is None else layer
 
 

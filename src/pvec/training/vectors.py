@@ -18,8 +18,7 @@ from pvec.training.config import Layers, MonitorPart, SteeringPart, TrainConfig
 from pvec.traits.trait import load_trait
 from pvec.types import Instruction, VectorKind
 from pvec.vectors.accumulate import incremental
-from pvec.vectors.show import middle_layer
-from pvec.vectors.summary import summarize
+from pvec.vectors.quality import best_layer
 from pvec.vectors.vector import PersonaVector
 
 if TYPE_CHECKING:
@@ -93,18 +92,13 @@ def _layers(
             n for n in range(1, metadata.num_layers + 1) if n not in vector.missing_layers
         )
     elif wanted == "auto":
-        layers = (best_layer(vector, kind),)
+        layers = (best_layer(vector, kind=kind),)
     else:
         layers = tuple(n for n in wanted if isinstance(n, int))
     for layer in layers:
         check_layer(layer, metadata.num_layers)
         vector.row(layer, kind=kind)
     return layers
-
-
-def best_layer(vector: PersonaVector, kind: VectorKind) -> int:
-    """Return the file's suggested layer, or 55 % of the depth when it has no statistics."""
-    return summarize(vector, kind=kind).suggested_layer or middle_layer(vector)
 
 
 def described(one: Scheduled) -> str:

@@ -17,9 +17,7 @@ from typing import Any, Literal
 
 from pvec.errors import InputError, did_you_mean
 from pvec.traits.file import TraitFile
-
-Sign = Literal["pos", "neg"]
-"""Towards the trait, or away from it."""
+from pvec.types import Sign
 
 QuestionSet = Literal["extract", "eval"]
 """Questions that a vector is made from, and questions that it is tested on."""

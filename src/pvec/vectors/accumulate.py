@@ -16,8 +16,8 @@ import numpy as np
 
 from pvec.errors import InputError, ModelError
 from pvec.stats import Interval
-from pvec.types import SpanMeans, SpanName, VectorKind
-from pvec.vectors.quality import SIGNS, Sign, half_cosines, held_out_areas, over_splits
+from pvec.types import SIGNS, Sign, SpanMeans, SpanName, VectorKind
+from pvec.vectors.quality import half_cosines, held_out_areas, over_splits
 
 SPAN_OF_KIND: dict[VectorKind, SpanName] = {
     "response_avg": "response",

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Sign = Literal["pos", "neg"]
+from pvec.types import Sign
 
 Reason = Literal["kept", "off_trait", "incoherent", "missing", "partner"]
 """Why a response counts or does not. ``off_trait``: a positive one that does not show the trait, a
@@ -25,7 +25,7 @@ REASONS: Mapping[Reason, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
+class ScoredResponse:
     """A response with its scores (0 to 100, or None where missing).
 
     ``pair`` is what a positive response and its opposite number have in common.
@@ -39,7 +39,7 @@ class Scored:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Filtered:
+class FilterResult:
     """What the filter decided: a reason for every response, in the order given."""
 
     reasons: Mapping[str, Reason]
@@ -51,12 +51,12 @@ class Filtered:
 
 
 def filter_responses(
-    responses: Sequence[Scored],
+    responses: Sequence[ScoredResponse],
     *,
     threshold: float = 50.0,
     coherence: float = 50.0,
     paired: bool = False,
-) -> Filtered:
+) -> FilterResult:
     """Decide which responses count.
 
     A positive response is kept when its trait score is at least ``threshold``, a negative one when
@@ -75,10 +75,10 @@ def filter_responses(
     tally = Counter((one.sign, reasons[one.id]) for one in responses)
     signs: tuple[Sign, ...] = ("pos", "neg")
     counts = {sign: {reason: tally[sign, reason] for reason in REASONS} for sign in signs}
-    return Filtered(reasons=reasons, counts=counts)
+    return FilterResult(reasons=reasons, counts=counts)
 
 
-def _alone(one: Scored, *, threshold: float, coherence: float) -> Reason:
+def _alone(one: ScoredResponse, *, threshold: float, coherence: float) -> Reason:
     if one.trait is None or one.coherence is None:
         return "missing"
     shows = one.trait >= threshold if one.sign == "pos" else one.trait < 100.0 - threshold
@@ -87,7 +87,7 @@ def _alone(one: Scored, *, threshold: float, coherence: float) -> Reason:
     return "kept" if one.coherence >= coherence else "incoherent"
 
 
-def _whole_pairs(responses: Iterable[Scored], reasons: Mapping[str, Reason]) -> set[Hashable]:
+def _whole_pairs(responses: Iterable[ScoredResponse], reasons: Mapping[str, Reason]) -> set[Hashable]:
     passed: dict[Sign, set[Hashable]] = {"pos": set(), "neg": set()}
     for one in responses:
         if reasons[one.id] == "kept":

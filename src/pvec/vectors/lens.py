@@ -21,7 +21,7 @@ from pvec.settings import Settings
 from pvec.types import VectorKind
 from pvec.vectors.find import check_fits, find_vector
 from pvec.vectors.formats import load_vector
-from pvec.vectors.summary import summarize
+from pvec.vectors.quality import summarize
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +68,7 @@ def lens(
     the vector is for a model of another shape, and ``InputError`` for a layer or kind it lacks.
     """
     from pvec.models.load import load_model
-    from pvec.vectors.show import middle_layer
+    from pvec.vectors.quality import middle_layer
 
     vector = load_vector(find_vector(path))
     kind = kind or vector.main_kind

@@ -1,23 +1,139 @@
-"""How far a vector can be trusted, from random halves of the questions.
+"""How good a vector is, layer by layer: norms, separation, stability, and where to steer with it.
 
-``totals[sign]`` are sums over responses by question, ``[Q, L + 1, H]``; ``counts[sign]`` ``[Q]``
-the responses in them. Every result is one number per split and layer.
+Separation (AUC) and stability (split-half cosine) come from random halves of the questions while
+the vector is made, and are stored in its file; the table and the suggestions read them there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 
 from pvec import stats
 from pvec.stats import Interval
+from pvec.types import SIGNS, Sign, VectorKind
 from pvec.vectors.projection import project
+from pvec.vectors.vector import DEFAULT_KIND, PersonaVector
 
-Sign = Literal["pos", "neg"]
+SUGGESTED_DEPTHS = (0.3, 0.8)
+PREFERRED_DEPTH = 0.55
+"""Where steering works best in the paper's models, as a share of all layers."""
 
-SIGNS: tuple[Sign, ...] = ("pos", "neg")
+_TIE = 0.01
+"""Scores within one percent of the best are equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A quality figure with its central 95 % over random halves of the questions; NaN unknown."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """One layer of a vector.
+
+    ``norm`` is its length, ``relative_norm`` the same in mean residual norms of that layer. ``auc``
+    is how well projections tell held-out positive from negative responses (0.5: not at all),
+    ``stability`` the cosine between vectors from two halves of the questions.
+    """
+
+    layer: int
+    norm: float
+    relative_norm: float
+    auc: Spread
+    stability: Spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorSummary:
+    """What a person wants to know of a vector before steering with it."""
+
+    layers: tuple[LayerRow, ...]
+    suggested_layer: int | None
+    reason: str
+    counts: Mapping[Sign, int]
+
+
+def summarize(vector: PersonaVector, *, kind: VectorKind = DEFAULT_KIND) -> VectorSummary:
+    """Return what a vector file says of one of its kinds, layer by layer.
+
+    The quality figures are of ``response_avg``. What the file does not hold is NaN; without mean
+    residual norms no layer is suggested.
+    """
+    norms, relative = vector.norms(kind), vector.relative_norms(kind)
+    rows = tuple(
+        LayerRow(
+            layer=layer,
+            norm=float(norm),
+            relative_norm=float(relative[layer]),
+            auc=_spread(vector, "auc", layer),
+            stability=_spread(vector, "stability", layer),
+        )
+        for layer, norm in enumerate(norms)
+    )
+    layer, reason = suggest_layer(vector, kind=kind)
+    counts = {sign: int(vector.metadata.get(f"kept_{sign}", 0)) for sign in SIGNS}
+    return VectorSummary(layers=rows, suggested_layer=layer, reason=reason, counts=counts)
+
+
+def suggest_layer(
+    vector: PersonaVector, *, kind: VectorKind = DEFAULT_KIND
+) -> tuple[int | None, str]:
+    """Return where to steer, and why in words: the best of the middle layers.
+
+    Among layers from 30 % to 80 % of the depth, the score is (2 AUC − 1) · |v_l| / residual norm:
+    a direction that tells kept responses apart on questions it was not made from, and that moves
+    the residual stream far for its coefficient. Of layers within 1 % of the best the one nearest
+    55 % depth is taken. Without separation (one question) the norm decides alone; without residual
+    norms there is no suggestion (None).
+    """
+    if vector.mean_norm is None:
+        return None, "the file holds no residual norms"
+    norms = np.nan_to_num(vector.relative_norms(kind))
+    areas = vector.stats.get("auc", np.full(len(norms), np.nan))
+    known = not np.isnan(areas[1:]).all()
+    weights = np.clip(2 * np.nan_to_num(areas, nan=0.5) - 1, 0, None) if known else 1.0
+    middle, layer = _best_middle_layer(norms * weights)
+    apart = f"separates held-out answers with AUC {areas[layer]:.2f} and " if known else ""
+    return layer, (
+        f"of the middle layers {middle[0]} to {middle[-1]} it {apart}has a vector of "
+        f"{norms[layer]:.2f} residual norms"
+    )
+
+
+def best_layer(vector: PersonaVector, *, kind: VectorKind = DEFAULT_KIND) -> int:
+    """Return the suggested layer, or the one at 55 % depth of a file without residual norms."""
+    return suggest_layer(vector, kind=kind)[0] or middle_layer(vector)
+
+
+def middle_layer(vector: PersonaVector) -> int:
+    """Return the layer at 55 % of the depth, where steering works best as a rule."""
+    return max(1, round(PREFERRED_DEPTH * vector.num_layers))
+
+
+def suggest_prompt_layer(vector: PersonaVector, *, kind: VectorKind = DEFAULT_KIND) -> int | None:
+    """Return the layer to read a prompt at before it is answered, or None where none tells.
+
+    The kind ``prompt_last`` is how the last prompt token differs between prompts that ask for the
+    trait and prompts that ask against it. Of the middle layers it is the one where they lie
+    furthest apart along ``kind``, in mean residual norms. Known from extraction alone: no score of
+    a monitored prompt has a part in it.
+    """
+    if vector.mean_norm is None or "prompt_last" not in vector.kinds:
+        return None
+    rows = np.asarray(vector.kind(kind), dtype=np.float64)
+    along = np.einsum("lh,lh->l", np.asarray(vector.kind("prompt_last"), np.float64), rows)
+    scale = np.linalg.norm(rows, axis=1) * vector.mean_norm
+    apart: np.ndarray = np.zeros_like(along)
+    np.divide(along, scale, out=apart, where=scale > 0)
+    _, layer = _best_middle_layer(apart)
+    return layer if apart[layer] > 0 else None
 
 
 def half_cosines(
@@ -27,7 +143,11 @@ def half_cosines(
     splits: int,
     seed: int,
 ) -> np.ndarray:
-    """Return the cosine of the vectors from a half and from the other half, ``[splits, L + 1]``."""
+    """Return the cosine of the vectors from a half and from the other half, ``[splits, L + 1]``.
+
+    ``totals[sign]`` are sums over responses by question, ``[Q, L + 1, H]``; ``counts[sign]``
+    ``[Q]`` the responses in them.
+    """
     halves = list(_halves(len(counts["pos"]), splits=splits, seed=seed))
     cosines = np.full((len(halves), totals["pos"].shape[1]), np.nan)
     for n, half in enumerate(halves):
@@ -46,7 +166,8 @@ def held_out_areas(
 ) -> np.ndarray:
     """Return the AUC on one half of the vector from the other half, ``[2 splits, L + 1]``.
 
-    ``samples[sign]`` are question numbers ``[N]`` and activations ``[N, L + 1, H]`` of responses.
+    ``totals`` and ``counts`` as above; ``samples[sign]`` are question numbers ``[N]`` and
+    activations ``[N, L + 1, H]`` of responses.
     """
     chosen = _halves(len(counts["pos"]), splits=splits, seed=seed)
     halves = [side for half in chosen for side in (half, ~half)]
@@ -105,3 +226,27 @@ def _over_splits(samples: np.ndarray, *, n: int, groups: int) -> Interval:
     low, high = stats.percentile_interval(known)
     mean = float(known.mean()) if len(known) else float("nan")
     return Interval(mean=mean, low=low, high=high, n=n, groups=groups)
+
+
+def _best_middle_layer(scores: np.ndarray) -> tuple[list[int], int]:
+    """Return the layers from 30 % to 80 % of the depth, and that of the highest of ``scores``
+    ``[L + 1]`` among them; of those within 1 % of it the one nearest 55 % depth.
+    """
+    depth = len(scores) - 1
+    middle = _middle_layers(depth)
+    best = max(scores[layer] for layer in middle)
+    tied = [layer for layer in middle if scores[layer] >= best - _TIE * abs(best)]
+    return middle, min(tied, key=lambda layer: (abs(layer - PREFERRED_DEPTH * depth), layer))
+
+
+def _middle_layers(depth: int) -> list[int]:
+    low, high = (share * depth for share in SUGGESTED_DEPTHS)
+    return [layer for layer in range(1, depth + 1) if low <= layer <= high] or [depth]
+
+
+def _spread(vector: PersonaVector, name: str, layer: int) -> Spread:
+    mean, low, high = (
+        float(vector.stats[key][layer]) if key in vector.stats else float("nan")
+        for key in (name, f"{name}_low", f"{name}_high")
+    )
+    return Spread(mean=mean, low=low, high=high)

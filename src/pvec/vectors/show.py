@@ -13,8 +13,7 @@ from pvec.errors import InputError
 from pvec.types import VectorKind
 from pvec.vectors.accumulate import cosine_matrix
 from pvec.vectors.find import labels, load_vectors
-from pvec.vectors.suggest import PREFERRED_DEPTH
-from pvec.vectors.summary import VectorSummary, summarize
+from pvec.vectors.quality import PREFERRED_DEPTH, VectorSummary, summarize
 from pvec.vectors.vector import DEFAULT_KIND, POST_FINAL_NORM, PersonaVector
 
 By = Literal["file", "kind", "layer"]

@@ -104,6 +104,19 @@ class PersonaVector:
             )
         return self.kinds[kind]
 
+    def norms(self, kind: VectorKind = DEFAULT_KIND) -> Array:
+        """Return the length of the vector at every layer, ``[num_layers + 1]``."""
+        norms: Array = np.linalg.norm(self.kind(kind), axis=1)
+        return norms
+
+    def relative_norms(self, kind: VectorKind = DEFAULT_KIND) -> Array:
+        """Return the lengths in mean residual norms, ``[num_layers + 1]``; NaN where unknown."""
+        norms = self.norms(kind)
+        relative: Array = np.full_like(norms, np.nan)
+        if self.mean_norm is not None:
+            np.divide(norms, self.mean_norm, out=relative, where=self.mean_norm > 0)
+        return relative
+
     def row(self, layer: int, *, kind: VectorKind = DEFAULT_KIND) -> Array:
         """Return the vector at ``layer``, float32 ``[hidden_size]``.
 

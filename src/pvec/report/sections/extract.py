@@ -13,7 +13,8 @@ from pvec.report.sections.common import RunData, with_interval
 from pvec.report.sections.vector_figures import vector_figures
 from pvec.runs.responses import ResponseRecord
 from pvec.stats import Interval, bootstrap_mean
-from pvec.vectors.filter import REASONS, Filtered, Scored, Sign, filter_responses
+from pvec.types import Sign
+from pvec.vectors.filter import REASONS, FilterResult, ScoredResponse, filter_responses
 from pvec.vectors.formats import load_vector
 from pvec.vectors.vector import PersonaVector
 
@@ -150,9 +151,9 @@ class _Extraction:
             ),
         )
 
-    def _filtered(self) -> Filtered:
+    def _filtered(self) -> FilterResult:
         scored = [
-            Scored(
+            ScoredResponse(
                 id=record.id,
                 sign="pos" if record.condition["sign"] == "pos" else "neg",
                 trait=self._score(record, self.trait),
