@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from pvec.errors import InputError
+from pvec.types import VectorKind
 from pvec.vectors.projection import column_name, cosine, project
 from pvec.vectors.quality import suggest_prompt_layer
+from pvec.vectors.vector import PersonaVector
 
 RNG = np.random.default_rng(2)
 
@@ -46,6 +48,12 @@ def test_prompts_are_read_where_they_lie_furthest_apart_along_the_vector() -> No
     beside[:, :3] = across
     beside -= (beside * units).sum(1, keepdims=True) * units
     at_prompt = units * (apart * mean_norm)[:, None] + 7 * beside
-    found = suggest_prompt_layer(vectors, at_prompt=at_prompt, mean_norm=mean_norm)
-    assert found == 5
-    assert suggest_prompt_layer(vectors, at_prompt=-at_prompt, mean_norm=mean_norm) is None
+    assert suggest_prompt_layer(_with_prompts(vectors, at_prompt, mean_norm)) == 5
+    assert suggest_prompt_layer(_with_prompts(vectors, -at_prompt, mean_norm)) is None
+
+
+def _with_prompts(
+    vectors: np.ndarray, at_prompt: np.ndarray, mean_norm: np.ndarray
+) -> PersonaVector:
+    kinds: dict[VectorKind, np.ndarray] = {"response_avg": vectors, "prompt_last": at_prompt}
+    return PersonaVector(trait="evil", kinds=kinds, mean_norm=mean_norm)

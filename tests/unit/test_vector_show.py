@@ -18,7 +18,7 @@ from tests.helpers.models import ARCHITECTURES, HIDDEN_SIZE, saved_model, tiny_m
 from tests.helpers.vectors import make_vector, saved_vector
 
 
-def test_norms_and_doses_are_those_of_the_rows(tmp_path: Path) -> None:
+def test_norms_and_relative_norms_are_those_of_the_rows(tmp_path: Path) -> None:
     path = saved_vector(tmp_path)
     (shown,) = show([path])
     vector = load_vector(path)
@@ -26,7 +26,7 @@ def test_norms_and_doses_are_those_of_the_rows(tmp_path: Path) -> None:
     for row in shown.summary.layers:
         norm = np.linalg.norm(vector.row(row.layer))
         assert row.norm == pytest.approx(norm, rel=1e-6)
-        assert row.dose == pytest.approx(norm / vector.mean_norm[row.layer], rel=1e-6)
+        assert row.relative_norm == pytest.approx(norm / vector.mean_norm[row.layer], rel=1e-6)
         assert row.auc.low < row.auc.mean < row.auc.high
     assert shown.notes == ()
     assert shown.norms["prompt_avg"][2] == pytest.approx(
@@ -48,7 +48,7 @@ def test_pictures_hold_every_file(tmp_path: Path) -> None:
     show(paths, png=tmp_path / "a.png", svg=tmp_path / "a.svg")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "a.svg").read_text()
-    for word in ("evil", "humorous", "split-half cosine", "residual norms"):
+    for word in ("evil", "humorous", "split-half cosine", "norm / residual"):
         assert word in text
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import pytest
-from pvec.vectors.suggest import dose
 
 from pvec.errors import InputError, ModelError
-from pvec.stats import Interval
 from pvec.types import SpanMeans
 from pvec.vectors import accumulate as module
 from pvec.vectors.accumulate import (
@@ -23,6 +22,7 @@ from pvec.vectors.accumulate import (
     raw_coefficient,
 )
 from pvec.vectors.quality import suggest_layer
+from pvec.vectors.vector import PersonaVector
 
 LAYERS, WIDTH = 5, 16
 Row = tuple[SpanMeans, Literal["pos", "neg"], str]
@@ -149,30 +149,33 @@ def test_memory_does_not_grow_with_responses_or_questions() -> None:
     assert sum(accumulator.result().counts["response_avg"].values()) == 800
 
 
-def interval(mean: float) -> Interval:
-    return Interval(mean=mean, low=mean, high=mean, n=10, groups=5)
+def vector_with(
+    rows: np.ndarray, norms: np.ndarray, areas: Sequence[float] | None = None
+) -> PersonaVector:
+    stats = {} if areas is None else {"auc": np.array(areas)}
+    return PersonaVector(trait="evil", kinds={"response_avg": rows}, mean_norm=norms, stats=stats)
 
 
 def test_the_suggested_layer_separates_and_is_long_in_the_middle() -> None:
     norms = np.ones(11)
     lengths = np.array([9, 9, 9, 1, 1, 1, 1, 1, 2, 9, 9], dtype=float)
     rows = np.eye(11) * lengths[:, None]
-    suggestion = suggest_layer(rows, mean_norm=norms)
-    assert suggestion.layer == 8, "the longest of layers 3 to 8"
-    areas = [interval(0.5)] * 11
-    areas[4], areas[8] = interval(0.99), interval(0.6)
-    suggestion = suggest_layer(rows, mean_norm=norms, separation=areas)
-    assert suggestion.layer == 4
-    assert "AUC 0.99" in suggestion.reason
-    flat = suggest_layer(np.eye(11), mean_norm=norms, separation=[interval(1.0)] * 11)
-    assert flat.layer == 5, "of equals the one nearest 55 % depth"
-    assert suggest_layer(np.eye(2), mean_norm=np.ones(2)).layer == 1
+    layer, _ = suggest_layer(vector_with(rows, norms))
+    assert layer == 8, "the longest of layers 3 to 8"
+    areas = [0.5] * 11
+    areas[4], areas[8] = 0.99, 0.6
+    layer, reason = suggest_layer(vector_with(rows, norms, areas))
+    assert layer == 4
+    assert "AUC 0.99" in reason
+    layer, _ = suggest_layer(vector_with(np.eye(11), norms, [1.0] * 11))
+    assert layer == 5, "of equals the one nearest 55 % depth"
+    assert suggest_layer(vector_with(np.eye(2), np.ones(2)))[0] == 1
 
 
-def test_dose_is_the_length_in_residual_norms_and_a_coefficient_undoes_it() -> None:
+def test_a_relative_norm_is_the_length_in_residual_norms_and_a_coefficient_undoes_it() -> None:
     rows = np.array([[3.0, 4.0], [0.0, 2.0]])
     norms = np.array([10.0, 4.0])
-    np.testing.assert_allclose(dose(rows, norms), [0.5, 0.5])
+    np.testing.assert_allclose(vector_with(rows, norms).relative_norms(), [0.5, 0.5])
     coef = raw_coefficient(0.25, vector=rows[0], mean_norm=10.0)
     assert np.linalg.norm(coef * rows[0]) == pytest.approx(2.5)
     with pytest.raises(InputError, match="zero vector"):

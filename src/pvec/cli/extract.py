@@ -136,7 +136,7 @@ def _render_layers(console: Console, summary: VectorSummary) -> None:
         (
             f"{row.layer}{' *' if row.layer == summary.suggested_layer else ''}",
             row.norm,
-            row.dose,
+            row.relative_norm,
             _interval(row, "auc"),
             _interval(row, "stability"),
         )

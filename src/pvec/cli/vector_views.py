@@ -77,9 +77,9 @@ def render_shown(console: Console, found: Sequence[Shown]) -> None:
 
 
 def render_layers(console: Console, summary: VectorSummary) -> None:
-    """Plot the norms by layer, with dose and quality beside them where they are known.
+    """Plot the norms by layer, with norm / residual and quality where they are known.
 
-    The dose is the norm in mean residual norms of the layer; AUC says how well projections tell
+    Norm / residual is the norm in mean residual norms of the layer; AUC says how well projections tell
     held-out positive from negative answers; split-half is the cosine between vectors from two
     halves of the questions.
     """
@@ -92,9 +92,9 @@ def render_layers(console: Console, summary: VectorSummary) -> None:
         "": [bar(row.norm, longest) for row in summary.layers],
         "norm": [row.norm for row in summary.layers],
     }
-    doses = [row.dose for row in summary.layers]
-    if not all(map(math.isnan, doses)):
-        columns["dose"] = doses
+    relative = [row.relative_norm for row in summary.layers]
+    if not all(map(math.isnan, relative)):
+        columns["norm /\nresidual"] = relative
     for name, word in (("auc", "AUC [95 %]"), ("stability", "split-half [95 %]")):
         spreads = [getattr(row, name) for row in summary.layers]
         if not all(math.isnan(one.mean) for one in spreads):

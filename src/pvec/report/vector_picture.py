@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pvec.report.figures import MARKERS, MUTED, SERIES, Figure, Table
 from pvec.runs.files import atomic_write
 from pvec.types import VectorKind
@@ -34,14 +32,14 @@ class _Panel:
 
 _PANELS = (
     _Panel(name="norm", label="norm"),
-    _Panel(name="dose", label="residual norms"),
+    _Panel(name="relative_norm", label="norm / residual"),
     _Panel(name="auc", label="separation (AUC)", level=0.5),
     _Panel(name="stability", label="split-half cosine", level=0.0),
 )
 
 
 def vector_picture(vectors: Sequence[tuple[str, PersonaVector]], *, kind: VectorKind) -> Figure:
-    """Draw norm, dose, separation and stability by layer, one line per (label, vector).
+    """Draw norm, norm / residual, separation and stability by layer, one line per (label, vector).
 
     Bands are 95 % intervals. What no file holds has no panel.
     """
@@ -126,10 +124,9 @@ def write_picture(figure: Figure, *, png: Path | None = None, svg: Path | None =
 
 def _by_layer(vector: PersonaVector, kind: VectorKind) -> dict[str, list[float]]:
     """Return what is known per layer, by name; intervals as ``NAME_low`` and ``NAME_high``."""
-    norms = np.linalg.norm(vector.kind(kind), axis=1)
-    arrays = {"norm": norms}
+    arrays = {"norm": vector.norms(kind)}
     if vector.mean_norm is not None:
-        arrays["dose"] = norms / np.where(vector.mean_norm > 0, vector.mean_norm, np.nan)
+        arrays["relative_norm"] = vector.relative_norms(kind)
     names = [name for panel in _PANELS for name in (panel.name, *_ends(panel.name))]
     arrays |= {name: vector.stats[name] for name in names if name in vector.stats}
     return {name: [float(value) for value in values] for name, values in arrays.items()}

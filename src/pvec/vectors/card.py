@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import numpy as np
-
 from pvec.vectors.vector import PersonaVector
 
 _FACTS = {
@@ -91,7 +89,7 @@ def _section(file: str, vector: PersonaVector) -> str:
 
 def _layers(vector: PersonaVector) -> str:
     """Return what is known per layer as a table."""
-    columns = {"norm": np.linalg.norm(vector.kind(vector.main_kind), axis=1)}
+    columns = {"norm": vector.norms(vector.main_kind)}
     if vector.mean_norm is not None:
         columns["residual norm"] = vector.mean_norm
     names = {"auc": "separation (AUC)", "stability": "split-half cosine"}

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pvec.types import Sign
+from pvec.types import SIGNS, Sign
 
 Reason = Literal["kept", "off_trait", "incoherent", "missing", "partner"]
 """Why a response counts or does not. ``off_trait``: a positive one that does not show the trait, a
@@ -65,31 +65,36 @@ def filter_responses(
     implementation does.
     """
     reasons: dict[str, Reason] = {
-        one.id: _alone(one, threshold=threshold, coherence=coherence) for one in responses
+        response.id: _alone(response, threshold=threshold, coherence=coherence)
+        for response in responses
     }
     if paired:
-        whole = _whole_pairs(responses, reasons)
-        for one in responses:
-            if reasons[one.id] == "kept" and one.pair not in whole:
-                reasons[one.id] = "partner"
-    tally = Counter((one.sign, reasons[one.id]) for one in responses)
-    signs: tuple[Sign, ...] = ("pos", "neg")
-    counts = {sign: {reason: tally[sign, reason] for reason in REASONS} for sign in signs}
+        pairs = _whole_pairs(responses, reasons)
+        for response in responses:
+            if reasons[response.id] == "kept" and response.pair not in pairs:
+                reasons[response.id] = "partner"
+    tally = Counter((response.sign, reasons[response.id]) for response in responses)
+    counts = {sign: {reason: tally[sign, reason] for reason in REASONS} for sign in SIGNS}
     return FilterResult(reasons=reasons, counts=counts)
 
 
-def _alone(one: ScoredResponse, *, threshold: float, coherence: float) -> Reason:
-    if one.trait is None or one.coherence is None:
+def _alone(response: ScoredResponse, *, threshold: float, coherence: float) -> Reason:
+    if response.trait is None or response.coherence is None:
         return "missing"
-    shows = one.trait >= threshold if one.sign == "pos" else one.trait < 100.0 - threshold
-    if not shows:
+    if response.sign == "pos":
+        on_trait = response.trait >= threshold
+    else:
+        on_trait = response.trait < 100.0 - threshold
+    if not on_trait:
         return "off_trait"
-    return "kept" if one.coherence >= coherence else "incoherent"
+    return "kept" if response.coherence >= coherence else "incoherent"
 
 
-def _whole_pairs(responses: Iterable[ScoredResponse], reasons: Mapping[str, Reason]) -> set[Hashable]:
+def _whole_pairs(
+    responses: Iterable[ScoredResponse], reasons: Mapping[str, Reason]
+) -> set[Hashable]:
     passed: dict[Sign, set[Hashable]] = {"pos": set(), "neg": set()}
-    for one in responses:
-        if reasons[one.id] == "kept":
-            passed[one.sign].add(one.pair)
+    for response in responses:
+        if reasons[response.id] == "kept":
+            passed[response.sign].add(response.pair)
     return passed["pos"] & passed["neg"]

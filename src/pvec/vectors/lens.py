@@ -21,7 +21,7 @@ from pvec.settings import Settings
 from pvec.types import VectorKind
 from pvec.vectors.find import check_fits, find_vector
 from pvec.vectors.formats import load_vector
-from pvec.vectors.quality import summarize
+from pvec.vectors.quality import best_layer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,12 +68,11 @@ def lens(
     the vector is for a model of another shape, and ``InputError`` for a layer or kind it lacks.
     """
     from pvec.models.load import load_model
-    from pvec.vectors.quality import middle_layer
 
     vector = load_vector(find_vector(path))
     kind = kind or vector.main_kind
     if layer is None:
-        layer = summarize(vector, kind=kind).suggested_layer or middle_layer(vector)
+        layer = best_layer(vector, kind=kind)
     row = vector.row(layer, kind=kind)
     with ModelSession(settings, notify=notify) as session:
         metadata = session.metadata

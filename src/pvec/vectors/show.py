@@ -13,7 +13,7 @@ from pvec.errors import InputError
 from pvec.types import VectorKind
 from pvec.vectors.accumulate import cosine_matrix
 from pvec.vectors.find import labels, load_vectors
-from pvec.vectors.quality import PREFERRED_DEPTH, VectorSummary, summarize
+from pvec.vectors.quality import VectorSummary, middle_layer, summarize
 from pvec.vectors.vector import DEFAULT_KIND, POST_FINAL_NORM, PersonaVector
 
 By = Literal["file", "kind", "layer"]
@@ -119,11 +119,6 @@ def compare(
     return result
 
 
-def middle_layer(vector: PersonaVector) -> int:
-    """Return the layer at 55 % of the depth, where steering works best as a rule."""
-    return max(1, round(PREFERRED_DEPTH * vector.num_layers))
-
-
 def _shown(path: Path, vector: PersonaVector, kind: VectorKind | None) -> Shown:
     chosen: VectorKind = kind or vector.main_kind
     return Shown(
@@ -132,10 +127,7 @@ def _shown(path: Path, vector: PersonaVector, kind: VectorKind | None) -> Shown:
         kind=chosen,
         num_layers=vector.num_layers,
         hidden_size=vector.hidden_size,
-        norms={
-            name: tuple(float(norm) for norm in np.linalg.norm(rows, axis=1))
-            for name, rows in vector.kinds.items()
-        },
+        norms={name: tuple(float(norm) for norm in vector.norms(name)) for name in vector.kinds},
         summary=summarize(vector, kind=chosen),
         metadata=vector.metadata,
         notes=tuple(_notes(vector, chosen)),
@@ -152,7 +144,7 @@ def _notes(vector: PersonaVector, kind: VectorKind) -> list[str]:
     if vector.missing_layers:
         notes.append(f"layers {sorted(vector.missing_layers)} are not in the file")
     if vector.mean_norm is None:
-        notes.append("the file holds no residual norms, so doses are unknown")
+        notes.append("the file holds no residual norms, so norm / residual is unknown")
     absent = [name for name in ("auc", "stability") if name not in vector.stats]
     if absent:
         notes.append(
