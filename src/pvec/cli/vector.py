@@ -101,7 +101,7 @@ def compute(
 def show(
     ctx: typer.Context, files: Files, kind: Kind = None, png: Png = None, svg: Svg = None
 ) -> None:
-    """Show whether a vector is any good: norm, norm / residual, separation and stability by layer."""
+    """Show norms, separation and stability of vectors by layer, and the suggested layer."""
     from pvec.cli.vector_views import render_shown
     from pvec.vectors import show as workflow
 

@@ -79,9 +79,9 @@ def render_shown(console: Console, found: Sequence[Shown]) -> None:
 def render_layers(console: Console, summary: VectorSummary) -> None:
     """Plot the norms by layer, with norm / residual and quality where they are known.
 
-    Norm / residual is the norm in mean residual norms of the layer; AUC says how well projections tell
-    held-out positive from negative answers; split-half is the cosine between vectors from two
-    halves of the questions.
+    Norm / residual is the norm in mean residual norms of the layer; AUC says how well projections
+    separate held-out positive from negative answers; split-half is the cosine between the vectors
+    of two halves of the questions.
     """
     longest = max((row.norm for row in summary.layers), default=0.0)
     columns: dict[str, list[str] | list[float]] = {
