@@ -13,20 +13,28 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pvec.activations.capture import capture_means
+    from pvec.activations.record import Activations, record_activations
     from pvec.backends.hf.backend import HFBackend
     from pvec.errors import PvecError
+    from pvec.evaluation.steer_eval import SteerEvalResult
+    from pvec.extraction.extract import ExtractResult
+    from pvec.library import evaluate, extract, screen, train
     from pvec.projection.library import monitor, project
+    from pvec.projection.screen import ScreenResult
     from pvec.runs.store import Run
     from pvec.settings import Settings
     from pvec.steering.hooks import steer
     from pvec.training.shift import Alarm, PersonaShiftCallback, Probe
+    from pvec.training.train import TrainResult
     from pvec.traits.trait import Trait, load_trait
     from pvec.types import Instruction, Request, Sampling, TokenSpans
     from pvec.vectors.formats import load_vector, save_vector
     from pvec.vectors.vector import PersonaVector
 
 _HOMES = {
+    "Activations": "pvec.activations.record",
     "Alarm": "pvec.training.shift",
+    "ExtractResult": "pvec.extraction.extract",
     "HFBackend": "pvec.backends.hf.backend",
     "Instruction": "pvec.types",
     "PersonaShiftCallback": "pvec.training.shift",
@@ -36,20 +44,30 @@ _HOMES = {
     "Request": "pvec.types",
     "Run": "pvec.runs.store",
     "Sampling": "pvec.types",
+    "ScreenResult": "pvec.projection.screen",
     "Settings": "pvec.settings",
+    "SteerEvalResult": "pvec.evaluation.steer_eval",
     "TokenSpans": "pvec.types",
+    "TrainResult": "pvec.training.train",
     "Trait": "pvec.traits.trait",
     "capture_means": "pvec.activations.capture",
+    "evaluate": "pvec.library",
+    "extract": "pvec.library",
     "load_trait": "pvec.traits.trait",
     "load_vector": "pvec.vectors.formats",
     "monitor": "pvec.projection.library",
     "project": "pvec.projection.library",
+    "record_activations": "pvec.activations.record",
     "save_vector": "pvec.vectors.formats",
+    "screen": "pvec.library",
     "steer": "pvec.steering.hooks",
+    "train": "pvec.library",
 }
 
 __all__ = [
+    "Activations",
     "Alarm",
+    "ExtractResult",
     "HFBackend",
     "Instruction",
     "PersonaShiftCallback",
@@ -59,17 +77,25 @@ __all__ = [
     "Request",
     "Run",
     "Sampling",
+    "ScreenResult",
     "Settings",
+    "SteerEvalResult",
     "TokenSpans",
+    "TrainResult",
     "Trait",
     "__version__",
     "capture_means",
+    "evaluate",
+    "extract",
     "load_trait",
     "load_vector",
     "monitor",
     "project",
+    "record_activations",
     "save_vector",
+    "screen",
     "steer",
+    "train",
 ]
 
 

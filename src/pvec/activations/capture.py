@@ -68,6 +68,13 @@ def capture_means(
 
     Raises ``ModelError`` for a layer the model lacks, for a sequence too long for it, or when even
     a single sequence does not fit into memory; ``InputError`` for a span outside its sequence.
+
+    >>> backend = pvec.HFBackend("tiny")
+    >>> ids = tuple(backend.tokenizer("How do I rest? You could plan a walk.")["input_ids"])
+    >>> answer = pvec.TokenSpans(id="a", token_ids=ids, spans={"response": (6, len(ids))})
+    >>> (result,) = pvec.capture_means(backend.model, [answer], layers=[2, 3])
+    >>> result.means["response"].shape  # layers, hidden size
+    (2, 160)
     """
     decoder = find_decoder(model)
     chosen = tuple(range(decoder.num_layers + 1) if layers is None else layers)

@@ -54,6 +54,15 @@ def project(
     the vectors suggest. The model stays as it is.
 
     Raises ``InputError`` or ``ModelError`` for vectors that do not fit.
+
+    >>> backend = pvec.HFBackend("tiny")
+    >>> chats = [("How do I rest?", "Plan a walk."), ("How do I rest?", "Crush your weak rivals.")]
+    >>> kind, evil = pvec.project(
+    ...     backend.model, backend.tokenizer, chats,
+    ...     "runs/evil-tiny/vectors/evil.safetensors", layers=[3],
+    ... )
+    >>> list(kind), kind["evil_proj_layer3"] < evil["evil_proj_layer3"]
+    (['evil_proj_layer3'], True)
     """
     plan = _plan(model, vectors, layers=layers, types=types, kind=kind)
     backend = HFBackend.wrap(model, tokenizer)
@@ -85,6 +94,16 @@ def monitor(
     along the vector. The text is what ``generate`` gives for the same sampling; a token that is
     only part of a character is empty text, and the character comes with its last one. Stopping
     early leaves no hook behind. Raises as ``project`` does.
+
+    >>> backend = pvec.HFBackend("tiny")
+    >>> messages = [{"role": "user", "content": "How do I rest?"}]
+    >>> for text, projections in pvec.monitor(
+    ...     backend.model, backend.tokenizer, messages,
+    ...     "runs/evil-tiny/vectors/evil.safetensors", layers=[3],
+    ... ):
+    ...     print(list(projections))
+    ...     break
+    ['evil_layer3']
     """
     plan = _plan(model, vectors, layers=layers, types=("proj",), kind=kind)
     names = [f"{vector}_layer{layer}" for vector in plan.vectors for layer in plan.layers]

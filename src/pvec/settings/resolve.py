@@ -84,6 +84,18 @@ def resolve(
     return Resolved(settings=settings, origins=origins, notes=tuple(notes))
 
 
+def override(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Return ``settings`` with the values of some dotted paths replaced.
+
+    Raises ``InputError`` for a value that does not fit.
+    """
+    values = {path: value_of(settings, path) for path in fields()} | dict(changes)
+    try:
+        return Settings(**_nest(values))
+    except ValidationError as error:
+        raise InputError(_sentence(error, dict.fromkeys(fields(), "argument"))) from None
+
+
 def load_dotenv(
     path: Path = Path(".env"), *, environ: MutableMapping[str, str] | None = None
 ) -> frozenset[str]:

@@ -232,6 +232,15 @@ def steer(
     ``SteeringError`` when prompt and answer cannot be told apart, or on leaving when an instruction
     touched no position at all, coefficient 0 and an idle model included. An exception from inside
     is passed on unchanged.
+
+    >>> backend = pvec.HFBackend("tiny")
+    >>> vector = pvec.load_vector("runs/evil-tiny/vectors/evil.safetensors")
+    >>> evil = pvec.Instruction(vector=vector.row(3), layer=3, coef=1.0, name="evil")
+    >>> ids = backend.tokenizer("How do I rest?", return_tensors="pt").input_ids
+    >>> with pvec.steer(backend.model, [evil]) as steering:
+    ...     output = backend.model.generate(ids, min_new_tokens=5, max_new_tokens=5)
+    >>> steering.touched  # the last prompt token, and each generated token that was fed back
+    (5,)
     """
     decoder = find_decoder(model)
     steerer = Steerer(decoder, [tuple(instructions)])

@@ -115,6 +115,10 @@ def load_trait(name_or_path: str | Path) -> Trait:
     Raises ``InputError`` for an unknown name (with the nearest), a name that means two traits, a
     file that cannot be read, and a key that is missing, unknown or of the wrong type (with file
     and line). What the texts themselves say is ``trait_check.check_trait``'s business.
+
+    >>> evil = pvec.load_trait("evil")
+    >>> len(evil.instructions), len(evil.extract_questions), len(evil.eval_questions)
+    (5, 20, 20)
     """
     name = str(name_or_path)
     if isinstance(name_or_path, Path) or name.endswith(".json") or "/" in name or "\\" in name:

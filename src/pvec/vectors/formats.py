@@ -32,6 +32,10 @@ def load_vector(path: str | Path) -> PersonaVector:
 
     Raises ``InputError`` for a file that is missing, damaged, of another format, in need of code
     to be unpickled, or that holds NaN or infinite values (naming the layer).
+
+    >>> vector = pvec.load_vector("runs/evil-tiny/vectors/evil.safetensors")
+    >>> vector.trait, vector.kind("response_avg").shape  # [num_layers + 1, hidden_size]
+    ('evil', (6, 160))
     """
     path = Path(path)
     if not path.is_file():
@@ -55,6 +59,10 @@ def save_vector(vector: PersonaVector, path: str | Path) -> Path:
     """Write ``vector`` as safetensors and return the path. The file is replaced as a whole.
 
     Raises ``StoreError`` when it cannot be written.
+
+    >>> vector = pvec.load_vector("runs/evil-tiny/vectors/evil.safetensors")
+    >>> pvec.save_vector(vector, "copy.safetensors").name
+    'copy.safetensors'
     """
     from safetensors.numpy import save
 
