@@ -63,10 +63,21 @@ def test_no_hook_stays_behind() -> None:
 
 def test_what_the_model_does_not_have_is_refused() -> None:
     model, tokenizer = tiny_model("qwen2"), tiny_tokenizer()
-    with pytest.raises(ModelError, match="layer 99"):
+    with pytest.raises(ModelError, match="Layer 99"):
         pvec.record_activations(model, tokenizer, TEXTS, layers=[99])
     with pytest.raises(InputError, match="has 0 tokens"):
         pvec.record_activations(model, tokenizer, [""])
     (recorded,) = pvec.record_activations(model, tokenizer, TEXTS[:1], layers=[1])
     with pytest.raises(InputError, match="Layer 2 was not recorded"):
         recorded.at(2)
+
+
+def test_dropout_is_off_while_it_records_and_on_again_afterwards() -> None:
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    calm = pvec.record_activations(model, tokenizer, TEXTS)
+    model.train()
+    recorded = pvec.record_activations(model, tokenizer, TEXTS)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    for one, other in zip(calm, recorded, strict=True):
+        np.testing.assert_array_equal(one.values, other.values)

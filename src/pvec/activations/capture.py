@@ -239,7 +239,7 @@ class CaptureRunner:
         if steerer is None:
             reducer.stop_at = max(self._layers)
         with torch.no_grad(), ExitStack() as stack:
-            stack.enter_context(_evaluating(self._decoder.body))
+            stack.enter_context(evaluating(self._decoder.body))
             if steerer is not None:
                 stack.enter_context(steerer.attached())
             stack.enter_context(reducer.attached(self._decoder))
@@ -282,7 +282,7 @@ class CaptureRunner:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Switch dropout off for a forward and leave every part in the mode it was in."""
     training = [m for m in module.modules() if m.training] if module.training else []
     for part in training:

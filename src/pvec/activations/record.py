@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pvec.activations.batching import rows_that_fit
-from pvec.activations.capture import default_token_budget
+from pvec.activations.capture import default_token_budget, evaluating
 from pvec.errors import InputError
 from pvec.models.chat import render_prompt
 from pvec.models.decoder import Decoder, check_layer, find_decoder
@@ -108,6 +108,7 @@ def _forward(
     ids = torch.tensor([row + row[-1:] * (width - len(row)) for row in rows])
     hidden: dict[int, np.ndarray] = {}
     with ExitStack() as stack, torch.inference_mode():
+        stack.enter_context(evaluating(decoder.body))
         for layer in set(layers):
             stack.callback(decoder.on_layer(layer, partial(_keep, hidden, layer)).remove)
         decoder.body(input_ids=ids.to(decoder.device), use_cache=False)
