@@ -254,7 +254,7 @@ def test_hooks_that_did_not_attach_are_found(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(proof, "steer_training", nothing)
     with pytest.raises(
-        SteeringError, match=r"does not do what was asked .* training does not start"
+        SteeringError, match=r"does not do what was requested .* training does not start"
     ):
         prove_steering(tiny_model("llama"), [instruction()], batch())
 

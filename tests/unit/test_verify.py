@@ -17,7 +17,7 @@ from pvec.evaluation.verify.verify import VerifyResult, verify
 from pvec.models.decoder import Decoder
 from pvec.settings import Settings
 from pvec.settings.tree import GenerationSettings, ModelSettings, SteerSettings
-from pvec.steering.observe import module_after, recorded
+from pvec.steering.proof import module_after, record_residual_stream
 from pvec.vectors.formats import save_vector
 from pvec.vectors.vector import PersonaVector
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model, tiny_model
@@ -120,12 +120,12 @@ def test_what_is_observed_is_what_transformers_reports(architecture: str) -> Non
     blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
     ids = torch.tensor([[5, 6, 7, 8]])
     after = module_after(model, blocks, ids)
-    with torch.inference_mode(), recorded(blocks, after=after) as recording:
+    with torch.inference_mode(), record_residual_stream(blocks, after=after) as stream:
         theirs = model(input_ids=ids, output_hidden_states=True).hidden_states
-    ours = recording.states()
+    ours = stream.states()
     for layer in range(NUM_LAYERS):
         torch.testing.assert_close(ours[layer], theirs[layer])
     torch.testing.assert_close(after(ours[NUM_LAYERS]), theirs[NUM_LAYERS])
-    before = [chunks.shape[1] for chunks in recording.states()]
+    before = [chunks.shape[1] for chunks in stream.states()]
     model(input_ids=ids)
-    assert [chunks.shape[1] for chunks in recording.states()] == before
+    assert [chunks.shape[1] for chunks in stream.states()] == before

@@ -1,8 +1,9 @@
-"""Proof, before step 1, that steering does to this model what the configuration says.
+"""Proof that steering changes the residual stream as specified, and nothing else.
 
-One probe batch runs as in training, with the hooks and without. Plain hooks that share nothing with
-pvec's steering read what each block gives and what the next one gets. A hook that did not attach,
-attached elsewhere, or steers other tokens is found here, and the run does not start.
+Plain hooks read the residual stream from outside; they share nothing with pvec's steering. What a
+layer passes on is read at the input of the module that runs next (the following block, or the
+final norm), so the order of hooks does not matter. ``due_state`` is the formula of steering written
+a second time, one instruction after the other, for comparison.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from pvec.errors import SteeringError
+from pvec.errors import ModelError, SteeringError
 from pvec.models.decoder import block_index, describe_layer, find_decoder
 from pvec.steering.hooks import steer_training
 from pvec.steering.positions import IGNORED_LABEL
-from pvec.types import Instruction
+from pvec.types import Instruction, Positions, SpanMeans, SpanName
 
 _ROUNDINGS = 4.0
 """Errors allowed, in units of the rounding of the largest activation."""
@@ -28,9 +29,138 @@ _ROUNDINGS = 4.0
 Batch = Mapping[str, torch.Tensor]
 
 
+class ResidualStream:
+    """The residual stream of all forwards so far, float32 ``[B, tokens, H]`` on the CPU."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[tuple[str, int], list[torch.Tensor]] = {}
+
+    def states(self) -> list[torch.Tensor]:
+        """Return what each layer 0 … num_layers passed on, tokens of successive forwards joined."""
+        layers = sorted(layer for kind, layer in self._chunks if kind == "passed on")
+        return [self._joined("passed on", layer) for layer in layers]
+
+    def block_output(self, layer: int) -> torch.Tensor:
+        """Return what the block of ``layer`` returned, before any other hook changed it."""
+        return self._joined("block output", layer)
+
+    def keep(self, kind: str, layer: int, hidden: torch.Tensor) -> None:
+        """Keep a copy of the hidden state of one forward."""
+        chunk = hidden.detach().float().cpu().clone()
+        self._chunks.setdefault((kind, layer), []).append(chunk)
+
+    def _joined(self, kind: str, layer: int) -> torch.Tensor:
+        return torch.cat(self._chunks[kind, layer], dim=1)
+
+
+@contextmanager
+def record_residual_stream(
+    blocks: nn.ModuleList, *, after: nn.Module, block_outputs: Sequence[int] = ()
+) -> Iterator[ResidualStream]:
+    """Record the residual stream of every layer while the context lasts.
+
+    ``blocks`` are the decoder blocks in order; ``after`` is the module that the last one's output
+    goes to (``module_after``). ``block_outputs`` are layers whose blocks' own outputs are recorded
+    too. The batch must keep its rows while the context lasts.
+    """
+    stream = ResidualStream()
+    with ExitStack() as hooks:
+        for layer, module in enumerate([*blocks, after]):
+            hooks.enter_context(
+                module.register_forward_pre_hook(_input_reader(stream, layer), with_kwargs=True)
+            )
+        for layer in block_outputs:
+            block = blocks[block_index(layer)]
+            hooks.enter_context(
+                block.register_forward_hook(_output_reader(stream, layer), prepend=True)
+            )
+        yield stream
+
+
+def module_after(model: nn.Module, blocks: nn.ModuleList, token_ids: torch.Tensor) -> nn.Module:
+    """Return the module that runs first after the last block: the final norm.
+
+    Found by running ``token_ids`` ``[1, T]`` once and watching the order of calls.
+    """
+    inside = {id(module) for block in blocks for module in block.modules()}
+    called: list[nn.Module] = []
+    passed: list[bool] = []
+
+    def watch(module: nn.Module, _args: Any) -> None:
+        if passed and not called:
+            called.append(module)
+
+    with ExitStack() as hooks, torch.inference_mode():
+        hooks.enter_context(blocks[-1].register_forward_hook(lambda *_: passed.append(True)))
+        for module in model.modules():
+            if id(module) not in inside:
+                hooks.enter_context(module.register_forward_pre_hook(watch))
+        model(input_ids=token_ids)
+    if not called:
+        raise ModelError(f"{type(model).__name__} runs no module after its last block.")
+    return called[0]
+
+
+def due_state(instruction: Instruction, state: torch.Tensor) -> torch.Tensor:
+    """Return what ``instruction`` makes of residual streams ``[..., H]``."""
+    vector = torch.from_numpy(np.asarray(instruction.vector, dtype=np.float32)).to(state)
+    if instruction.operator == "add":
+        return state + instruction.coef * vector
+    unit = vector / vector.norm()
+    along = (state @ unit)[..., None]
+    excess = (along - instruction.coef).clamp(min=0) if instruction.operator == "cap" else along
+    removed: torch.Tensor = excess * unit
+    return state - removed
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanErrors:
+    """How far span means are from what one addition must give, in residual norms.
+
+    ``at_layer`` is the largest error at the steered layer, in the span ``worst``; ``elsewhere``
+    the largest change below that layer and in spans without a steered token.
+    """
+
+    at_layer: float
+    worst: str
+    elsewhere: float
+
+
+def span_errors(
+    plain: SpanMeans, steered: SpanMeans, instruction: Instruction, *, prompt_tokens: int
+) -> SpanErrors:
+    """Compare means over the same tokens with and without an ``add`` instruction.
+
+    The mean of a span must move by coef x vector times the share of its tokens that are steered.
+    """
+    layer = instruction.layer
+    added = np.float32(instruction.coef) * np.asarray(instruction.vector, dtype=np.float32)
+    at_layer, worst, elsewhere = 0.0, "", 0.0
+    for span, scale in plain.norms.items():  # scale [L + 1]
+        if not np.isfinite(scale).all():
+            continue  # an empty span: the answer may be
+        share = _steered_share(instruction.positions, span, prompt_tokens=prompt_tokens)
+        change = steered.means[span] - plain.means[span]  # [L + 1, H]
+        error = float(np.linalg.norm(change[layer] - share * added) / scale[layer])
+        below = np.linalg.norm(change[:layer], axis=1) / scale[:layer]
+        elsewhere = max(elsewhere, float(below.max()), 0.0 if share else error)
+        if share and error >= at_layer:
+            at_layer, worst = error, span
+    return SpanErrors(at_layer=at_layer, worst=worst, elsewhere=elsewhere)
+
+
+def _steered_share(positions: Positions, span: SpanName, *, prompt_tokens: int) -> float:
+    """Return the share of a span's tokens that are steered; a prompt span ends the prompt."""
+    if positions == "all" or span == "prompt_last":
+        return 1.0
+    if positions == "prompt":
+        return float(span == "prompt")
+    return 1.0 if span == "response" else 1.0 / prompt_tokens
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerProof:
-    """What was seen at one steered layer. Norms are means over the steered tokens."""
+    """What was measured at one steered layer. Norms are means over the steered tokens."""
 
     layer: int
     positions: int
@@ -43,83 +173,37 @@ class LayerProof:
 def prove_steering(
     model: nn.Module, instructions: Sequence[Instruction], batch: Batch
 ) -> list[LayerProof]:
-    """Run ``batch`` (``input_ids``, ``labels``, mask or positions) and return what was seen.
+    """Run ``batch`` (``input_ids``, ``labels``, mask or positions) and return what was measured.
 
-    ``model`` must be in training mode, as steering is off otherwise. At every steered layer the
-    change between block and next block must be the sum of coef x vector on the tokens that are due
-    (``add``) or take their component away (``ablate``), and nothing on others; at the lowest layer
-    it is also compared with a pass without hooks. Raises ``SteeringError`` otherwise.
+    Sets ``model`` to training mode, as steering is off otherwise. At every steered layer the change
+    between block and next block must be what the instructions say on the tokens that are due, and
+    nothing on others; at the lowest layer it is also compared with a pass without hooks. Raises
+    ``SteeringError`` otherwise: a hook that did not attach, attached elsewhere, or steers other
+    tokens.
     """
     layers = sorted({i.layer for i in instructions})
     model.train()
-    with _recorded(model, layers) as plain:
+    blocks = find_decoder(model).blocks
+    with torch.random.fork_rng():
+        after = module_after(model, blocks, batch["input_ids"][:1])
+    with record_residual_stream(blocks, after=after, block_outputs=layers) as plain:
         _forward(model, batch)
-    with steer_training(model, instructions), _recorded(model, layers) as steered:
+    with (
+        steer_training(model, instructions),
+        record_residual_stream(blocks, after=after, block_outputs=layers) as steered,
+    ):
         _forward(model, batch)
+    if not torch.equal(plain.block_output(layers[0]), steered.block_output(layers[0])):
+        raise _refusal(layers[0], "the pass with hooks differed already before the lowest layer")
+    passed_on, unsteered = steered.states(), plain.states()
     proofs = []
     for layer in layers:
-        before, after = steered.given[layer], steered.taken[layer]
-        mine = [i for i in instructions if i.layer == layer]
-        proofs.append(_check(layer, mine, before, after, batch))
-    lowest = layers[0]
-    if not torch.equal(plain.given[lowest], steered.given[lowest]):
-        raise _refusal(lowest, "the pass with hooks differed already before the lowest layer")
-    _check(
-        lowest,
-        [i for i in instructions if i.layer == lowest],
-        plain.taken[lowest],
-        steered.taken[lowest],
-        batch,
-    )
+        due = [i for i in instructions if i.layer == layer]
+        before = steered.block_output(layer)
+        proofs.append(_check(layer, due, before, passed_on[layer], batch))
+        if layer == layers[0]:
+            _check(layer, due, unsteered[layer], passed_on[layer], batch)
     return proofs
-
-
-class _Recording:
-    """Per layer what its block gave (``given``) and what came after it got (``taken``)."""
-
-    def __init__(self) -> None:
-        self.given: dict[int, torch.Tensor] = {}
-        self.taken: dict[int, torch.Tensor] = {}
-
-
-@contextmanager
-def _recorded(model: nn.Module, layers: Sequence[int]) -> Iterator[_Recording]:
-    """Read with hooks of our own: first on the block, and at the door of the next block.
-
-    After the last block there is none; its own hooks are read last instead.
-    """
-    blocks = find_decoder(model).blocks
-    seen = _Recording()
-    with ExitStack() as hooks:
-        for layer in layers:
-            block = blocks[block_index(layer)]
-            hooks.enter_context(
-                block.register_forward_hook(_output_reader(seen.given, layer), prepend=True)
-            )
-            if layer < len(blocks):
-                hooks.enter_context(
-                    blocks[block_index(layer + 1)].register_forward_pre_hook(
-                        _input_reader(seen.taken, layer), with_kwargs=True
-                    )
-                )
-            else:
-                hooks.enter_context(block.register_forward_hook(_output_reader(seen.taken, layer)))
-        yield seen
-
-
-def _output_reader(into: dict[int, torch.Tensor], layer: int) -> Any:
-    def read(_module: nn.Module, _args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        into[layer] = hidden.detach().float()
-
-    return read
-
-
-def _input_reader(into: dict[int, torch.Tensor], layer: int) -> Any:
-    def read(_module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        into[layer] = (args[0] if args else kwargs["hidden_states"]).detach().float()
-
-    return read
 
 
 def _forward(model: nn.Module, batch: Batch) -> None:
@@ -137,17 +221,19 @@ def _check(
     batch: Batch,
 ) -> LayerProof:
     """Compare the change ``[B, T, H]`` at a layer with what is due; refuse when it differs."""
-    due = _due_change(instructions, before, batch)
-    change = after - before
+    state = before
+    for instruction in instructions:
+        on = torch.tensor(_due_tokens(instruction, batch))[..., None]  # [B, T, 1]
+        state = torch.where(on, due_state(instruction, state), state)
+    due, change = state - before, after - before
     steered = due.abs().sum(dim=-1) > 0  # [B, T]
     scale = float(torch.maximum(before.abs().max(), after.abs().max()))
-    eps = _resolution(before, after)
-    allowed = _ROUNDINGS * eps * max(scale, 1e-6) * len(instructions)
+    allowed = _ROUNDINGS * _resolution(before, after) * max(scale, 1e-6) * len(instructions)
     error = float((change - due).abs().max())
     expected = float(due[steered].norm(dim=-1).mean()) if steered.any() else 0.0
     direction = nn.functional.normalize(due[steered], dim=-1)
     seen = float((change[steered] * direction).sum(dim=-1).mean()) if steered.any() else 0.0
-    if error > allowed or abs(seen - expected) > 0.05 * expected:
+    if not (error <= allowed and abs(seen - expected) <= 0.05 * expected):
         raise _refusal(
             layer,
             f"the change should have the norm {expected:.4g} and has {seen:.4g}, with a largest "
@@ -162,24 +248,6 @@ def _check(
     )
 
 
-def _due_change(
-    instructions: Sequence[Instruction], before: torch.Tensor, batch: Batch
-) -> torch.Tensor:
-    """Return the change ``[B, T, H]`` that the instructions must make, token by token."""
-    state = before.clone()
-    for instruction in instructions:
-        vector = torch.from_numpy(np.asarray(instruction.vector, dtype=np.float32)).to(state)
-        on = torch.tensor(_due_tokens(instruction, batch), device=state.device)[
-            ..., None
-        ]  # [B,T,1]
-        if instruction.operator == "add":
-            state = state + on * (instruction.coef * vector)
-        else:
-            unit = vector / vector.norm()
-            state = state - on * (state @ unit)[..., None] * unit
-    return state - before
-
-
 def _due_tokens(instruction: Instruction, batch: Batch) -> list[list[bool]]:
     """Return, by a plain loop over the batch, which tokens are steered."""
     labels = batch["labels"].tolist()
@@ -187,13 +255,14 @@ def _due_tokens(instruction: Instruction, batch: Batch) -> list[list[bool]]:
     rows = []
     for b, row in enumerate(labels):
         real = [masks is None or masks[b][t] == 1 for t in range(len(row))]
+        answer = [real[t] and row[t] != IGNORED_LABEL for t in range(len(row))]
         if instruction.positions == "all":
             rows.append(real)
-            continue
-        answer = [real[t] and row[t] != IGNORED_LABEL for t in range(len(row))]
-        rows.append(
-            [answer[t] or (real[t] and t + 1 < len(row) and answer[t + 1]) for t in range(len(row))]
-        )
+        elif instruction.positions == "prompt":
+            rows.append([real[t] and not answer[t] for t in range(len(row))])
+        else:
+            before = [*answer[1:], False]
+            rows.append([answer[t] or (real[t] and before[t]) for t in range(len(row))])
     return rows
 
 
@@ -207,6 +276,20 @@ def _resolution(*states: torch.Tensor) -> float:
 
 def _refusal(layer: int, why: str) -> SteeringError:
     return SteeringError(
-        f"Steering at {describe_layer(layer)} does not do what was asked ({why}), so training does "
-        f"not start: please report this with the model's name."
+        f"Steering at {describe_layer(layer)} does not do what was requested ({why}), so training "
+        f"does not start: please report this with the model's name."
     )
+
+
+def _input_reader(stream: ResidualStream, layer: int) -> Any:
+    def read(_module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        stream.keep("passed on", layer, args[0] if args else kwargs["hidden_states"])
+
+    return read
+
+
+def _output_reader(stream: ResidualStream, layer: int) -> Any:
+    def read(_module: nn.Module, _args: Any, output: Any) -> None:
+        stream.keep("block output", layer, output[0] if isinstance(output, tuple) else output)
+
+    return read

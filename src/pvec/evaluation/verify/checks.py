@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pvec.evaluation.verify.inputs import ANSWER_TOKENS, POSITIONS, Asked, Check
+from pvec.evaluation.verify.inputs import ANSWER_TOKENS, POSITIONS, Check, VerifyInputs
 from pvec.models.decoder import block_index, describe_layer
 from pvec.types import Instruction, Positions, Request, TokenSpans
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pvec.backends.hf.backend import HFBackend
 
 
-class Bench(Asked):
-    """A transformers model with what the checks need, and ways to run it and to look inside."""
+class Bench(VerifyInputs):
+    """A transformers model, run with and without steering while its residual stream is recorded."""
 
     def __init__(
         self, backend: HFBackend, steering: Sequence[Instruction], *, thinking: bool
@@ -28,7 +28,7 @@ class Bench(Asked):
         import torch
 
         from pvec.models.decoder import find_decoder
-        from pvec.steering.observe import module_after
+        from pvec.steering.proof import module_after
 
         super().__init__(backend, steering, thinking=thinking)
         assert backend.model is not None
@@ -42,11 +42,11 @@ class Bench(Asked):
 
     def generated(self, request: Request) -> tuple[tuple[int, ...], list[torch.Tensor]]:
         """Return the tokens fed to the model and the residual stream per layer ``[T, H]``."""
-        from pvec.steering.observe import recorded
+        from pvec.steering.proof import record_residual_stream
 
-        with recorded(self.blocks, after=self.after) as recording:
+        with record_residual_stream(self.blocks, after=self.after) as stream:
             (answer,) = self.backend.generate([request])
-        states = [state[0] for state in recording.states()]
+        states = [state[0] for state in stream.states()]
         fed = (*request.prompt_ids, *answer.token_ids)[: states[0].shape[0]]
         return fed, states
 
@@ -54,18 +54,18 @@ class Bench(Asked):
         """Return the residual stream per layer of one plain, unsteered forward."""
         import torch
 
-        from pvec.steering.observe import recorded
+        from pvec.steering.proof import record_residual_stream
 
         with (
             torch.inference_mode(),
-            recorded(self.blocks, after=self.after) as recording,
+            record_residual_stream(self.blocks, after=self.after) as stream,
         ):
             self.model(input_ids=torch.tensor([list(token_ids)], device=self.device))
-        return [state[0] for state in recording.states()]
+        return [state[0] for state in stream.states()]
 
 
 def all_checks(bench: Bench) -> Iterator[Check]:
-    """Yield every check as it is done; a failed one is a result like any other."""
+    """Yield every check as it is done; a failed check is a result, not an exception."""
     before = bench.plain(bench.prompts[1])
     yield _layer_numbers(bench)
     for positions in POSITIONS:
@@ -101,11 +101,13 @@ def _positions_of(positions: Positions, *, prompt: int, total: int) -> list[int]
 
 
 def _change_checks(bench: Bench, positions: Positions) -> Iterator[Check]:
-    """Compare a steered answer with a plain forward over the very tokens it had.
+    """Compare a steered answer with a plain forward over the same tokens.
 
-    Up to the steered layer nothing but the steering can tell the two apart.
+    Up to the steered layer the two differ by the steering only.
     """
-    asked = elsewhere = 0.0
+    from pvec.steering.proof import due_state
+
+    at_layer = elsewhere = 0.0
     where, count = "", 0
     for instruction in bench.steering:
         layer = instruction.layer
@@ -114,9 +116,10 @@ def _change_checks(bench: Bench, positions: Positions) -> Iterator[Check]:
         plain = bench.plain(fed)
         touched = _positions_of(positions, prompt=len(request.prompt_ids), total=len(fed))
         count += len(touched)
-        error = _relative(_unexplained(steered, plain, instruction, touched), plain[layer][touched])
-        if error >= asked:
-            asked, where = error, describe_layer(layer)
+        due = due_state(instruction, plain[layer][touched])
+        error = _relative(steered[layer][touched] - due, plain[layer][touched])
+        if error >= at_layer:
+            at_layer, where = error, describe_layer(layer)
         others = [t for t in range(len(fed)) if t not in set(touched)]
         for below in range(layer):
             elsewhere = max(elsewhere, _relative(steered[below] - plain[below], plain[below]))
@@ -124,23 +127,10 @@ def _change_checks(bench: Bench, positions: Positions) -> Iterator[Check]:
             change = steered[layer][others] - plain[layer][others]
             elsewhere = max(elsewhere, _relative(change, plain[layer][others]))
     changed = f"positions={positions}: the residual stream changes by coef x v"
-    yield bench.check(changed, asked, f"{count} positions, worst at {where}")
+    yield bench.check(changed, at_layer, f"{count} positions, worst at {where}")
     yield bench.check(
         f"positions={positions}: no other token changes, nor any layer below", elsewhere
     )
-
-
-def _unexplained(
-    steered: list[torch.Tensor],
-    plain: list[torch.Tensor],
-    instruction: Instruction,
-    touched: list[int],
-) -> torch.Tensor:
-    """Return what of the change at the steered layer and tokens is not ``coef x v``, ``[T, H]``."""
-    import torch
-
-    wanted = torch.from_numpy(np.float32(instruction.coef) * instruction.vector)
-    return steered[instruction.layer][touched] - plain[instruction.layer][touched] - wanted
 
 
 def _zero_is_identity(bench: Bench) -> Check:
@@ -215,17 +205,17 @@ def _mixed_batch_equals_alone(bench: Bench, *, steered: bool) -> Check:
     """In one batch every row carries other steering; each answer must be what it is alone."""
     requests = bench.mixed_requests()
     together = {answer.id: answer.token_ids for answer in bench.backend.generate(requests)}
-    mine = [request for request in requests if bool(request.steering) is steered]
+    chosen = [request for request in requests if bool(request.steering) is steered]
     different = 0
-    for request in mine:
+    for request in chosen:
         (alone,) = bench.backend.generate([request])
         different += alone.token_ids != together[request.id]
     which = "steered" if steered else "unsteered"
     return bench.check_texts(
         f"{which} rows of a mixed batch answer as they do alone",
         different=different,
-        total=len(mine),
-        detail=f"{len(mine)} answers in a batch of {len(requests)}",
+        total=len(chosen),
+        detail=f"{len(chosen)} answers in a batch of {len(requests)}",
     )
 
 
@@ -244,8 +234,8 @@ def _means_in_a_batch(bench: Bench) -> Check:
     worst = 0.0
     for sequence in sequences:
         (alone,) = bench.backend.capture([sequence])
-        one = alone.means["prompt"]  # [L + 1, H]
-        gap = np.linalg.norm(together[sequence.id] - one, axis=1) / np.linalg.norm(one, axis=1)
+        means = alone.means["prompt"]  # [L + 1, H]
+        gap = np.linalg.norm(together[sequence.id] - means, axis=1) / np.linalg.norm(means, axis=1)
         worst = max(worst, float(gap.max()))
     return bench.check(
         "mean activations in a mixed batch equal those alone",

@@ -1,4 +1,4 @@
-"""What ``pvec verify`` asks of any backend, and the form of what it finds."""
+"""What the checks of ``pvec verify`` need of any backend, and the form of their results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ token: rounding, in forwards of different shapes, over all layers below."""
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that was proved or not: the largest error measured and what is allowed."""
+    """The result of one check: the largest error measured and what is allowed."""
 
     name: str
     passed: bool
@@ -37,8 +37,8 @@ class Check:
     detail: str = ""
 
 
-class Asked:
-    """What the checks ask of any backend: prompts, steering, and the error that is allowed."""
+class VerifyInputs:
+    """Prompts, steering and the allowed error, for any backend."""
 
     def __init__(
         self, backend: Backend, steering: Sequence[Instruction], *, thinking: bool
@@ -61,14 +61,14 @@ class Asked:
         )
 
     def mixed_requests(self) -> list[Request]:
-        """Return requests that are steered in every way, both signs, and not at all."""
+        """Return requests under every instruction, with both signs, and without steering."""
         requests: list[Request] = []
         for prompt in range(len(self.prompts)):
             requests.append(self.request(len(requests), prompt=prompt))
             for instruction in self.steering:
                 for coef in (1.0, -1.0):
-                    dose = replace(instruction, coef=coef * instruction.coef)
-                    requests.append(self.request(len(requests), dose, prompt=prompt))
+                    scaled = replace(instruction, coef=coef * instruction.coef)
+                    requests.append(self.request(len(requests), scaled, prompt=prompt))
         return requests
 
     def check(self, name: str, error: float, detail: str = "") -> Check:
@@ -85,8 +85,8 @@ class Asked:
     def check_texts(self, name: str, *, different: int, total: int, detail: str) -> Check:
         """Return the check of ``total`` greedy answers of which some are ``different``.
 
-        In half precision a batch of another shape rounds differently, and greedy text may then
-        part: up to half of the answers may.
+        In half precision a batch of another shape rounds differently, so greedy texts may
+        diverge: up to half of the answers may.
         """
         allowed = 0.0 if self.dtype == "float32" else float(total // 2)
         return Check(

@@ -1,9 +1,9 @@
-"""``pvec verify``: proof, on the user's own model and vector, that steering does what it says.
+"""``pvec verify``: independent verification, on the user's own model and vector, of steering.
 
-What is proved is read from outside (``observe``): plain hooks and transformers' own ``generate``,
-not pvec's counters; on vLLM, whose engine no hook can look into, ``verify_vllm`` compares it with
-itself and with transformers. Every check compares two ways of getting the same numbers and states
-the largest difference it found.
+The checks read from outside: plain hooks and transformers' own ``generate``, not pvec's counters.
+On vLLM, where hooks cannot look into the engine, ``verify.vllm`` compares its results with each
+other and with transformers. Every check compares two computations of the same numbers and states
+the largest difference.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def verify(
     notify: Notify = ignore,
     on_progress: Callable[[Progress], None] = ignore,
 ) -> VerifyResult:
-    """Run every check with ``vector`` (without one, a random direction) at the layers asked for.
+    """Run every check with ``vector`` (without it, a random direction) at ``settings.steer.layer``.
 
-    Raises ``InputError`` or ``ModelError``, before weights are loaded, for a vector, layer or dose
-    that does not fit. A failed check is a result, not an exception.
+    Raises ``InputError`` or ``ModelError``, before weights are loaded, for a vector, layer or
+    coefficient that does not fit. A failed check is a result, not an exception.
     """
     with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
         source = load_source(settings, vector, session)
@@ -90,7 +90,7 @@ def load_source(settings: Settings, vector: Path | None, session: ModelSession) 
 
 
 def _steering(settings: Settings, source: Source, *, num_layers: int) -> list[Instruction]:
-    """Return one addition per layer asked for, with the largest of the coefficients."""
+    """Return one addition per layer of the settings, with the largest of the coefficients."""
     steer = settings.steer
     layers = sorted(
         {layer for choice in parse_layers(steer.layer, num_layers=num_layers) for layer in choice}
