@@ -1,4 +1,4 @@
-"""What holds something until it is closed: a model, a file, a connection."""
+"""The base class of objects that hold a resource until they are closed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Closing(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what is held. Called on leaving the context."""
+        """Free what is held. Called on leaving the context."""
 
     def __enter__(self) -> Self:
         return self

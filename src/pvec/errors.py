@@ -1,9 +1,9 @@
 """The errors that pvec raises on purpose.
 
-    PvecError                 what the user can fix: one sentence with the remedy, exit code 2
+    PvecError                 the user can fix it: one sentence with the remedy, exit code 2
     ├── InputError            a wrong file, option or setting, refused before a model is loaded
-    ├── ModelError            the model, adapter, tokenizer or vector does not fit what was asked
-    ├── SteeringError         steering that was asked for did not apply (never a warning)
+    ├── ModelError            the model, adapter, tokenizer or vector does not fit
+    ├── SteeringError         requested steering did not apply (never a warning)
     ├── JudgeError            the judge refused, is unreachable or scored nothing
     └── StoreError            a run folder that is damaged, locked or of another configuration
 
@@ -25,11 +25,11 @@ class InputError(PvecError, ValueError):
 
 
 class ModelError(PvecError):
-    """The model, adapter, tokenizer or vector does not fit what was asked of it."""
+    """The model, adapter, tokenizer or vector does not fit the request."""
 
 
 class SteeringError(PvecError):
-    """Steering did not apply where it was asked to."""
+    """Requested steering did not apply."""
 
 
 class JudgeError(PvecError):

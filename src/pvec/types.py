@@ -1,4 +1,4 @@
-"""The words that travel between the parts of pvec. Plain data: no torch, no settings, no files.
+"""The types that the parts of pvec exchange. Plain data: no torch, no settings, no files.
 
 Layers are 1-based as in the paper: layer ``l`` is the residual stream after decoder block ``l``
 (transformers' ``hidden_states[l]``); layer 0 is the embedding output. Arrays over layers have
@@ -128,7 +128,7 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamChunk:
-    """How far one streamed answer is: its tokens so far, and the finished answer at its end."""
+    """State of a streamed answer: its tokens so far, and at the end the finished answer."""
 
     id: str
     token_ids: tuple[int, ...]
@@ -164,7 +164,7 @@ class SpanMeans:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """What is known about a loaded model; everything a run's identity needs."""
+    """Metadata of a loaded model; everything that a run's identity needs."""
 
     id: str
     fingerprint: str
@@ -175,7 +175,7 @@ class ModelInfo:
     adapter: str | None = None
     bundled: bool = False
     notes: tuple[str, ...] = ()
-    """Choices made for the user and why ("float32: no accelerator found"), to be shown once."""
+    """Choices made for the user and why ("float32: no accelerator found"), to show once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,7 @@ class JudgeQuery:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a long job stands; workflows emit it, the command line draws it."""
+    """Progress of a long job; workflows emit it, the command line draws it."""
 
     stage: str
     done: int

@@ -262,7 +262,7 @@ def test_an_answer_cut_by_the_context_is_said(qwen2: HFBackend) -> None:
     tight = Request(id="tight", prompt_ids=(5,) * 250, sampling=Sampling(max_tokens=50))
     [answer] = qwen2.generate([tight])
     assert len(answer.token_ids) <= 6
-    assert notes == ["1 answers may be shorter than asked: the model's context is 256 tokens"]
+    assert notes == ["1 answers may be shortened: the model's context is 256 tokens"]
 
 
 def test_an_empty_prompt_is_refused(qwen2: HFBackend) -> None:

@@ -45,7 +45,7 @@ def test_a_loaded_model_says_what_was_chosen_and_why() -> None:
 def test_a_dtype_is_taken_as_asked() -> None:
     loaded = load_model(ModelSpec(model=str(saved_model("qwen2")), dtype="bfloat16", device="cpu"))
     assert loaded.model.dtype == torch.bfloat16
-    assert "bfloat16: as asked" in loaded.info.notes
+    assert "bfloat16: as set" in loaded.info.notes
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_an_unknown_model_is_one_sentence_even_offline(name: str) -> None:
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="holds no model"):
+    with pytest.raises(ModelError, match="does not hold a model"):
         inspect_model(ModelSpec(model=str(tmp_path)))
 
 
@@ -128,7 +128,7 @@ def test_an_adapter_whose_base_is_gone_says_what_to_give(tmp_path: Path) -> None
 
 def test_a_model_given_as_adapter_is_refused() -> None:
     base = str(saved_model("qwen2"))
-    with pytest.raises(ModelError, match="is no adapter"):
+    with pytest.raises(ModelError, match="is not an adapter"):
         inspect_model(ModelSpec(model=base, adapter=base))
 
 
@@ -188,7 +188,7 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
     folder = copied(tmp_path / "model")
     config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="no decoder-only language model"):
+    with pytest.raises(ModelError, match="not a decoder-only language model"):
         inspect_model(ModelSpec(model=str(folder)))
 
 

@@ -16,7 +16,7 @@ from pvec.types import SpanMeans, SpanName, TokenSpans
 
 
 class DoneError(Exception):
-    """Raised in the hook of the last layer that is asked for: the blocks above it need not run."""
+    """Raised in the hook of the last requested layer: the blocks above it need not run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class Reducer:
             raise DoneError
 
     def sums(self, device: torch.device) -> Sums:
-        """Return every layer's part, on one device, in the order of the layers asked for."""
+        """Return every layer's part, on one device, in the order of the requested layers."""
         means = [self._means[layer].to(device) for layer in self._layers]
         norms = [self._norms[layer].to(device) for layer in self._layers]
         return Sums(torch.stack(means, dim=2), torch.stack(norms, dim=2))

@@ -1,1 +1,1 @@
-"""What runs a model: the contract, and its implementations."""
+"""Backends run a model: the contract, its implementations, and the session of a command."""

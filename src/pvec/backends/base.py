@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 class Backend(Closing):
     """One loaded model that can generate, capture and score continuations.
 
-    Every method streams: results come as they finish, in any order, each with the id of what asked
-    for it. A caller that stops iterating early leaves the model usable and without hooks.
+    Every method streams: results come as they finish, in any order, each with the id of its
+    request. A caller that stops iterating early leaves the model usable and without hooks.
     """
 
     info: ModelInfo
     tokenizer: PreTrainedTokenizerBase
     on_progress: Callable[[Progress], None] = staticmethod(lambda _progress: None)
-    """Hears of a running ``generate``: answers done; under ``extra`` the ``tokens`` sampled so far
-    and the ``rows`` running."""
+    """Receives the progress of a running ``generate``: answers done; under ``extra`` the ``tokens``
+    sampled so far and the ``rows`` running."""
 
     @classmethod
     @abstractmethod
@@ -48,23 +48,23 @@ class Backend(Closing):
     ) -> Self:
         """Load the model ``spec`` names, with the engine options of ``settings``.
 
-        ``facts`` saves looking at its files twice; ``on_note`` gets a sentence whenever something
-        is done for the user on the way.
+        With ``metadata`` the model's files are not inspected again; ``on_note`` receives a sentence
+        whenever something is chosen or changed for the user.
         """
 
     @abstractmethod
     def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
         """Yield one ``Generation`` per request as it finishes.
 
-        Raises ``SteeringError`` when the positions touched are not those asked for, and
+        Raises ``SteeringError`` when the positions touched differ from those requested, and
         ``ModelError`` for a prompt that leaves no room in the model's context.
         """
 
     def stream(self, requests: Iterable[Request]) -> Iterator[StreamChunk]:
-        """Yield a ``Piece`` for every new token of a few requests that run side by side.
+        """Yield a ``StreamChunk`` for every new token of a few requests that run together.
 
-        The last piece of each carries its ``Generation``. A backend that cannot stream yields that
-        one alone. Raises as ``generate`` does.
+        The last chunk of each carries its ``Generation``; a backend that cannot stream yields only
+        that chunk. Raises as ``generate`` does.
         """
         for generation in self.generate(requests):
             yield StreamChunk(id=generation.id, token_ids=generation.token_ids, finished=generation)
@@ -78,14 +78,14 @@ class Backend(Closing):
         self, requests: Iterable[Request], *, layers: Sequence[int] | None = None
     ) -> Iterator[tuple[Generation, SpanMeans]]:
         """Yield every answer with its span means: prompt, last prompt token, whole response."""
-        asked = {request.id: request for request in requests}
-        answers = {answer.id: answer for answer in self.generate(asked.values())}
+        by_id = {request.id: request for request in requests}
+        answers = {answer.id: answer for answer in self.generate(by_id.values())}
         sequences = (
             spans_from_ids(
                 answer.id,
-                prompt_ids=asked[answer.id].prompt_ids,
+                prompt_ids=by_id[answer.id].prompt_ids,
                 answer_ids=answer.token_ids,
-                steering=asked[answer.id].steering,
+                steering=by_id[answer.id].steering,
             )
             for answer in answers.values()
         )

@@ -1,7 +1,7 @@
-"""Activations of answers: kept as they are generated where the backend can, captured otherwise.
+"""Mean activations of answers, kept during generation if the backend can, captured otherwise.
 
-An engine that sums activations while it generates saves the second pass over every answer. Which
-answers count is known only after judging, so the means wait in a temporary file until then.
+An engine that sums activations while generating saves the second pass over every answer. Which
+answers count is known only after judging, so the means stay in a temporary file until then.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SPANS: tuple[SpanName, ...] = ("prompt", "prompt_last", "response")
 
 
 class KeptMeans(Closing):
-    """Span means by answer, on disk; a context manager whose end deletes them."""
+    """Span means by answer in a temporary file, deleted on leaving the context."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
@@ -41,7 +41,7 @@ class KeptMeans(Closing):
     def get(self, sequence: TokenSpans) -> SpanMeans | None:
         """Return the means of a sequence, or None when it must be captured.
 
-        What is kept is of whole answers: one without its think span must be captured.
+        Means of whole answers are kept: a response without its think span must be captured.
         """
         whole = sequence.spans["response"][0] == sequence.spans["prompt"][1]
         if sequence.id not in self._place or not whole or sequence.steering:

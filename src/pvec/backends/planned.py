@@ -1,8 +1,8 @@
 """Answers that a run should hold: planned without weights, generated only where missing.
 
-Extraction, evaluation and screening all do the same thing here: they say which answers they want
-(``Wanted``), and ``generate_missing`` fills the run. An answer's id covers everything that could
-change it, so a second call repeats nothing and a changed setting never meets a stale answer.
+Extraction, evaluation and screening all state which answers they need (``PlannedResponse``), and
+``generate_missing`` fills the run. An answer's id covers everything that could change it, so a
+second call repeats nothing and changing a setting invalidates cached answers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OnProgress = Callable[[Progress], None]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlannedResponse:
-    """One answer that a run should hold. ``condition`` is the workflow's own words for it."""
+    """One answer that a run should hold. ``condition`` is its case in the workflow."""
 
     trait: str
     condition: Mapping[str, Json]
@@ -42,7 +42,7 @@ class PlannedResponse:
 
     @cached_property
     def id(self) -> str:
-        """The response id; two workflows that want the same answer under one condition share it."""
+        """The response id; two workflows share the same answer under the same condition."""
         return response_id(
             model=self.engine,
             prompt_ids=self.prompt_ids,
@@ -53,7 +53,7 @@ class PlannedResponse:
         )
 
     def request(self) -> Request:
-        """Return what the backend is asked for."""
+        """Return the backend's request for this answer."""
         return Request(
             id=self.id,
             prompt_ids=self.prompt_ids,
@@ -101,16 +101,16 @@ def derive_seed(base: int, *parts: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
 
 
-def missing(run: Run, wanted: Sequence[PlannedResponse]) -> list[PlannedResponse]:
+def missing(run: Run, planned: Sequence[PlannedResponse]) -> list[PlannedResponse]:
     """Return those answers that the run does not hold yet."""
     have = run.response_ids()
-    return [one for one in wanted if one.id not in have]
+    return [response for response in planned if response.id not in have]
 
 
 def generate_missing(
     run: Run,
     session: ModelSession,
-    wanted: Sequence[PlannedResponse],
+    planned: Sequence[PlannedResponse],
     *,
     on_progress: OnProgress,
     stage: str = "generate",
@@ -119,13 +119,13 @@ def generate_missing(
 
     Returns the number generated. The model is loaded only when something is missing.
     """
-    todo = {one.id: one for one in missing(run, wanted)}
+    todo = {response.id: response for response in missing(run, planned)}
     if not todo:
         return 0
     backend = session.backend
-    already, done = len(wanted) - len(todo), 0
-    backend.on_progress = _Watch(on_progress, stage=stage, already=already, total=len(wanted))
-    for generation in answers(session, [one.request() for one in todo.values()]):
+    already, done = len(planned) - len(todo), 0
+    backend.on_progress = _Watch(on_progress, stage=stage, already=already, total=len(planned))
+    for generation in answers(session, [response.request() for response in todo.values()]):
         run.append_response(_record(todo[generation.id], generation, session))
         done += 1
     if done != len(todo):
@@ -159,23 +159,23 @@ class _Watch:
 
 
 def _record(
-    wanted: PlannedResponse, generation: Generation, session: ModelSession
+    planned: PlannedResponse, generation: Generation, session: ModelSession
 ) -> ResponseRecord:
     return ResponseRecord(
-        id=wanted.id,
-        trait=wanted.trait,
-        condition=wanted.condition,
-        question=wanted.question,
-        question_id=wanted.question_id,
-        system=wanted.system,
-        prompt=wanted.prompt,
-        prompt_ids=wanted.prompt_ids,
+        id=planned.id,
+        trait=planned.trait,
+        condition=planned.condition,
+        question=planned.question,
+        question_id=planned.question_id,
+        system=planned.system,
+        prompt=planned.prompt,
+        prompt_ids=planned.prompt_ids,
         token_ids=generation.token_ids,
         answer=generation.text,
         finish_reason=generation.finish_reason,
-        sampling=wanted.sampling,
+        sampling=planned.sampling,
         think_tokens=think_length(
-            session.metadata.tokenizer, generation.token_ids, prompt_ids=wanted.prompt_ids
+            session.metadata.tokenizer, generation.token_ids, prompt_ids=planned.prompt_ids
         ),
-        steering=tuple(one.describe() for one in wanted.steering),
+        steering=tuple(i.describe() for i in planned.steering),
     )

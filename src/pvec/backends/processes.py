@@ -16,11 +16,11 @@ from typing import Self, TypeVar
 from pvec.errors import PvecError
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Processes:
-    """The processes of one launch; one alone when nothing launched several. A context manager.
+    """The processes of one launch (a single process without a launcher). A context manager.
 
     All of them must make the same calls in the same order.
     """
@@ -55,23 +55,23 @@ class Processes:
         start = first + 1 if self.rank else 0  # the item that crosses a border belongs to the left
         return items[start : last + 1]
 
-    def gather(self, value: Made) -> list[Made]:
+    def gather(self, value: Result) -> list[Result]:
         """Return every process's ``value`` on the main one, an empty list on the others."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
 
-        gathered: list[Made | None] | None = [None] * self.size if self.main else None
+        gathered: list[Result | None] | None = [None] * self.size if self.main else None
         dist.gather_object(value, gathered)
-        return [one for one in gathered or [] if one is not None]
+        return [value for value in gathered or [] if value is not None]
 
-    def on_main(self, make: Callable[[], Made]) -> Made:
+    def on_main(self, make: Callable[[], Result]) -> Result:
         """Run ``make`` on the main process and return its result, or raise its error, on all."""
         if self.size == 1:
             return make()
         import torch.distributed as dist
 
-        outcome: list[Made | PvecError | None] = [None]
+        outcome: list[Result | PvecError | None] = [None]
         if self.main:
             try:
                 outcome = [make()]
@@ -104,4 +104,4 @@ class Processes:
 
 
 ALONE = Processes()
-"""One process that does everything."""
+"""A single process."""

@@ -1,4 +1,4 @@
-"""Which backends there are, by name; their modules are imported when one is used."""
+"""The backends by name; a backend's module is imported when it is used."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ _CLASSES: dict[BackendName, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class BackendChoice:
-    """A backend and why it was taken, for people."""
+    """A backend and the reason for choosing it."""
 
     name: BackendName
     reason: str
 
 
-def choose_backend(wanted: str = "auto", *, bundled: bool = False) -> BackendChoice:
+def choose_backend(name: str = "auto", *, bundled: bool = False) -> BackendChoice:
     """Return the backend for ``auto``, ``hf`` or ``vllm``; ``InputError`` for anything else.
 
     ``auto`` takes vLLM when it is installed and there is a CUDA GPU, except for the bundled model,
     which is too small to be worth an engine's start. Naming vLLM without having it is an error.
     """
-    if wanted == "auto":
+    if name == "auto":
         return _choose_for_user(bundled=bundled)
-    if wanted not in get_args(BackendName):
+    if name not in get_args(BackendName):
         known = ["auto", *get_args(BackendName)]
         raise InputError(
-            f"There is no backend {wanted!r}: use {', '.join(known)}.{did_you_mean(wanted, known)}"
+            f"There is no backend {name!r}: use {', '.join(known)}.{did_you_mean(name, known)}"
         )
-    if wanted == "vllm" and not _installed("vllm"):
+    if name == "vllm" and not _installed("vllm"):
         raise InputError(
             f"The vllm backend needs vLLM, which is not installed: {install_command('vllm')}, "
             f"or --backend hf."
         )
-    return BackendChoice(name="vllm" if wanted == "vllm" else "hf", reason="as asked")
+    return BackendChoice(name="vllm" if name == "vllm" else "hf", reason="as set")
 
 
 def backend_class(name: BackendName) -> type[Backend]:
     """Import and return the class of a backend (heavy: torch, perhaps vLLM)."""
     module, _, attribute = _CLASSES[name].partition(":")
-    found: type[Backend] = getattr(importlib.import_module(module), attribute)
-    return found
+    cls: type[Backend] = getattr(importlib.import_module(module), attribute)
+    return cls
 
 
 def _choose_for_user(*, bundled: bool) -> BackendChoice:

@@ -1,4 +1,4 @@
-"""The model of a command: looked at first, loaded when something has to run, freed at the end."""
+"""The model of a command: inspected first, loaded on first use, freed at the end."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _BUNDLED_THREADS = 2
 
 
 def ignore(_: object) -> None:
-    """Take a note or progress and show nothing (the default of library calls)."""
+    """Ignore a note or progress (the default of library calls)."""
 
 
 class ModelSession(Closing):
-    """What runs the model of one command, as the settings ask.
+    """The model of one command and how the settings say to run it.
 
-    Making one reads configuration, tokenizer and fingerprint (``facts``), so that bad input is
-    refused and response ids are known before any weights are loaded. ``backend`` loads them on
-    first use. ``processes`` each load it, on an accelerator of their own where there are some. A
+    Creating a session reads configuration, tokenizer and fingerprint (``metadata``), so that bad
+    input is refused and response ids are known before any weights are loaded. ``backend`` loads
+    them on first use. Each of ``processes`` loads them, on its own accelerator where possible. A
     context manager; leaving it frees the model.
 
     Raises ``ModelError`` or ``InputError`` for a model that cannot be used.
@@ -63,11 +63,11 @@ class ModelSession(Closing):
         self.choice = choose_backend(settings.backend.name, bundled=self.metadata.bundled)
         self._backend: Backend | None = None
         self.kept_means: KeptMeans | None = None
-        """Where activations go that are captured while generating, if a workflow wants them."""
+        """Keeps the activations that are captured while generating, if a workflow needs them."""
 
     @cached_property
     def identity(self) -> str:
-        """What could change an answer besides prompt, sampling and steering: weights (adapter
+        """What changes an answer besides prompt, sampling and steering: weights (adapter
         included), tokenizer and chat template, backend, number format.
         """
         from pvec.models.load import choose_device, choose_dtype
@@ -78,7 +78,7 @@ class ModelSession(Closing):
 
     @property
     def thinking(self) -> bool:
-        """Whether models that can think aloud are let to."""
+        """Whether thinking mode is enabled."""
         return self.settings.generation.thinking == "on"
 
     @property
@@ -88,7 +88,7 @@ class ModelSession(Closing):
         return self.settings.generation.max_tokens or default
 
     def sampling(self, seed: int) -> Sampling:
-        """Return the sampling that the settings ask for, with this seed."""
+        """Return the sampling of the settings with this seed."""
         generation = self.settings.generation
         return Sampling(
             temperature=generation.temperature,
@@ -99,7 +99,7 @@ class ModelSession(Closing):
 
     @property
     def backend(self) -> Backend:
-        """The loaded model; the first use loads it and says what was chosen and why."""
+        """The loaded model; the first use loads it and notes what was chosen and why."""
         if self._backend is None:
             self.notify(f"loading {self.metadata.id} on {self.choice.name} ({self.choice.reason})")
             self._backend = open_backend(
@@ -118,7 +118,7 @@ class ModelSession(Closing):
         return self._backend
 
     def _use_few_threads(self) -> None:
-        """Keep the bundled model on two threads, or on one where others keep the cores busy.
+        """Limit the bundled model to two threads, or one when other processes use the cores.
 
         Its small matrices have no work for more, and threads that wait for a core cost several
         times what they save.
@@ -151,7 +151,7 @@ def open_backend(
     metadata: ModelMetadata | None = None,
     notify: Notify = ignore,
 ) -> Backend:
-    """Load a model on a backend, as the settings ask. Raises ``ModelError`` or ``InputError``."""
+    """Load a model on a backend, as set. Raises ``ModelError`` or ``InputError``."""
     from pvec.backends.registry import backend_class
 
     return backend_class(name).from_settings(spec, settings, metadata=metadata, on_note=notify)
@@ -166,28 +166,16 @@ def load_judge_model(name: str, settings: Settings) -> Backend:
 
 
 def model_spec(settings: Settings) -> ModelSpec:
-    """Return what the settings say of the model, in the backends' words."""
-    model = settings.model
-    return ModelSpec(
-        model=model.id,
-        adapter=model.adapter,
-        merge_adapter=model.merge_adapter,
-        dtype=model.dtype,
-        device=model.device,
-        device_map=model.device_map,
-        revision=model.revision,
-        chat_template=model.chat_template,
-        allow_pickle=model.allow_pickle,
-        trust_remote_code=model.trust_remote_code,
-    )
+    """Return the model of the settings; its fields are those of the section ``model``."""
+    return ModelSpec(model=settings.model.id, **settings.model.model_dump(exclude={"id"}))
 
 
 def _device(settings: Settings, processes: Processes) -> str:
     """Return the device of this process: as set, or an accelerator of its own beside others."""
-    wanted = settings.model.device
-    if processes.size > 1 and wanted in ("auto", "cuda"):
+    device = settings.model.device
+    if processes.size > 1 and device in ("auto", "cuda"):
         import torch
 
         if torch.cuda.is_available():
             return f"cuda:{processes.local_rank}"
-    return wanted
+    return device

@@ -51,15 +51,15 @@ class Command:
 COMMANDS = (
     Command("extract", "Make the persona vector of one or more traits.", MAIN),
     Command("vector", "Compute, inspect, compare, combine and convert vectors.", MAIN),
-    Command("steer-eval", "Measure what steering with a vector does, and at what cost.", MAIN),
+    Command("steer-eval", "Evaluate steering: trait and coherence by layer and coefficient.", MAIN),
     Command("project", "Project answers, training data, prompts or checkpoints on vectors.", MAIN),
-    Command("train", "Finetune with LoRA, steered if wanted, and watch the persona move.", MAIN),
+    Command("train", "Finetune with LoRA, optionally steered, logging the persona shift.", MAIN),
     Command("judge", "Score the answers of a run, or score them again with another judge."),
     Command(
-        "verify", "Prove, from outside, that steering does on your model and vector what it says."
+        "verify", "Verify independently that steering changes activations exactly as specified."
     ),
-    Command("chat", "Talk to a model while steering it."),
-    Command("report", "Write one self-contained page about one or more runs."),
+    Command("chat", "Chat with a model while steering it."),
+    Command("report", "Write a self-contained HTML report of one or more runs."),
     Command("trait", "List, show, check and write trait definitions."),
     Command("config", "Show every setting and where its value comes from."),
     Command("doctor", "Check the installation."),
@@ -83,7 +83,7 @@ class LazyGroup(TyperGroup):
         return list(self.commands_by_name)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
-        """Return what help needs to know of a command; ``resolve_command`` returns the real one."""
+        """Return a command's name and summary for help; see ``resolve_command``."""
         command = self.commands_by_name.get(cmd_name)
         if command is None:
             return None
@@ -110,8 +110,8 @@ def load(command: Command) -> Any:
 app = typer.Typer(cls=LazyGroup, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(show: bool) -> None:
+    if show:
         typer.echo(f"pvec {__version__}")
         raise typer.Exit
 

@@ -1,4 +1,4 @@
-"""What a command shows: results on stdout, progress and notes on stderr, JSON when asked.
+"""Output of a command: results on stdout, progress and notes on stderr, JSON with ``--json``.
 
 The only module, with the commands' own rendering, that writes to the terminal. Workflows know
 nothing of it: they take ``on_progress`` and return results.
@@ -45,21 +45,21 @@ class Console:
     def print(self, *renderables: Any) -> None:
         """Show a result to people: text, tables. Nothing with ``--json`` (see ``emit``)."""
         if not self.json:
-            text = all(isinstance(one, str) for one in renderables)
+            text = all(isinstance(item, str) for item in renderables)
             self.out.print(*renderables, soft_wrap=text)  # a path or command stays in one piece
 
     def note(self, text: str) -> None:
-        """Say on stderr what was chosen or happened; silent with ``--quiet``."""
+        """Show on stderr what was chosen or happened; nothing with ``--quiet``."""
         if not self.quiet:
             self.err.print(text, style="dim", markup=False)
 
     def detail(self, text: str) -> None:
-        """Say on stderr what only ``--verbose`` wants to know."""
+        """Show on stderr what only ``--verbose`` asks for."""
         if self.verbose and not self.quiet:
             self.err.print(text, style="dim", markup=False)
 
     def warn(self, text: str) -> None:
-        """Say on stderr what the user must not miss, even with ``--quiet``."""
+        """Show on stderr what the user must not miss, even with ``--quiet``."""
         self.err.print(f"Warning: {text}", style="yellow", markup=False)
 
     def emit(self, result: Any, render: Callable[[Console], None]) -> None:
@@ -168,7 +168,7 @@ def _rate(bars: Any, task_id: TaskID, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as people say it: ``8s``, ``2m 05s``, ``3h 20m``."""
+    """Return a duration in words: ``8s``, ``2m 05s``, ``3h 20m``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -96,11 +96,11 @@ Json = Annotated[
 ]
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", rich_help_panel=COMMON_PANEL, help="No progress, no notes."),
+    typer.Option("--quiet", "-q", rich_help_panel=COMMON_PANEL, help="Hide progress and notes."),
 ]
 Verbose = Annotated[
     bool,
-    typer.Option("--verbose", "-v", rich_help_panel=COMMON_PANEL, help="Say more while working."),
+    typer.Option("--verbose", "-v", rich_help_panel=COMMON_PANEL, help="Show more details."),
 ]
 Debug = Annotated[
     bool,
@@ -179,8 +179,8 @@ def resolved_from(ctx: typer.Context) -> Resolved:
         )
         for note in ctx.meta["pvec.resolved"].notes:
             console_from(ctx).note(note)
-    found: Resolved = ctx.meta["pvec.resolved"]
-    return found
+    resolved: Resolved = ctx.meta["pvec.resolved"]
+    return resolved
 
 
 def settings_from(ctx: typer.Context) -> Settings:
@@ -197,8 +197,8 @@ def console_from(ctx: typer.Context) -> Console:
         ctx.meta["pvec.console"] = Console(
             json="json" in given, quiet="quiet" in given, verbose="verbose" in given
         )
-    found: Console = ctx.meta["pvec.console"]
-    return found
+    console: Console = ctx.meta["pvec.console"]
+    return console
 
 
 def _given(ctx: typer.Context) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def _expand(names: tuple[str, ...]) -> Iterator[str]:
             for path in fields()
             if path == name or (path.startswith(f"{name}.") and path.count(".") == inside)
         ]
-        assert paths, f"{name} is no setting"
+        assert paths, f"unknown setting {name}"
         yield from (path for path in paths if FLAGS.get(path) != ())
 
 

@@ -1,1 +1,1 @@
-"""Models as files and in memory: found, loaded, fingerprinted, their layers and chat templates."""
+"""Models: files, loading, fingerprints, decoder layers and chat templates."""

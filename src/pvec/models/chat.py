@@ -1,7 +1,7 @@
 """From messages to token ids and spans: pure functions on a tokenizer.
 
-The chat template writes every special token itself, so nothing here adds one (no double BOS), and
-where token ids are known no text is ever tokenised again to find a boundary.
+The chat template writes every special token itself, so nothing here adds any (no double BOS). Where
+token ids are known, text is never tokenised again to find a boundary.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ THINK_CLOSE = "</think>"
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFormat:
-    """What a chat template can do, found by trying it."""
+    """What a chat template supports, determined by rendering test messages."""
 
     takes_system: bool
     thinking_switch: bool
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What pvec does about it, for people."""
+        """What pvec does about it, in words for the user."""
         notes = []
         if not self.takes_system:
             notes.append(
@@ -40,7 +40,7 @@ class ChatFormat:
                 "system prompts are put before the first user turn"
             )
         if self.thinking_switch:
-            notes.append("the chat template can think: thinking is off unless asked for")
+            notes.append("the chat template has a thinking mode: it is off unless --thinking on")
         return tuple(notes)
 
 
@@ -57,7 +57,7 @@ class Encoded:
 
 
 def chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-    """Return what the tokenizer's chat template can do; ``InputError`` when it has none."""
+    """Return what the tokenizer's chat template supports; ``InputError`` when it has none."""
     return _probe(tokenizer, _template(tokenizer))
 
 
@@ -99,7 +99,7 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, *, prompt: str, answer: str)
     if not tokenizer.is_fast:
         return _encode_apart(tokenizer, prompt, answer)
     encoding = tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=True)
-    return _cut(encoding["input_ids"], encoding["offset_mapping"], prompt=prompt)
+    return _split(encoding["input_ids"], encoding["offset_mapping"], prompt=prompt)
 
 
 def encode_pairs(
@@ -113,10 +113,10 @@ def encode_pairs(
         add_special_tokens=False,
         return_offsets_mapping=True,
         return_attention_mask=False,
-        verbose=False,  # a text that is too long is the caller's to cut
+        verbose=False,  # the caller truncates a text that is too long
     )
     return [
-        _cut(ids, offsets, prompt=prompt)
+        _split(ids, offsets, prompt=prompt)
         for ids, offsets, (prompt, _) in zip(
             encoding["input_ids"], encoding["offset_mapping"], pairs, strict=True
         )
@@ -268,7 +268,7 @@ def _merge_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:
     return rest
 
 
-def _cut(ids: Sequence[int], offsets: Sequence[tuple[int, int]], *, prompt: str) -> Encoded:
+def _split(ids: Sequence[int], offsets: Sequence[tuple[int, int]], *, prompt: str) -> Encoded:
     """Find where the prompt ends among the tokens of prompt and answer, from their offsets."""
     first = next((i for i, (_, stop) in enumerate(offsets) if stop > len(prompt)), len(ids))
     merged = first < len(ids) and offsets[first][0] < len(prompt)
@@ -292,13 +292,13 @@ def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
 
 def _tokens_up_to(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marker: str) -> int:
     """Return the smallest number of leading tokens whose text holds all of the last ``marker``."""
-    wanted = _text(tokenizer, ids).count(marker)
-    if not wanted:
+    total = _text(tokenizer, ids).count(marker)
+    if not total:
         return 0
     low, high = 1, len(ids)
     while low < high:
         middle = (low + high) // 2
-        if _text(tokenizer, ids[:middle]).count(marker) >= wanted:
+        if _text(tokenizer, ids[:middle]).count(marker) >= total:
             high = middle
         else:
             low = middle + 1

@@ -1,4 +1,4 @@
-"""Where a model's decoder blocks are, found by structure.
+"""Locate a model's decoder blocks by its structure.
 
 The only module that turns a layer number into a block index (``layer - 1``). Importing it loads no
 torch: layer numbers are checked and named before any model is.
@@ -96,7 +96,7 @@ def check_layer(layer: int, num_layers: int) -> int:
     why = "layer 0 is the embedding output, which no block makes: " if layer == 0 else ""
     raise ModelError(
         f"Layer {layer} cannot be used: {why}this model has layers 1 to {num_layers} "
-        f"(layer 1 is the output of block 0), so choose one of those."
+        f"(layer 1 is the output of block 0): choose a layer in that range."
     )
 
 
@@ -110,14 +110,14 @@ def find_decoder(model: nn.Module) -> Decoder:
     _refuse_virtual_tokens(model)
     config = _text_config(model)
     embed = _token_embedding(model)
-    found = list(_candidates(model, embed=embed, length=config.num_hidden_layers))
-    if not found:
+    candidates = list(_candidates(model, embed=embed, length=config.num_hidden_layers))
+    if not candidates:
         raise ModelError(
             f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder blocks next "
             f"to a token embedding: pvec needs a decoder-only causal language model."
         )
     # a vision tower of equal depth meets the token embedding only in a larger module
-    body, blocks = min(found, key=lambda pair: (_size(pair[0]), -_size(pair[1])))
+    body, blocks = min(candidates, key=lambda pair: (_size(pair[0]), -_size(pair[1])))
     return Decoder(body=body, embed=embed, blocks=blocks, config=config)
 
 
@@ -162,7 +162,7 @@ def _token_embedding(model: nn.Module) -> nn.Module:
 def _candidates(
     model: nn.Module, *, embed: nn.Module, length: int
 ) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
-    """Yield every (smallest module holding blocks and embedding, blocks) of the wanted length."""
+    """Yield every (smallest module holding blocks and embedding, blocks) of the expected length."""
     from torch import nn
 
     modules = dict(model.named_modules())

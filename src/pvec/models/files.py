@@ -1,6 +1,6 @@
-"""Where the files of a model are: bundled, a local folder, a hub id, checkpoints, an adapter.
+"""Locate the files of a model: bundled, a local folder, a hub id, checkpoints, an adapter.
 
-Nothing here loads weights. Hub models go to the local cache and are folders from then on.
+Loads no weights. Hub models are downloaded to the local cache and are folders from then on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CODE = ["*.py"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """What the user asks for when naming a model."""
+    """A model as the user names it, with how to load it."""
 
     model: str
     adapter: str | None = None
@@ -46,7 +46,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """The folders that a spec stands for, and what was chosen on the way."""
+    """The folders of a model, and notes on choices made while locating them."""
 
     id: str
     folder: Path
@@ -66,7 +66,7 @@ def locate_model(spec: ModelSpec, *, weights: bool = True) -> ModelFiles:
         adapter = _locate(spec, spec.adapter, weights=True)
         if not (adapter.folder / _ADAPTER_CONFIG).exists():
             raise ModelError(
-                f"{spec.adapter!r} is no adapter (it has no {_ADAPTER_CONFIG}): give it as the "
+                f"{spec.adapter!r} is not an adapter (it has no {_ADAPTER_CONFIG}): give it as the "
                 f"model instead."
             )
         return _with_adapter(named, adapter)
@@ -74,7 +74,7 @@ def locate_model(spec: ModelSpec, *, weights: bool = True) -> ModelFiles:
         return _with_adapter(_base_of(spec, named, weights=weights), named)
     if not (named.folder / "config.json").exists():
         raise ModelError(
-            f"The folder {spec.model!r} holds no model: it has neither config.json, "
+            f"The folder {spec.model!r} does not hold a model: it has neither config.json, "
             f"{_ADAPTER_CONFIG} nor checkpoint-N folders."
         )
     return named
@@ -187,18 +187,18 @@ def _download(spec: ModelSpec, name: str, *, weights: bool) -> Path:
         ) from error
     except RevisionNotFoundError as error:
         raise ModelError(
-            f"The model {name!r} has no revision {spec.revision!r}: name another."
+            f"The model {name!r} has no revision {spec.revision!r}: check the name of the revision."
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(_unknown(name)) from error
     except LocalEntryNotFoundError as error:
         raise ModelError(
-            f"The model {name!r} is no local folder, is not in the hub cache, and the hub cannot "
+            f"The model {name!r} is not a local folder or in the hub cache, and the hub cannot "
             f"be reached: check the name and the network.{did_you_mean(name, [BUNDLED])}"
         ) from error
     except HfHubHTTPError as error:
         raise ModelError(
-            f"The hub did not give the model {name!r} ({error}): try again."
+            f"The model {name!r} could not be downloaded ({error}): try again."
         ) from error
 
 

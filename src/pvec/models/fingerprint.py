@@ -1,4 +1,4 @@
-"""What makes a model the same model: a hash over its configuration and samples of every tensor.
+"""Fingerprint of a model: a hash over its configuration and samples of every tensor.
 
 Reading a few hundred bytes of each tensor tells two finetunes apart in milliseconds, and does not
 depend on how the weights are split over files.
@@ -85,7 +85,7 @@ def _tensor_samples(path: Path) -> dict[str, bytes]:
             header: dict[str, Any] = json.loads(file.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError, MemoryError) as error:
             raise ModelError(
-                f"{path} is no whole safetensors file: fetch or save the model again."
+                f"{path} is not a complete safetensors file: fetch or save the model again."
             ) from error
         header.pop("__metadata__", None)
         start = 8 + length

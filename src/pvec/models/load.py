@@ -1,4 +1,4 @@
-"""Looking at a model without loading it, and loading it: dtype, device, adapter, tokenizer."""
+"""Inspect a model without loading its weights, and load it: dtype, device, adapter, tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelMetadata:
-    """What is known of a model before its weights are loaded.
+    """What is known about a model before its weights are loaded.
 
     ``context`` is the number of tokens that prompt and answer may have together, or None when the
     configuration does not say. ``chat_hash`` covers tokenizer and chat template; ``model_type`` is
@@ -46,7 +46,7 @@ class ModelMetadata:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedModel:
-    """A model ready to run, in eval mode, with what is known about it."""
+    """A model that is ready to run, in eval mode, and its metadata."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ class LoadedModel:
 def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelMetadata:
     """Read configuration, tokenizer and fingerprint of a model; no weights are loaded.
 
-    Refuses with one sentence (``ModelError``, ``InputError``) what loading would trip over later.
+    Raises ``ModelError`` or ``InputError`` for a model that could not be loaded later.
     ``weights=False`` does not fetch a hub model's weights either; its fingerprint is then empty.
     """
     files = locate_model(spec, weights=weights)
@@ -64,8 +64,8 @@ def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelMetadata:
     text = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False) or not hasattr(text, "num_hidden_layers"):
         raise ModelError(
-            f"{spec.model!r} ({config.model_type}) is no decoder-only language model: choose a "
-            f"causal LM."
+            f"{spec.model!r} ({config.model_type}) is not a decoder-only language model: "
+            f"choose a causal LM."
         )
     tokenizer = load_tokenizer(spec, files)
     notes = chat_format(tokenizer).notes if tokenizer.chat_template else ()
@@ -86,7 +86,7 @@ def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelMetadata:
 
 
 def load_model(spec: ModelSpec, *, metadata: ModelMetadata | None = None) -> LoadedModel:
-    """Load a model for inference. ``facts`` saves looking at its files twice."""
+    """Load a model for inference; with ``metadata`` its files are not inspected again."""
     metadata = metadata or inspect_model(spec)
     device, device_note = choose_device(spec.device)
     dtype, dtype_note = choose_dtype(spec.dtype, device)
@@ -118,34 +118,34 @@ def load_model(spec: ModelSpec, *, metadata: ModelMetadata | None = None) -> Loa
     return LoadedModel(model=model, tokenizer=metadata.tokenizer, info=info)
 
 
-def choose_device(wanted: str) -> tuple[str, str]:
-    """Return the device and the reason for it; ``ModelError`` when it is not there."""
+def choose_device(name: str) -> tuple[str, str]:
+    """Return the device and the reason for it; ``ModelError`` when it is not available."""
     import torch
 
     have_mps = torch.backends.mps.is_available()
-    if wanted == "auto":
+    if name == "auto":
         if torch.cuda.is_available():
             return "cuda:0", torch.cuda.get_device_name(0)
-        return ("mps", "Apple GPU found") if have_mps else ("cpu", "no accelerator found")
+        return ("mps", "Apple GPU") if have_mps else ("cpu", "no accelerator found")
     try:
-        device = torch.device(wanted)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise ModelError(f"There is no device {wanted!r}: use cpu, cuda, cuda:N or mps.") from error
+        raise ModelError(f"There is no device {name!r}: use cpu, cuda, cuda:N or mps.") from error
     missing = (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()) or (
         device.type == "mps" and not have_mps
     )
     if missing:
-        raise ModelError(f"The device {wanted!r} is not available here: use --device auto or cpu.")
-    return wanted, "as asked"
+        raise ModelError(f"The device {name!r} is not available here: use --device auto or cpu.")
+    return name, "as set"
 
 
-def choose_dtype(wanted: str, device: str) -> tuple[torch.dtype, str]:
+def choose_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     """Return the dtype to run in and the reason for it."""
     import torch
 
-    if wanted != "auto":
-        dtype: torch.dtype = getattr(torch, wanted)
-        return dtype, "as asked"
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype, "as set"
     if device == "cpu":
         return torch.float32, "exact and fastest on a CPU"
     if device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -154,7 +154,7 @@ def choose_dtype(wanted: str, device: str) -> tuple[torch.dtype, str]:
 
 
 def load_tokenizer(spec: ModelSpec, files: ModelFiles) -> PreTrainedTokenizerBase:
-    """Load the tokenizer with the chat template that was asked for."""
+    """Load the tokenizer, with the chat template of ``spec`` if it names a file."""
     from transformers import AutoTokenizer
 
     # Without any of its files transformers would hand out an empty tokenizer.
@@ -249,7 +249,7 @@ def _load_adapter(model: Any, folder: Path, *, merge: bool) -> Any:
 
 
 def _device_map(spec: ModelSpec, files: ModelFiles, device: str) -> str | None:
-    """Return the map asked for, or ``auto`` when several GPUs are needed for the weights."""
+    """Return the map that is set, or ``auto`` when the weights need several GPUs."""
     import torch
 
     if spec.device_map is not None:

@@ -1,8 +1,7 @@
 """The settings of pvec: one typed tree, and where each value comes from.
 
-``Settings()`` is the defaults, whatever the environment: a library user gets what he writes.
-``resolve`` reads the world for the command line. Who needs a section's type imports it from
-``pvec.settings.tree``.
+``Settings()`` is the defaults, whatever the environment says; ``resolve`` reads files, environment
+and command line. The types of the sections are in ``pvec.settings.tree``.
 """
 
 from pvec.settings.resolve import Resolved, load_dotenv, resolve

@@ -1,4 +1,4 @@
-"""Settings of what is done: filtering, extracting, steering, projecting."""
+"""Settings of the commands: filtering, extraction, steering, projection."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pvec.types import Operator, Positions, ProjectionKind, VectorKind
 
 
 class FilterSettings(Section):
-    """Which answers count towards a vector."""
+    """Which answers are used for a vector."""
 
     threshold: float = Field(default=50.0, ge=0, le=100)
     """Keep positive answers with at least this trait score, negative ones below 100 minus it"""
@@ -20,7 +20,7 @@ class FilterSettings(Section):
     """Keep answers with a coherence score of at least this"""
 
     paired: bool = False
-    """Keep an answer only when its opposite number passes too, as the paper's own code does"""
+    """Keep an answer only when its counterpart of the other sign passes, as the paper's code does"""
 
 
 class ExtractSettings(Section):
@@ -30,10 +30,10 @@ class ExtractSettings(Section):
     """Answers to each question under each instruction"""
 
     limit: int | None = Field(default=None, ge=1)
-    """Use only the first so many extraction questions (default: all)"""
+    """Use only the first N extraction questions (default: all)"""
 
     judge: bool = True
-    """Score the answers now; `pvec judge RUN` does it later otherwise"""
+    """Score the answers now; with `--no-judge`, `pvec judge RUN` scores them later"""
 
 
 class SteerSettings(Section):
@@ -43,44 +43,44 @@ class SteerSettings(Section):
     """Which of the three vectors of a file is used"""
 
     positions: Positions = "response"
-    """Tokens that are steered: the answer (from the last prompt token on), the prompt, or all"""
+    """Tokens to steer: the answer (from the last prompt token on), the prompt, or all"""
 
     operator: Operator = "add"
     """Add the vector, ablate its direction, or cap the projection on it"""
 
     coef_unit: Literal["raw", "norm"] = "raw"
-    """Coefficients multiply the vector as it is, or count in mean residual norms of the layer"""
+    """Unit of the coefficients: the raw vector, or the mean residual norm of the layer"""
 
     layer: str = "auto"
     """Where to steer: `20`, `3,4`, `12:24:2` (both ends), `3+4` (at once), `all` (every layer at \
 once), or `auto` (five layers around 55 % of the depth)"""
 
     coef: str = "-2,-1,0,1,2"
-    """How strongly: a list of coefficients, or `FROM:TO:STEP`; for `cap` the ceilings"""
+    """Steering strength: a list of coefficients, or `FROM:TO:STEP`; for `cap` the ceilings"""
 
     incremental: bool = False
-    """Steer every layer by the vector's increase over the layer before (implies `--layer all`)"""
+    """Steer every layer by the vector's increment over the layer before (implies `--layer all`)"""
 
     together: bool = False
-    """Apply all vectors at once instead of evaluating one after another"""
+    """Apply all vectors at once instead of evaluating each in turn"""
 
     random_control: bool = True
-    """Also steer by a random vector of the same norm, at the same points"""
+    """Also evaluate a random vector of the same norm at the same layers and coefficients"""
 
     prompt_baseline: bool = True
-    """Also ask for the trait, and against it, in the system prompt"""
+    """Also evaluate system prompts that ask for the trait and against it"""
 
     rollouts: int = Field(default=5, ge=1)
     """Answers to each evaluation question in each condition"""
 
     limit: int | None = Field(default=None, ge=1)
-    """Use only the first so many evaluation questions (default: all)"""
+    """Use only the first N evaluation questions (default: all)"""
 
     min_coherence: float = Field(default=75.0, ge=0, le=100)
-    """Pick the layer and coefficient of the highest trait score with at least this coherence"""
+    """Choose the layer and coefficient with the highest trait score at this coherence or more"""
 
     judge: bool = True
-    """Score the answers now; `pvec judge RUN` does it later otherwise"""
+    """Score the answers now; with `--no-judge`, `pvec judge RUN` scores them later"""
 
 
 class ProjectSettings(Section):

@@ -1,6 +1,4 @@
-"""Settings of the models: the one that answers, what runs it, who scores its answers, and who
-writes new traits.
-"""
+"""Settings of the models: the model itself, its backend, generation, judge and trait author."""
 
 from __future__ import annotations
 
@@ -18,16 +16,16 @@ class ModelSettings(Section):
     """Model to run: a hub id, a local folder, or `tiny`, the bundled teaching model"""
 
     adapter: str | None = None
-    """LoRA adapter to put on the model: a hub id, a folder, or a folder of checkpoints"""
+    """LoRA adapter of the model: a hub id, a folder, or a folder of checkpoints"""
 
     merge_adapter: bool = False
-    """Merge the adapter into the weights on loading instead of keeping it active beside them"""
+    """Merge the adapter into the weights on loading instead of keeping it separate"""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights; `auto` chooses by device and says why"""
+    """Number format of the weights; `auto` chooses by device and notes the reason"""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where the model runs; `auto` takes an accelerator when there is one"""
+    """Device of the model; `auto` uses an accelerator if one is available"""
 
     device_map: str | None = None
     """Spread the model over several devices, as in transformers (`auto`, `balanced`, …)"""
@@ -42,7 +40,7 @@ class ModelSettings(Section):
     """Accept `.bin` weights, which can run code when they are loaded"""
 
     trust_remote_code: bool = False
-    """Run Python code that comes with the model; only for authors you trust"""
+    """Run Python code that comes with the model; only for authors that you trust"""
 
 
 class VLLMSettings(Section):
@@ -108,14 +106,14 @@ class BackendSettings(Section):
     """What runs the model."""
 
     name: Literal["auto", "hf", "vllm"] = "auto"
-    """Engine; `auto` takes vLLM when it is installed and supports the device, else transformers"""
+    """Backend; `auto` uses vLLM if it is installed and there is a CUDA GPU, else transformers"""
 
     token_budget: int | None = Field(default=None, ge=64)
-    """Tokens per forward pass when activations are captured, padding included; halved by itself \
-when memory runs out (default: 1024 on a CPU, 16384 on an accelerator)"""
+    """Tokens per forward pass when activations are captured, padding included; halved \
+automatically when memory runs out (default: 1024 on a CPU, 16384 on an accelerator)"""
 
     max_batch_rows: int = Field(default=512, ge=1)
-    """Most sequences in one batch"""
+    """Maximum number of sequences in one batch"""
 
     vllm: VLLMSettings = VLLMSettings()
 
@@ -124,19 +122,19 @@ class GenerationSettings(Section):
     """How answers are sampled."""
 
     temperature: float = Field(default=1.0, ge=0)
-    """Sampling temperature; 0 always takes the likeliest token"""
+    """Sampling temperature; 0 always selects the most likely token"""
 
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample among the likeliest tokens that hold this share of the probability"""
+    """Sample from the most likely tokens with this total probability"""
 
     max_tokens: int | None = Field(default=None, ge=1)
-    """Longest answer in tokens (default: 1000, and 96 for the bundled model)"""
+    """Maximum length of an answer in tokens (default: 1000, and 96 for the bundled model)"""
 
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
-    """Seed of everything random; the same seed gives the same answers in any batch"""
+    """Random seed; the same seed gives the same answers in any batch"""
 
     thinking: Literal["off", "on"] = "off"
-    """Let models that can think aloud do so before they answer"""
+    """Enable thinking mode"""
 
 
 class JudgeSettings(Section):
@@ -153,19 +151,19 @@ class JudgeSettings(Section):
     """Key of the judge's server (default: OPENAI_API_KEY); never on the command line or on disk"""
 
     scale: Literal["0-100", "0-10", "binary", "binary-text"] = "0-100"
-    """What the judge is asked to answer with; every scale is reported as 0 to 100"""
+    """What the judge replies with; every scale is reported as 0 to 100"""
 
     concurrency: int = Field(default=32, ge=1)
-    """Most requests at once; it backs off by itself when the server asks for it"""
+    """Maximum number of simultaneous requests; reduced when the server asks for it"""
 
     timeout: float = Field(default=60.0, gt=0)
-    """Seconds to wait for one answer"""
+    """Seconds to wait for a reply"""
 
     max_retries: int = Field(default=8, ge=0)
-    """Tries after a failed request before the score is recorded as an error"""
+    """Retries of a failed request before the score is recorded as an error"""
 
     max_cost: float | None = Field(default=None, gt=0)
-    """Stop cleanly, keeping everything, before the judge has cost this many US dollars"""
+    """Stop before the judge costs more than this many US dollars; everything is kept"""
 
     price: str | None = None
     """US dollars per million prompt and completion tokens, such as `0.40,1.60` (default: the list \
@@ -176,7 +174,7 @@ class AuthorSettings(Section):
     """Who writes new trait definitions (`pvec trait new`)."""
 
     model: str = "gpt-4.1-2025-04-14"
-    """Model that writes the trait, by its name on the server"""
+    """Name of the model on the server that writes the trait"""
 
     base_url: str | None = None
     """Address of an OpenAI-compatible server (default: the judge's, else OPENAI_BASE_URL, else \
@@ -187,10 +185,10 @@ OpenAI's)"""
 command line or on disk"""
 
     repairs: int = Field(default=3, ge=0)
-    """Times that a faulty definition is sent back to be corrected"""
+    """How often a faulty definition is sent back for correction"""
 
     timeout: float = Field(default=300.0, gt=0)
     """Seconds to wait for one draft"""
 
     max_retries: int = Field(default=5, ge=0)
-    """Tries after a failed request before giving up"""
+    """Retries of a failed request"""

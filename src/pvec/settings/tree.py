@@ -75,7 +75,7 @@ environment and as a hidden option, and a note says the new one.
 
 
 class PathSettings(Section):
-    """Where things are kept."""
+    """Folders."""
 
     runs: Path = Path("runs")
     """Folder that holds the run folders"""

@@ -1,4 +1,4 @@
-"""YAML as people mean it.
+"""A YAML reader with the scalars of YAML 1.2.
 
 PyYAML reads YAML 1.1, where ``layer: 12:24:2`` is the number 44642 (base 60), ``off`` is False,
 ``010`` is 8 and ``1e-4`` is a text, and where the second of two equal keys silently wins. Here

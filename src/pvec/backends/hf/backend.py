@@ -29,8 +29,8 @@ class HFBackend(Backend):
     """One transformers model in this process.
 
     ``batch_size`` caps the rows of a batch (default: what memory allows, at most 512). ``on_note``
-    gets a sentence whenever something is done for the user on the way (a batch halved, an answer's
-    room cut); ``on_progress`` gets the state of a running ``generate`` after every step.
+    receives a sentence whenever something is changed for the user (a smaller batch, a shorter
+    answer); ``on_progress`` receives the state of a running ``generate`` after every step.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class HFBackend(Backend):
         on_note: Callable[[str], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        """Load a model (``facts`` from ``inspect_model`` save looking at its files twice)."""
+        """Load a model; with ``metadata`` its files are not inspected again."""
         if isinstance(model, str):
             model = ModelSpec(model=model)
         loaded = model if isinstance(model, LoadedModel) else load_model(model, metadata=metadata)
@@ -87,7 +87,7 @@ class HFBackend(Backend):
     ) -> Self:
         """Return a backend around a model that is already loaded (PEFT wrappers included).
 
-        Its fingerprint is empty: nothing is known of where the weights came from. The caller keeps
+        Its fingerprint is empty, as the origin of the weights is unknown. The caller keeps
         the model, whose training mode is left as it is: put it into ``eval`` first.
         """
         decoder = find_decoder(model)
@@ -115,7 +115,7 @@ class HFBackend(Backend):
         )
 
     def stream(self, requests: Iterable[Request]) -> Iterator[StreamChunk]:
-        """Yield a ``Piece`` for every new token; see ``Backend.stream``."""
+        """Yield a ``StreamChunk`` for every new token; see ``Backend.stream``."""
         assert self._causal is not None, "the backend is closed"
         return generation.stream(
             self._causal, self.tokenizer, list(requests), limits=self.limits, notify=self.on_note
@@ -144,7 +144,7 @@ class HFBackend(Backend):
         )
 
     def close(self) -> None:
-        """Let go of the model and give its memory back."""
+        """Free the model and its memory."""
         self.model = None
         self._causal = None
         gc.collect()

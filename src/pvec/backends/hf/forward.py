@@ -105,16 +105,16 @@ def causal_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> CausalModel:
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the tokens that end an answer: the generation config's and the tokenizer's."""
-    found: set[int] = set()
+    ids: set[int] = set()
     for declared in (
         getattr(model.generation_config, "eos_token_id", None),
         tokenizer.eos_token_id,
     ):
         if isinstance(declared, Iterable):
-            found.update(declared)
+            ids.update(declared)
         elif declared is not None:
-            found.add(declared)
-    return frozenset(found)
+            ids.add(declared)
+    return frozenset(ids)
 
 
 def left_padded(

@@ -25,7 +25,7 @@ from pvec.steering.positions import roles_by_length
 from pvec.types import FinishReason, Generation, Progress, Request, StreamChunk
 
 Notify = Callable[[str], None]
-"""Takes a sentence for the user: a batch was halved, an answer's room was cut."""
+"""Receives a sentence for the user: a smaller batch, a shorter answer."""
 
 _REFILL_BELOW = 0.75
 """The queue is tapped when fewer rows than this share of the last full batch are left."""
@@ -33,7 +33,7 @@ _REFILL_BELOW = 0.75
 
 @dataclass(eq=False)
 class _Row:
-    """An answer in the making."""
+    """An unfinished answer."""
 
     request: Request
     room: int
@@ -104,7 +104,7 @@ def stream(
     limits: BatchLimits,
     notify: Notify,
 ) -> Iterator[StreamChunk]:
-    """Yield a piece per answer and step; see ``Backend.stream``. All requests run in one batch."""
+    """Yield a chunk per answer and step; see ``Backend.stream``. All requests run in one batch."""
     rows = _admit(requests, context=model.context, notify=notify)
     batch = _Batch(model)
     batch.extend(rows, prefill_tokens=limits.prefill_tokens)
@@ -121,8 +121,8 @@ def stream(
 
 
 def _admit(requests: Sequence[Request], *, context: int | None, notify: Notify) -> list[_Row]:
-    """Give every request its room in the context; ``ModelError`` for one that has none."""
-    rows, cut = [], 0
+    """Return a row per request; ``ModelError`` for a prompt that leaves no room in the context."""
+    rows, truncated = [], 0
     for request in requests:
         length = len(request.prompt_ids)
         if length == 0:
@@ -134,11 +134,13 @@ def _admit(requests: Sequence[Request], *, context: int | None, notify: Notify) 
                     f"The prompt of {request.id!r} has {length} tokens and leaves no room for an "
                     f"answer in the model's context of {context}: shorten it."
                 )
-            cut += length + room > context
+            truncated += length + room > context
             room = min(room, context - length)
         rows.append(_Row(request, max(room, 1)))
-    if cut:
-        notify(f"{cut} answers may be shorter than asked: the model's context is {context} tokens")
+    if truncated:
+        notify(
+            f"{truncated} answers may be shorter than --max-tokens: the model's context is {context} tokens"
+        )
     return rows
 
 

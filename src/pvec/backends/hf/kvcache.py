@@ -44,8 +44,8 @@ class RowCache(Cache):
 
     def join(self, other: RowCache, *, room: int = 0) -> None:
         """Append the rows of ``other``, and make room for ``room`` rows if it must grow."""
-        for mine, theirs in zip(self._growing(), other._growing(), strict=True):
-            mine.join(theirs, room=room)
+        for layer, added in zip(self._growing(), other._growing(), strict=True):
+            layer.join(added, room=room)
 
     def copy(self) -> RowCache:
         """Return a cache with its own storage and the same content."""
