@@ -155,7 +155,7 @@ def test_damaged_files_are_one_sentence(tmp_path: Path) -> None:
     folder = copied(tmp_path / "model")
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:20])
-    with pytest.raises(ModelError, match="no whole safetensors file"):
+    with pytest.raises(ModelError, match="not a complete safetensors file"):
         inspect_model(ModelSpec(model=str(folder)))
     (folder / "model.safetensors").write_bytes(whole[:-100])
     with pytest.raises(ModelError, match="weights"):

@@ -20,7 +20,7 @@ class FilterSettings(Section):
     """Keep answers with a coherence score of at least this"""
 
     paired: bool = False
-    """Keep an answer only when its counterpart of the other sign passes, as the paper's code does"""
+    """Keep an answer only when its opposite counterpart passes too, as the paper's code does"""
 
 
 class ExtractSettings(Section):

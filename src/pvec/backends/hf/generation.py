@@ -138,9 +138,7 @@ def _admit(requests: Sequence[Request], *, context: int | None, notify: Notify) 
             room = min(room, context - length)
         rows.append(_Row(request, max(room, 1)))
     if truncated:
-        notify(
-            f"{truncated} answers may be shorter than --max-tokens: the model's context is {context} tokens"
-        )
+        notify(f"{truncated} answers may be shortened: the model's context is {context} tokens")
     return rows
 
 
