@@ -253,7 +253,7 @@ def test_a_trait_that_appears_meanwhile_is_kept_too() -> None:
         ("coherence", (), "a column of its own"),
         ("grumpy", ("-d", " "), "description is empty"),
         ("grumpy", ("--out", "grumpy.txt"), "no .json file"),
-        ("grumpy", ("--author-url", "localhost:1"), "no web address"),
+        ("grumpy", ("--author-url", "localhost:1"), "not a valid URL"),
     ],
 )
 def test_wrong_input_is_refused_before_anybody_is_asked(

@@ -10,25 +10,32 @@ import pytest
 
 from pvec.errors import InputError, JudgeError
 from pvec.judges.base import Judge
-from pvec.judges.judging import (
-    COHERENCE_METRIC,
-    Answer,
-    Metric,
-    build_queries,
-    choose_judge,
-    estimate_judging,
-    judge_answers,
-    open_judge,
-    score_id,
-    scored_ids,
-)
 from pvec.judges.local import LocalJudge
 from pvec.judges.openai import DEFAULT_MODEL, OpenAIJudge
+from pvec.judges.prompts import COHERENCE_METRIC, Metric, build_query, missing_queries
+from pvec.judges.scoring import choose_judge, estimate_scoring, open_judge, score_responses
+from pvec.runs.responses import ResponseRecord
 from pvec.settings.tree import JudgeSettings
-from pvec.types import JudgeQuery, ModelInfo, Progress, Score
+from pvec.types import JudgeQuery, ModelInfo, Progress, Sampling, Score
 
 EVIL = Metric(name="evil", prompt="How evil? {question} {answer}")
-ANSWERS = [Answer(response_id=f"r{n}", question="Why?", answer=f"Because {n}.") for n in range(5)]
+ANSWERS = [
+    ResponseRecord(
+        id=f"r{n}",
+        trait="evil",
+        condition={},
+        question="Why?",
+        question_id="q",
+        system=None,
+        prompt="Why?",
+        prompt_ids=(),
+        token_ids=(),
+        answer=f"Because {n}.",
+        finish_reason="stop",
+        sampling=Sampling(),
+    )
+    for n in range(5)
+]
 METRICS = [EVIL, COHERENCE_METRIC]
 
 
@@ -64,8 +71,16 @@ class PlainJudge(Judge):
                 return
 
 
+def score_id(response: ResponseRecord, metric: Metric, judge: str = "j") -> str:
+    return build_query(response, metric, judge=judge).id
+
+
+def scored_ids(scores: Iterable[Score]) -> set[str]:
+    return {score.id for score in scores if score.status != "error"}
+
+
 def test_every_answer_is_asked_about_for_every_metric_with_its_own_words() -> None:
-    asked = list(build_queries(ANSWERS, METRICS, judge="j"))
+    asked = list(missing_queries(ANSWERS, METRICS, judge="j"))
     assert len({query.id for query in asked}) == len(asked) == 10
     assert asked[0].messages == ({"role": "user", "content": "How evil? Why? Because 0."},)
     assert {query.metric for query in asked} == {"evil", "coherence"}
@@ -74,63 +89,61 @@ def test_every_answer_is_asked_about_for_every_metric_with_its_own_words() -> No
 def test_anything_that_could_change_a_score_changes_its_id() -> None:
     answer = ANSWERS[0]
     ids = {
-        score_id(answer, EVIL, judge="j"),
+        score_id(answer, EVIL),
         score_id(answer, EVIL, judge="k"),
-        score_id(ANSWERS[1], EVIL, judge="j"),
-        score_id(answer, Metric(name="evil", prompt=EVIL.prompt + "!"), judge="j"),
-        score_id(answer, Metric(name="evil", prompt=EVIL.prompt, scale="0-10"), judge="j"),
-        score_id(answer, Metric(name="cruel", prompt=EVIL.prompt), judge="j"),
+        score_id(ANSWERS[1], EVIL),
+        score_id(answer, Metric(name="evil", prompt=EVIL.prompt + "!")),
+        score_id(answer, Metric(name="evil", prompt=EVIL.prompt, scale="0-10")),
+        score_id(answer, Metric(name="cruel", prompt=EVIL.prompt)),
     }
     assert len(ids) == 6
-    assert score_id(answer, EVIL, judge="j") in ids
+    assert score_id(answer, EVIL) in ids
     assert all(len(identity) == 16 for identity in ids)
 
 
 def test_a_second_round_asks_only_for_errors_again() -> None:
     kept: list[Score] = []
     judge = PlainJudge({"Because 1": "error", "Because 2": "refusal", "Because 3": "unparsable"})
-    first = judge_answers(ANSWERS, METRICS, judge=judge, on_score=kept.append)
+    first = score_responses(ANSWERS, METRICS, judge=judge, on_score=kept.append)
     assert first.counts == {"ok": 4, "error": 2, "refusal": 2, "unparsable": 2}
     again = PlainJudge()
-    second = judge_answers(
+    second = score_responses(
         ANSWERS, METRICS, judge=again, scored=scored_ids(kept), on_score=kept.append
     )
     assert {query.response_id for query in again.asked} == {"r1"}
     assert (second.counts, second.skipped) == ({"ok": 2}, 8)
     third = PlainJudge()
-    judge_answers(ANSWERS, METRICS, judge=third, scored=scored_ids(kept), on_score=kept.append)
+    score_responses(ANSWERS, METRICS, judge=third, scored=scored_ids(kept), on_score=kept.append)
     assert third.asked == []
 
 
 def test_the_same_answer_given_twice_is_asked_about_once() -> None:
-    assert len(list(build_queries([*ANSWERS, *ANSWERS], METRICS, judge="j"))) == 10
+    assert len(list(missing_queries([*ANSWERS, *ANSWERS], METRICS, judge="j"))) == 10
 
 
 def test_a_judge_that_stops_leaves_the_rest_and_says_so() -> None:
     kept: list[Score] = []
-    judged = judge_answers(ANSWERS, METRICS, judge=PlainJudge(most=3), on_score=kept.append)
+    judged = score_responses(ANSWERS, METRICS, judge=PlainJudge(most=3), on_score=kept.append)
     assert (len(kept), judged.unasked, judged.stopped) == (3, 7, "enough")
 
 
 def test_a_judge_that_scores_nothing_is_an_error_and_what_it_said_is_kept() -> None:
     kept: list[Score] = []
     with pytest.raises(JudgeError, match=r"scored none of 10 .*10 refusal; last: why"):
-        judge_answers(ANSWERS, METRICS, judge=PlainJudge({"": "refusal"}), on_score=kept.append)
+        score_responses(ANSWERS, METRICS, judge=PlainJudge({"": "refusal"}), on_score=kept.append)
     assert len(kept) == 10
 
 
 def test_progress_counts_what_is_left_and_what_is_missing() -> None:
     seen: list[Progress] = []
     judge = PlainJudge({"Because 1": "refusal"})
-    judge_answers(ANSWERS, [EVIL], judge=judge, on_score=lambda _: None, on_progress=seen.append)
+    score_responses(ANSWERS, [EVIL], judge=judge, on_score=lambda _: None, on_progress=seen.append)
     assert [(step.done, step.total) for step in seen] == [(n, 5) for n in range(6)]
     assert seen[-1].extra == {"missing": 1.0}
 
 
 def test_an_estimate_counts_every_call() -> None:
-    found = estimate_judging(
-        ["Why?", "How?"], METRICS, answers_per_question=50, answer_tokens=100, price=None
-    )
+    found = estimate_scoring(["Why?", "How?"] * 50, METRICS, answer_tokens=100, price=None)
     assert found.calls == 200
     assert found.prompt_tokens > 200 * 100
 

@@ -13,7 +13,7 @@ from pvec.cli.options import console_from, new_app, options, settings_from
 
 if TYPE_CHECKING:
     from pvec.extraction.extract import ExtractPlan, ExtractResult
-    from pvec.extraction.vectors import MetricMean
+    from pvec.extraction.judge import MetricMean
     from pvec.judges.scoring import JudgeReport
     from pvec.types import Sign
     from pvec.vectors.quality import LayerRow, VectorSummary

@@ -20,7 +20,7 @@ from pvec.evaluation.conditions import (
     random_like,
     steered_conditions,
 )
-from pvec.judges.judging import COHERENCE_METRIC, Metric
+from pvec.judges.prompts import Metric, metrics_of
 from pvec.models.decoder import describe_layer
 from pvec.runs.names import run_name
 from pvec.runs.store import Run
@@ -159,11 +159,11 @@ def _check_row(vector: PersonaVector, layer: int, steer: SteerSettings) -> None:
 
 
 def _metrics(traits: Sequence[Trait]) -> list[Metric]:
-    metrics = [Metric(name=trait.name, prompt=trait.eval_prompt) for trait in traits]
+    metrics = metrics_of(*traits)
     twice = [m.name for m in metrics if sum(m.name == other.name for other in metrics) > 1]
     if twice:
         raise InputError(f"The trait {twice[0]!r} is judged twice: name each in --also once.")
-    return [*metrics, COHERENCE_METRIC]
+    return metrics
 
 
 def _run_folder(settings: Settings, trait: Trait, *, steered: bool, out: Path | None) -> Path:

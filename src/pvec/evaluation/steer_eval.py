@@ -21,9 +21,8 @@ from pvec.errors import JudgeError
 from pvec.evaluation.setup import SteerSetup, open_run
 from pvec.evaluation.summary import SweepNumbers, read_sweep, summarise
 from pvec.evaluation.tasks import TaskScore, check_tasks, evaluate_tasks
-from pvec.judges.judging import estimate_judging
 from pvec.judges.prompts import COHERENCE
-from pvec.judges.scoring import JudgeReport, ResponseScorer, score_of
+from pvec.judges.scoring import JudgeReport, ResponseScorer, estimate_scoring, score_of
 from pvec.runs.names import slug
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
@@ -83,10 +82,9 @@ def plan(
         scorer = ResponseScorer(settings, session=session, bundled=session.metadata.bundled)
         begun = (setup.folder / "manifest.json").exists()
         todo = missing(Run.read(setup.folder), setup.wanted) if begun else setup.wanted
-        judging = estimate_judging(
+        judging = estimate_scoring(
             [one.question for one in setup.wanted],
             setup.metrics,
-            answers_per_question=1,
             answer_tokens=session.max_tokens,
             price=scorer.choice.price,
         )

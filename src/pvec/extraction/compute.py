@@ -10,13 +10,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pvec.backends.processes import Processes
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.judged_csv import JudgedAnswer, read_judged_csv
 from pvec.errors import InputError, ModelError, StoreError
-from pvec.extraction.vectors import Contribution, compute_vector, filter_provenance, vector_of_run
+from pvec.extraction.vector import (
+    Contribution,
+    compute_vector,
+    contribution_of,
+    filter_provenance,
+    vector_of_run,
+)
 from pvec.models.chat import encode_pair, spans_from_ids, think_length
 from pvec.runs.files import probe_writable
 from pvec.runs.names import run_name
@@ -26,9 +31,6 @@ from pvec.types import Progress, Sign
 from pvec.vectors.filter import FilterResult, Reason, ScoredResponse, filter_responses
 from pvec.vectors.formats import save_vector
 from pvec.vectors.quality import VectorSummary, summarize
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,38 +92,23 @@ def from_run(
         _session(settings, notify=notify, on_progress=on_progress) as session,
         ExitStack() as stack,
     ):
-        main = session.processes.main
         _require_same_model(seen, session)
         store = seen
-        if main:
+        if session.processes.main:
             store = stack.enter_context(Run.reopen(path))
             stack.enter_context(store.session())
         # answers to one prompt side by side, so that one process computes it once for all of them
         records = sorted(store.responses(), key=lambda record: (record.prompt_ids, record.id))
         vector = vector_of_run(store, trait, records, judge=chosen, session=session, out=out)
-        if not main:
-            return None
-    return ComputeResult(
-        trait=trait.name,
-        model=session.metadata.id,
-        path=vector.path,
-        filtered=vector.filtered,
-        thinking=_thinking(
-            [(record.think_tokens, len(record.token_ids)) for record in records], averaged=False
-        ),
-        summary=vector.summary,
-        empty=_empty(vector.filtered, vector.summary),
-        next=(f"pvec vector show {vector.path}",),
-    )
-
-
-def with_model_of(settings: Settings, path: Path) -> Settings:
-    """Return ``settings`` with the model and adapter that gave the answers of a run."""
-    made_by = Run.read(path).manifest.get("model", {})
-    named = {"id": made_by.get("id"), "adapter": made_by.get("adapter")}
-    if named["id"] is None:
-        return settings
-    return settings.model_copy(update={"model": settings.model.model_copy(update=named)})
+        return _result(
+            trait.name,
+            vector.path,
+            session,
+            filtered=vector.filtered,
+            summary=vector.summary,
+            responses=[contribution_of(record) for record in records],
+            averaged=False,
+        )
 
 
 def from_csv(
@@ -142,46 +129,44 @@ def from_csv(
     """
     paths: dict[Sign, Path] = {"pos": pos, "neg": neg}
     answers = {sign: list(read_judged_csv(path, trait=trait)) for sign, path in paths.items()}
-    filtered = _filter(answers, paths=paths, settings=settings)
+    filtered = _filter_rows(answers, paths=paths, settings=settings)
     name = run_name(trait, model=settings.model.id, adapter=settings.model.adapter)
     target = out or Path("vectors") / f"{name}.safetensors"
     with _session(settings, notify=notify, on_progress=on_progress) as session:
-        main = session.processes.main
         session.processes.on_main(lambda: probe_writable(target.parent))
         tokenised = _tokenised(answers, session)
-        kept = [one for one in tokenised if filtered.kept(one.contribution.spans.id)]
-        vector = compute_vector(
-            session,
-            trait,
-            [one.contribution for one in kept],
-            filtered=filtered,
-            provenance={
-                **filter_provenance(settings, filtered),
-                "source": f"{pos.name}, {neg.name}",
-            },
-        )
+        kept = [response for response in tokenised if filtered.kept(response.spans.id)]
+        provenance = {
+            **filter_provenance(settings.filter, filtered),
+            "source": f"{pos.name}, {neg.name}",
+        }
+        vector = compute_vector(session, trait, kept, filtered=filtered, provenance=provenance)
         session.processes.on_main(lambda: save_vector(vector, target))
-        if not main:
-            return None
-    summary = summarize(vector)
-    return ComputeResult(
-        trait=trait,
-        model=session.metadata.id,
-        path=target,
-        filtered=filtered.counts,
-        thinking=_thinking([(one.thinking, one.answer) for one in kept], averaged=session.thinking),
-        summary=summary,
-        empty=_empty(filtered.counts, summary),
-        merged=sum(one.merged for one in kept),
-        next=(f"pvec vector show {target}",),
-    )
+        return _result(
+            trait,
+            target,
+            session,
+            filtered=filtered.counts,
+            summary=summarize(vector),
+            responses=kept,
+            averaged=session.thinking,
+        )
+
+
+def with_model_of(settings: Settings, path: Path) -> Settings:
+    """Return ``settings`` with the model and adapter that gave the answers of a run."""
+    made_by = Run.read(path).manifest.get("model", {})
+    named = {"id": made_by.get("id"), "adapter": made_by.get("adapter")}
+    if named["id"] is None:
+        return settings
+    return settings.model_copy(update={"model": settings.model.model_copy(update=named)})
 
 
 @contextmanager
 def _session(
     settings: Settings, *, notify: Notify, on_progress: Callable[[Progress], None]
 ) -> Iterator[ModelSession]:
-    """Open the engine of this process; only the main one of a launch says anything."""
+    """Open the model of this process; only the main one of a launch says anything."""
     with Processes.launched() as processes:
         if not processes.main:
             notify = on_progress = ignore
@@ -191,57 +176,84 @@ def _session(
             yield session
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Tokenised:
-    """An answer of a CSV as tokens: how many it has, and how many of them are thinking."""
+def _require_same_model(run: Run, session: ModelSession) -> None:
+    made_by = run.manifest.get("model", {})
+    fingerprint = made_by.get("fingerprint")
+    if fingerprint and fingerprint != session.metadata.fingerprint:
+        adapter = f" with the adapter {made_by['adapter']}" if made_by.get("adapter") else ""
+        raise ModelError(
+            f"The answers of {run.path} are by {made_by.get('id')}{adapter} (fingerprint "
+            f"{fingerprint}), not by {session.metadata.id} ({session.metadata.fingerprint}): give "
+            f"that model with --model and --adapter."
+        )
 
-    contribution: Contribution
-    answer: int
-    thinking: int
-    merged: bool
+
+def _result(
+    trait: str,
+    path: Path,
+    session: ModelSession,
+    *,
+    filtered: Mapping[Sign, Mapping[Reason, int]],
+    summary: VectorSummary,
+    responses: Sequence[Contribution],
+    averaged: bool,
+) -> ComputeResult | None:
+    """Return what the main process has to say; None on the others."""
+    if not session.processes.main:
+        return None
+    thinking, tokens = (sum(getattr(r, n) for r in responses) for n in ("think_tokens", "tokens"))
+    return ComputeResult(
+        trait=trait,
+        model=session.metadata.id,
+        path=path,
+        filtered=filtered,
+        thinking=Thinking(
+            answers=sum(response.think_tokens > 0 for response in responses),
+            of=len(responses),
+            share=thinking / tokens if tokens else 0.0,
+            averaged=averaged,
+        ),
+        summary=summary,
+        empty=sum(counts["kept"] - summary.counts[sign] for sign, counts in filtered.items()),
+        merged=sum(response.merged for response in responses),
+        next=(f"pvec vector show {path}",),
+    )
+
+
+# -- rows of a CSV --------------------------------------------------------------------------------
 
 
 def _tokenised(
     answers: Mapping[Sign, Sequence[JudgedAnswer]], session: ModelSession
-) -> Iterator[_Tokenised]:
-    tokenizer = session.metadata.tokenizer
-    total = sum(map(len, answers.values()))
-    done = 0
-    for sign, rows in answers.items():
-        for number, row in enumerate(rows):
-            yield _tokenise(
-                f"{sign}-{number}", row, sign=sign, tokenizer=tokenizer, thinking=session.thinking
-            )
-            done += 1
-            session.on_progress(
-                Progress(stage="tokenising", done=done, total=total, unit="answers")
-            )
+) -> Iterator[Contribution]:
+    rows = [(sign, number, row) for sign in answers for number, row in enumerate(answers[sign])]
+    for done, (sign, number, row) in enumerate(rows, start=1):
+        yield _tokenise(f"{sign}-{number}", row, sign=sign, session=session)
+        session.on_progress(
+            Progress(stage="tokenising", done=done, total=len(rows), unit="answers")
+        )
 
 
 def _tokenise(
-    identity: str,
-    row: JudgedAnswer,
-    *,
-    sign: Sign,
-    tokenizer: PreTrainedTokenizerBase,
-    thinking: bool,
-) -> _Tokenised:
+    identity: str, row: JudgedAnswer, *, sign: Sign, session: ModelSession
+) -> Contribution:
+    tokenizer = session.metadata.tokenizer
     pair = encode_pair(tokenizer, prompt=row.prompt, answer=row.answer)
     head, tail = pair.token_ids[: pair.prompt_length], pair.token_ids[pair.prompt_length :]
-    thought = think_length(tokenizer, tail, prompt_ids=head)
-    spans = spans_from_ids(
-        identity, prompt_ids=head, answer_ids=tail, skip=0 if thinking else thought
-    )
-    question = row.question_id or row.question or row.prompt
-    return _Tokenised(
-        contribution=Contribution(sign=sign, question=question, spans=spans),
-        answer=len(tail),
-        thinking=thought,
+    thinking = think_length(tokenizer, tail, prompt_ids=head)
+    return Contribution(
+        sign=sign,
+        question=row.question_id or row.question or row.prompt,
+        spans=spans_from_ids(
+            identity, prompt_ids=head, answer_ids=tail, skip=0 if session.thinking else thinking
+        ),
+        tokens=len(tail),
+        think_tokens=thinking,
         merged=pair.merged,
     )
 
 
-def _filter(
+def _filter_rows(
     answers: Mapping[Sign, Sequence[JudgedAnswer]],
     *,
     paths: Mapping[Sign, Path],
@@ -252,7 +264,7 @@ def _filter(
     if settings.filter.paired and counts["pos"] != counts["neg"]:
         raise InputError(
             f"--paired needs row i of both files to belong together, but {paths['pos']} has "
-            f"{counts['pos']} rows and {paths['neg']} {counts['neg']}: leave --paired away."
+            f"{counts['pos']} rows and {paths['neg']} {counts['neg']}: omit --paired."
         )
     return filter_responses(
         [
@@ -270,30 +282,3 @@ def _filter(
         coherence=settings.filter.coherence,
         paired=settings.filter.paired,
     )
-
-
-def _require_same_model(run: Run, session: ModelSession) -> None:
-    made_by = run.manifest.get("model", {})
-    fingerprint = made_by.get("fingerprint")
-    if fingerprint and fingerprint != session.metadata.fingerprint:
-        adapter = f" with the adapter {made_by['adapter']}" if made_by.get("adapter") else ""
-        raise ModelError(
-            f"The answers of {run.path} are by {made_by.get('id')}{adapter} (fingerprint "
-            f"{fingerprint}), not by {session.metadata.id} ({session.metadata.fingerprint}): give "
-            f"that model with --model and --adapter."
-        )
-
-
-def _thinking(answers: Sequence[tuple[int, int]], *, averaged: bool) -> Thinking:
-    """Sum up (tokens of thinking, tokens) of each answer."""
-    tokens = sum(length for _, length in answers)
-    return Thinking(
-        answers=sum(thinking > 0 for thinking, _ in answers),
-        of=len(answers),
-        share=sum(thinking for thinking, _ in answers) / tokens if tokens else 0.0,
-        averaged=averaged,
-    )
-
-
-def _empty(filtered: Mapping[Sign, Mapping[Reason, int]], summary: VectorSummary) -> int:
-    return sum(counts["kept"] - summary.counts[sign] for sign, counts in filtered.items())

@@ -23,18 +23,17 @@ from pvec.backends.planned import (
 from pvec.backends.run_session import RunSession, run_identity
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
-from pvec.extraction.vectors import RunVector, vector_of_run
-from pvec.judges.judging import estimate_judging
-from pvec.judges.scoring import JudgeReport, ResponseScorer, trait_metrics
+from pvec.extraction.vector import RunVector, vector_of_run
+from pvec.judges.prompts import metrics_of
+from pvec.judges.scoring import JudgeReport, ResponseScorer, estimate_scoring
 from pvec.runs.names import run_name
 from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.traits.check import require_usable
 from pvec.traits.trait import Trait, load_trait, name_or_path
-from pvec.types import Progress, Sign
+from pvec.types import SIGNS, Progress, Sign
 
 KIND = "extract"
-SIGNS: tuple[Sign, ...] = ("pos", "neg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +171,7 @@ class _Job:
             report = self.scorer.score(
                 run.store,
                 records,
-                trait_metrics(self.trait),
+                metrics_of(self.trait),
                 on_progress=run.session.on_progress,
             )
         with run.store.stage("vector"):
@@ -267,10 +266,9 @@ def _plan(
     planned = planned_responses(trait, session)
     begun = (folder / "manifest.json").exists()
     todo = missing(Run.read(folder), planned) if begun else planned
-    judging = estimate_judging(
-        [one.question for one in planned],
-        trait_metrics(trait),
-        answers_per_question=1,
+    judging = estimate_scoring(
+        [response.question for response in planned],
+        metrics_of(trait),
         answer_tokens=session.max_tokens,
         price=scorer.choice.price,
     )
@@ -279,7 +277,7 @@ def _plan(
         run=folder,
         answers=len(planned),
         missing=len(todo),
-        most_tokens=sum(one.sampling.max_tokens for one in todo),
+        most_tokens=sum(response.sampling.max_tokens for response in todo),
         judge=scorer.choice.model,
         judging=str(judging),
     )

@@ -7,16 +7,14 @@ wrong is sent back to be corrected. The file appears whole or not at all.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from pvec.backends.session import Notify, ignore
 from pvec.errors import InputError, JudgeError, ModelError
 from pvec.judges.author import Author, UnusableReply, correction, read_draft, task, trait_from
-from pvec.judges.judging import KEY_NAME
+from pvec.judges.client import KEY_NAME, api_key, server_url
 from pvec.judges.pacing import Patience
 from pvec.runs.files import atomic_write, probe_writable
 from pvec.settings import Settings
@@ -108,13 +106,8 @@ def _refuse_existing(path: Path, *, force: bool) -> None:
 
 def _open_author(settings: Settings) -> Author:
     author, judge = settings.author, settings.judge
-    base_url = author.base_url or judge.base_url or os.environ.get("OPENAI_BASE_URL") or None
-    if base_url is not None and urlsplit(base_url).scheme not in ("http", "https"):
-        raise InputError(
-            f"--author-url {base_url} is no web address: it begins with http:// or https://."
-        )
-    secret = author.api_key or judge.api_key
-    key = (secret.get_secret_value() if secret else os.environ.get(KEY_NAME)) or None
+    base_url = server_url(author.base_url or judge.base_url, option="--author-url")
+    key = api_key(author.api_key, judge.api_key)
     if base_url is None and key is None:
         raise JudgeError(
             f"The author {author.model} needs an API key: set {KEY_NAME}, or use a server of your "
@@ -124,7 +117,6 @@ def _open_author(settings: Settings) -> Author:
         author.model,
         base_url=base_url,
         key=key,
-        key_name=KEY_NAME,
         patience=Patience(tries=author.max_retries + 1, timeout=author.timeout),
     )
 

@@ -1,7 +1,7 @@
 """A model that writes trait definitions: what it is asked, and how its reply is read.
 
 Knows nothing of files. What makes a definition good enough is decided by who asks
-(``workflows.trait_new``).
+(``extraction.new_trait``).
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from pvec.closing import Closing
 from pvec.errors import JudgeError, ModelError
 from pvec.judges.client import Endpoint, GaveUp, Role
 from pvec.judges.cost import Budget, known_price
-from pvec.judges.loop import LoopThread
-from pvec.judges.pacing import Pacer, Patience
+from pvec.judges.pacing import Patience
 from pvec.traits.check import INSTRUCTION_PAIRS, QUESTIONS_PER_SET
 from pvec.traits.trait import InstructionPair, Trait
 from pvec.types import Message
@@ -144,7 +143,6 @@ class Author(Closing):
         *,
         base_url: str | None,
         key: str | None,
-        key_name: str,
         patience: Patience,
     ) -> None:
         self.model = model
@@ -153,13 +151,10 @@ class Author(Closing):
             model,
             base_url=base_url,
             key=key,
-            key_name=key_name,
             budget=self._budget,
-            pacer=Pacer(most=1),
             patience=patience,
             role=_role(),
         )
-        self._loop = LoopThread(name="pvec-author")
 
     @property
     def spent(self) -> float:
@@ -170,7 +165,7 @@ class Author(Closing):
         """Return the text of the model's reply to a conversation."""
         try:
             # No token limit: a model that thinks first would be cut at any that we chose.
-            reply = self._loop.run(self._endpoint.ask(messages, max_tokens=None))
+            reply = self._endpoint.run(self._endpoint.ask(messages, max_tokens=None))
         except GaveUp as error:
             msg = (
                 f"The author at {self._endpoint.url_without_secrets} cannot be used: {error}; "
@@ -189,9 +184,7 @@ class Author(Closing):
 
     def close(self) -> None:
         """End what is still being asked, and the connection."""
-        self._loop.cancel_all()
-        self._loop.run(self._endpoint.close())
-        self._loop.close()
+        self._endpoint.close()
 
 
 def task(name: str, *, description: str) -> Message:

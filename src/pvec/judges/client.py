@@ -7,22 +7,29 @@ what else a model may be asked for (``judges.author``).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from pvec.errors import JudgeError
+from pvec.closing import Closing
+from pvec.errors import InputError, JudgeError
 from pvec.judges.cost import Budget
+from pvec.judges.loop import LoopThread
 from pvec.judges.pacing import Pacer, Patience, retry_after
 from pvec.judges.reply import MalformedReply, Reply, Usage, parse_body, parse_reply, parse_usage
 from pvec.types import Message
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
+    from pydantic import SecretStr
 
 OPENAI_URL = "https://api.openai.com/v1"
+KEY_NAME = "OPENAI_API_KEY"
 
+T = TypeVar("T")
 
 SCORING: Mapping[str, Any] = {"temperature": 0, "seed": 0, "logprobs": True, "top_logprobs": 20}
 """Request parameters of a judge: one token, with its likeliest alternatives."""
@@ -74,11 +81,31 @@ class _Trouble(Exception):  # noqa: N818 - never leaves this file
         self.adapted = adapted
 
 
-class Endpoint:
-    """A server, a model and a key. Belongs to one event loop.
+def server_url(given: str | None, *, option: str) -> str | None:
+    """Return the base URL of a server: as given, or the environment's; None is OpenAI's own.
+
+    Raises ``InputError`` that names ``option`` when it is not a URL.
+    """
+    url = given or os.environ.get("OPENAI_BASE_URL") or None
+    if url is not None and urlsplit(url).scheme not in ("http", "https"):
+        raise InputError(
+            f"{option} {url} is not a valid URL: it must begin with http:// or https://."
+        )
+    return url
+
+
+def api_key(*secrets: SecretStr | None) -> str | None:
+    """Return the first key that is set, else the environment's; None when there is none."""
+    given = next((secret for secret in secrets if secret is not None), None)
+    return (given.get_secret_value() if given else os.environ.get(KEY_NAME)) or None
+
+
+class Endpoint(Closing):
+    """A server, a model and a key; a context manager, so that connections are given back.
 
     ``key`` is kept inside the client and cut out of every message; ``key_name`` is the
-    environment variable that messages tell the user to set.
+    environment variable that messages tell the user to set. ``concurrency`` is the most requests
+    in flight; the number adapts below it.
     """
 
     def __init__(
@@ -87,10 +114,10 @@ class Endpoint:
         *,
         base_url: str | None,
         key: str | None,
-        key_name: str,
+        key_name: str = KEY_NAME,
         budget: Budget,
-        pacer: Pacer,
         patience: Patience,
+        concurrency: int = 1,
         role: Role = JUDGE,
     ) -> None:
         self.model = model
@@ -101,12 +128,40 @@ class Endpoint:
         self.dropped: list[str] = []
         self._key = key
         self._key_name = key_name
-        self._pacer = pacer
+        self._pacer = Pacer(most=concurrency)
         self._patience = patience
         self._client: AsyncOpenAI | None = None
         self._options: dict[str, Any] = dict(role.options)
         self._role = role
         self._limit_name = "max_tokens"
+        self._loop: LoopThread | None = None
+
+    # -- from plain code ------------------------------------------------------------------------
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start ``coroutine`` where requests are made; cancelling the future cancels it."""
+        return self._running_loop().submit(coroutine)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run ``coroutine`` to its end and return its result; an interrupt cancels it."""
+        return self._running_loop().run(coroutine)
+
+    def close(self) -> None:
+        """Cancel what is in flight and close the connections."""
+        if self._loop is not None:
+            loop, self._loop = self._loop, None
+            loop.cancel_all()
+            if self._client is not None:
+                loop.run(self._client.close())
+                self._client = None
+            loop.close()
+
+    def _running_loop(self) -> LoopThread:
+        if self._loop is None:
+            self._loop = LoopThread(name="pvec-client")
+        return self._loop
+
+    # -- inside the loop ------------------------------------------------------------------------
 
     async def ask(
         self, messages: Sequence[Message], *, max_tokens: int | None, tries: int | None = None
@@ -138,11 +193,6 @@ class Endpoint:
         """Send nothing more; what is in flight still finishes."""
         self.halted = self.halted or reason
         self._pacer.stop()
-
-    async def close(self) -> None:
-        """Close the connections."""
-        if self._client is not None:
-            await self._client.close()
 
     async def _wait_for_rate_limit(self, trouble: _Trouble, *, waited: float) -> float:
         pause = self._patience.wait(1) if trouble.pause is None else trouble.pause

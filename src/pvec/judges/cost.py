@@ -50,7 +50,7 @@ def parse_price(text: str) -> Price:
         prompt = completion = -1.0
     if not (0 <= prompt < float("inf") and 0 <= completion < float("inf")):
         msg = (
-            f"{text!r} is no price: "
+            f"{text!r} is not a valid price: "
             "give dollars per million tokens as PROMPT,COMPLETION, such as 0.40,1.60."
         )
         raise InputError(msg)

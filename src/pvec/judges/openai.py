@@ -14,10 +14,9 @@ from typing import Literal
 
 from pvec.errors import JudgeError
 from pvec.judges.base import Judge
-from pvec.judges.client import Endpoint, GaveUp, Halted
+from pvec.judges.client import KEY_NAME, Endpoint, GaveUp, Halted
 from pvec.judges.cost import Budget
-from pvec.judges.loop import LoopThread
-from pvec.judges.pacing import Pacer, Patience
+from pvec.judges.pacing import Patience
 from pvec.judges.reply import Reply
 from pvec.judges.scales import Reading, read_text, read_tokens
 from pvec.types import JudgeQuery, Message, Score
@@ -49,7 +48,7 @@ class OpenAIJudge(Judge):
         *,
         base_url: str | None = None,
         key: str | None = None,
-        key_name: str = "OPENAI_API_KEY",
+        key_name: str = KEY_NAME,
         concurrency: int = 64,
         patience: Patience | None = None,
         budget: Budget | None = None,
@@ -62,8 +61,8 @@ class OpenAIJudge(Judge):
             key=key,
             key_name=key_name,
             budget=self.budget,
-            pacer=Pacer(most=concurrency),
             patience=patience or Patience(),
+            concurrency=concurrency,
         )
         self.name = f"openai:{model}@{self._endpoint.host}"
         self._window = 2 * concurrency
@@ -71,7 +70,6 @@ class OpenAIJudge(Judge):
         self._reads: Literal["logprobs", "text"] = "logprobs"
         self._text_tokens = _TEXT_TOKENS
         self._reason_for_text = ""
-        self._loop: LoopThread | None = None
         self._checked = False
         self._failed_in_a_row = 0
 
@@ -134,11 +132,7 @@ class OpenAIJudge(Judge):
 
     def close(self) -> None:
         """Cancel what is in flight and close the connections."""
-        if self._loop is not None:
-            loop, self._loop = self._loop, None
-            loop.cancel_all()
-            loop.run(self._endpoint.close())
-            loop.close()
+        self._endpoint.close()
 
     def _fill(
         self,
@@ -151,14 +145,9 @@ class OpenAIJudge(Judge):
             query = next(source, None)
             if query is None:
                 return
-            future = self._running_loop().submit(self._judge(query))
+            future = self._endpoint.submit(self._judge(query))
             pending.add(future)
             future.add_done_callback(finished.put)
-
-    def _running_loop(self) -> LoopThread:
-        if self._loop is None:
-            self._loop = LoopThread(name="pvec-judge")
-        return self._loop
 
     # -- one query, inside the loop -------------------------------------------------------------
 
@@ -221,7 +210,7 @@ class OpenAIJudge(Judge):
         """Ask for one number; None when the cost limit allows not even that."""
         asking = self._endpoint.ask([_PROBE], max_tokens=max_tokens, tries=_PROBE_TRIES)
         try:
-            return self._running_loop().run(asking)
+            return self._endpoint.run(asking)
         except Halted:
             return None
         except CancelledError as error:

@@ -1,35 +1,45 @@
-"""Scoring a run's answers: one judge per command, scores appended to the run as they come."""
+"""Scoring the answers of a run: which judge it is, and what it has not scored yet.
+
+One judge per command, chosen before anything is loaded. Each score is appended to the run as it
+comes, so that nothing paid for is lost.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
 
+import pvec.tiny
 from pvec.backends.session import ModelSession, Notify, ignore, load_judge_model
 from pvec.closing import Closing
+from pvec.data.judged_csv import JudgedAnswer
+from pvec.errors import InputError, JudgeError
 from pvec.judges.base import Judge
-from pvec.judges.judging import (
-    COHERENCE_METRIC,
-    Answer,
-    JudgeChoice,
-    Metric,
-    choose_judge,
-    judge_answers,
-    open_judge,
-)
-from pvec.judges.prompts import COHERENCE
+from pvec.judges.client import KEY_NAME, api_key, server_url
+from pvec.judges.cost import Budget, Estimate, Price, estimate, known_price, parse_price
+from pvec.judges.openai import DEFAULT_MODEL, OpenAIJudge
+from pvec.judges.pacing import Patience
+from pvec.judges.prompts import COHERENCE, Metric, fill, missing_queries
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.settings import Settings
-from pvec.traits.trait import Trait
-from pvec.types import JudgeScale, Progress, Score, Sign
-from pvec.vectors.filter import FilterResult, ScoredResponse, filter_responses
+from pvec.settings.tree import JudgeSettings
+from pvec.types import JudgeScale, Progress, Score
+
+if TYPE_CHECKING:
+    from pvec.backends.base import Backend
+
+_FREE = Price(prompt=0.0, completion=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeReport:
-    """What judging did in this call. ``counts`` by status; ``skipped`` were scored before."""
+    """What judging did in this call. ``counts`` by status; ``skipped`` were scored before;
+    ``unasked`` are left because the judge ``stopped`` (at its cost limit). ``spent`` in dollars.
+    """
 
     judge: str
     counts: Mapping[str, int]
@@ -104,28 +114,24 @@ class ResponseScorer(Closing):
         *,
         on_progress: Callable[[Progress], None] = ignore,
     ) -> JudgeReport:
-        """Score what this judge has not scored yet; each score is on disk before the next."""
+        """Score what this judge has not scored yet; each score is on disk before the next.
+
+        Raises as ``score_responses`` does.
+        """
         scale = self._settings.judge.scale
-        judged = judge_answers(
-            [_answer(record) for record in records],
+        report = score_responses(
+            records,
             [_scaled(metric, scale) for metric in metrics],
             judge=self.judge,
             scored=run.scored_ids(),
             on_score=lambda score: run.append_score(replace(score, judge=self.name)),
             on_progress=on_progress,
         )
-        for note in judged.notes:
+        for note in self.judge.notes:
             self._notify(note)
-        if judged.stopped:
-            self._notify(f"{judged.stopped}; {judged.unasked} scores are left for another call")
-        return JudgeReport(
-            judge=self.name,
-            counts=dict(judged.counts),
-            skipped=judged.skipped,
-            unasked=judged.unasked,
-            stopped=judged.stopped,
-            spent=judged.spent,
-        )
+        if report.stopped:
+            self._notify(f"{report.stopped}; {report.unasked} scores are left for another call")
+        return replace(report, judge=self.name)
 
     def close(self) -> None:
         """Close the judge, if one was opened."""
@@ -134,30 +140,72 @@ class ResponseScorer(Closing):
             self._judge = None
 
 
-def trait_metrics(trait: Trait) -> list[Metric]:
-    """Return what an answer about ``trait`` is scored on: the trait and coherence."""
-    return [Metric(name=trait.name, prompt=trait.eval_prompt), COHERENCE_METRIC]
-
-
-def filter_records(
-    records: Sequence[ResponseRecord],
-    scores: Mapping[str, Mapping[str, Score]],
+def score_responses(
+    responses: Sequence[ResponseRecord],
+    metrics: Sequence[Metric],
     *,
-    trait: str,
-    settings: Settings,
-) -> FilterResult:
-    """Decide which of an extraction's answers count, by the thresholds of the settings."""
-    return filter_responses(
-        [_scored(record, scores.get(record.id, {}), trait) for record in records],
-        threshold=settings.filter.threshold,
-        coherence=settings.filter.coherence,
-        paired=settings.filter.paired,
+    judge: Judge,
+    scored: Collection[str] = frozenset(),
+    on_score: Callable[[Score], None],
+    on_progress: Callable[[Progress], None] = ignore,
+) -> JudgeReport:
+    """Score what is not in ``scored`` yet; each score goes to ``on_score`` as it finishes.
+
+    Raises ``JudgeError`` when asking is pointless, or when the first round over these answers ends
+    without a single score; what was scored has then been handed over.
+    """
+    left = sum(1 for _ in missing_queries(responses, metrics, judge=judge.name, scored=scored))
+    skipped = len(responses) * len(metrics) - left
+    counts: Counter[str] = Counter()
+    detail = ""
+
+    def show() -> None:
+        missing = {"missing": float(counts.total() - counts["ok"])} if counts else {}
+        on_progress(
+            Progress(stage="judging", done=counts.total(), total=left, unit="scores", extra=missing)
+        )
+
+    show()
+    queries = missing_queries(responses, metrics, judge=judge.name, scored=scored)
+    for score in judge.score(queries):
+        on_score(score)
+        counts[score.status] += 1
+        detail = score.detail or detail
+        show()
+    if counts.total() and not counts["ok"] and not skipped:
+        statuses = ", ".join(f"{count} {status}" for status, count in counts.items())
+        raise JudgeError(
+            f"The judge {judge.name} scored none of {counts.total()} questions "
+            f"({statuses}; last: {detail}): try another judge (--judge-model)."
+        )
+    return JudgeReport(
+        judge=judge.name,
+        counts=dict(counts),
+        skipped=skipped,
+        unasked=left - counts.total(),
+        stopped=judge.stopped,
+        spent=judge.spent,
     )
 
 
-def sign_of(record: ResponseRecord) -> Sign:
-    """Return under which sign an extraction's answer was given."""
-    return "pos" if record.condition["sign"] == "pos" else "neg"
+def estimate_scoring(
+    questions: Sequence[str],
+    metrics: Sequence[Metric],
+    *,
+    answer_tokens: int,
+    price: Price | None,
+) -> Estimate:
+    """Estimate, before there are answers, what judging one to each of ``questions`` costs.
+
+    ``answer_tokens`` is the length assumed of an answer; four characters count as a token.
+    """
+    answer = "x" * (4 * answer_tokens)
+    prompts = (
+        fill(metric.prompt, question=question, answer=answer)
+        for question in questions
+        for metric in metrics
+    )
+    return estimate(prompts, price=price)
 
 
 def score_of(scores: Mapping[str, Score], metric: str) -> float | None:
@@ -166,21 +214,100 @@ def score_of(scores: Mapping[str, Score], metric: str) -> float | None:
     return score.score if score else None
 
 
-def _scored(record: ResponseRecord, scores: Mapping[str, Score], trait: str) -> ScoredResponse:
-    pair = (record.question_id, record.condition["instruction"], record.condition["rollout"])
-    return ScoredResponse(
-        id=record.id,
-        sign=sign_of(record),
-        trait=score_of(scores, trait),
+def judged_answer(record: ResponseRecord, scores: Mapping[str, Score], trait: str) -> JudgedAnswer:
+    """Return an answer with its scores as a row of a table in the reference's columns."""
+    return JudgedAnswer(
+        question=record.question,
+        prompt=record.prompt,
+        answer=record.answer,
+        question_id=record.question_id,
+        trait_score=score_of(scores, trait),
         coherence=score_of(scores, COHERENCE),
-        pair=pair,
     )
-
-
-def _answer(record: ResponseRecord) -> Answer:
-    return Answer(response_id=record.id, question=record.question, answer=record.answer)
 
 
 def _scaled(metric: Metric, scale: JudgeScale) -> Metric:
     """Return a trait's metric on the scale that its prompt asks for; coherence is always 0-100."""
     return metric if metric.name == COHERENCE else replace(metric, scale=scale)
+
+
+# -- which judge it is ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeChoice:
+    """Which judge it will be, known before any model is loaded."""
+
+    kind: Literal["tiny", "local", "openai"]
+    model: str
+    base_url: str | None = None
+    price: Price | None = _FREE
+    """None when unknown; zero for a model of one's own."""
+
+
+def choose_judge(settings: JudgeSettings, *, bundled: bool) -> JudgeChoice:
+    """Choose the judge: as asked, or the bundled one for the bundled model, or OpenAI's.
+
+    Raises ``JudgeError`` when its key is missing and ``InputError`` for a wrong specification or a
+    cost limit without a price. Loads and asks nothing.
+    """
+    spec = settings.model
+    if spec is None:
+        spec = "tiny" if bundled and settings.base_url is None else DEFAULT_MODEL
+    if spec == "tiny":
+        return JudgeChoice(kind="tiny", model="tiny")
+    kind, _, model = spec.partition(":")
+    if kind not in ("local", "openai"):
+        kind, model = "", spec
+    if not model:
+        raise InputError(f"--judge-model {spec} names no model: write {spec}MODEL.")
+    if kind == "local":
+        return JudgeChoice(kind="local", model=model)
+    if not kind and Path(model).is_dir():
+        raise InputError(
+            f"--judge-model {spec} is a folder: write local:{spec} to judge with that model."
+        )
+    base_url = server_url(settings.base_url, option="--judge-url")
+    if base_url is None and api_key(settings.api_key) is None:
+        raise JudgeError(
+            f"The judge {model} needs an API key: set {KEY_NAME}, or use another judge "
+            "(--judge-url URL, --judge-model local:MODEL, or --no-judge to score later)."
+        )
+    price = parse_price(settings.price) if settings.price else known_price(model)
+    Budget(limit=settings.max_cost, price=price)  # refuses a limit without a price
+    return JudgeChoice(kind="openai", model=model, base_url=base_url, price=price)
+
+
+def open_judge(
+    choice: JudgeChoice,
+    settings: JudgeSettings,
+    *,
+    load: Callable[[str], Backend],
+    loaded: Backend | None = None,
+) -> Judge:
+    """Open the chosen judge. ``load`` opens a model by name or folder; ``loaded`` is the model that
+    answers, used as judge too when it is the same weights.
+
+    Call ``check()`` on the result before generating anything.
+    """
+    if choice.kind == "openai":
+        return OpenAIJudge(
+            choice.model,
+            base_url=choice.base_url,
+            key=api_key(settings.api_key),
+            concurrency=settings.concurrency,
+            patience=Patience(tries=settings.max_retries + 1, timeout=settings.timeout),
+            budget=Budget(limit=settings.max_cost, price=choice.price),
+        )
+    from pvec.judges.local import LocalJudge
+
+    plain = loaded if loaded is not None and loaded.info.adapter is None else None
+    if choice.kind == "local":
+        if plain is not None and plain.info.id == choice.model:
+            return LocalJudge(plain)
+        return LocalJudge(load(choice.model), owns=True)
+    if (Path(pvec.tiny.__file__).parent / "judge").is_dir():
+        return LocalJudge(load("tiny/judge"), owns=True)
+    if plain is not None and plain.info.bundled:
+        return LocalJudge(plain)
+    return LocalJudge(load("tiny"), owns=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pvec.backends.planned import OnProgress, PlannedResponse, derive_seed, generate_missing
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError
-from pvec.judges.judging import COHERENCE_METRIC, Metric
+from pvec.judges.prompts import COHERENCE, metrics_of
 from pvec.judges.scoring import JudgeReport, ResponseScorer
 from pvec.projection.inputs import Source
 from pvec.projection.samples import Prompt, Samples
@@ -52,7 +52,7 @@ def known_from_run(run: Run, *, judge: str | None = None) -> KnownPrompts:
         named = record.condition.get("condition", record.system or NO_SYSTEM)
         conditions.setdefault(key, str(named))
         for metric, score in found.get(record.id, {}).items():
-            if score.score is not None and metric != COHERENCE_METRIC.name:
+            if score.score is not None and metric != COHERENCE:
                 scores[metric][key].append(score.score)
     return KnownPrompts(
         prompts=prompts,
@@ -121,9 +121,8 @@ def judge_prompts(
     store: Run, scorer: ResponseScorer, traits: Sequence[Trait], *, on_progress: OnProgress
 ) -> JudgeReport:
     """Score the run's answers on every trait and on coherence, where they are not scored yet."""
-    metrics = [Metric(name=trait.name, prompt=trait.eval_prompt) for trait in traits]
     records = list(store.responses())
-    return scorer.score(store, records, [*metrics, COHERENCE_METRIC], on_progress=on_progress)
+    return scorer.score(store, records, metrics_of(*traits), on_progress=on_progress)
 
 
 def _recorded(record: ResponseRecord) -> Prompt:
