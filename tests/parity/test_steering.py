@@ -169,7 +169,7 @@ def test_several_layers_vectors_and_operators_equal_a_plain_loop() -> None:
 def test_all_layer_increments_move_every_layer_by_its_own_vector() -> None:
     """With the blocks' own work set to zero, what remains at layer l is the sum of additions."""
     from pvec.steering.tables import all_layer_instructions
-    from pvec.vectors.accumulate import incremental
+    from pvec.vectors.edit import increments
 
     model = tiny_model("llama")
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_all_layer_increments_move_every_layer_by_its_own_vector() -> None:
     ids, _ = prompts()
     with (
         torch.no_grad(),
-        steer(model, all_layer_instructions(incremental(rows), coef=2.0, positions="all")),
+        steer(model, all_layer_instructions(increments(rows), coef=2.0, positions="all")),
     ):
         for layer in range(4):
             decoder.on_layer(layer, lambda h, layer=layer: seen.__setitem__(layer, h))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pvec.errors import InputError
-from pvec.vectors.edit import Term, combine, convert, parse_expression
+from pvec.vectors.edit import combine, convert, parse_expression
 from pvec.vectors.find import find_vector
 from pvec.vectors.formats import load_vector, save_vector
 from pvec.vectors.vector import KINDS, with_metadata
@@ -36,7 +36,7 @@ DATA = os.environ.get("PVEC_TEST_DATA")
     ],
 )
 def test_expressions_are_read(text: str, terms: list[tuple[float, str]]) -> None:
-    assert parse_expression(text) == [Term(weight=w, name=n) for w, n in terms]
+    assert parse_expression(text) == terms
 
 
 @pytest.mark.parametrize("text", ["", "0.7*", "evil + ", "0.7*0.3*evil", "evil * 2"])

@@ -13,15 +13,10 @@ import pytest
 from pvec.errors import InputError, ModelError
 from pvec.types import SpanMeans
 from pvec.vectors import accumulate as module
-from pvec.vectors.accumulate import (
-    VectorAccumulator,
-    combine,
-    cosine_matrix,
-    incremental,
-    orthogonalise,
-    raw_coefficient,
-)
+from pvec.vectors.accumulate import VectorAccumulator
+from pvec.vectors.edit import increments, linear_combination, orthogonalise, raw_coefficient
 from pvec.vectors.quality import suggest_layer
+from pvec.vectors.show import cosine_matrix
 from pvec.vectors.vector import PersonaVector
 
 LAYERS, WIDTH = 5, 16
@@ -184,16 +179,18 @@ def test_a_relative_norm_is_the_length_in_residual_norms_and_a_coefficient_undoe
 
 def test_increments_add_up_to_the_vector_of_every_layer() -> None:
     rows = np.random.default_rng(0).normal(size=(6, 4))
-    steps = incremental(rows)
+    steps = increments(rows)
     np.testing.assert_allclose(np.cumsum(steps[1:], axis=0), rows[1:])
     assert np.array_equal(steps[0], rows[0])
 
 
 def test_combination_is_linear_and_needs_one_shape() -> None:
     one, two = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
-    np.testing.assert_allclose(combine([(0.7, one), (-0.3, two)]), 0.7 * one - 0.3 * two, rtol=1e-6)
+    np.testing.assert_allclose(
+        linear_combination([(0.7, one), (-0.3, two)]), 0.7 * one - 0.3 * two, rtol=1e-6
+    )
     with pytest.raises(InputError, match="one shape"):
-        combine([(1.0, one), (1.0, two[:2])])
+        linear_combination([(1.0, one), (1.0, two[:2])])
 
 
 def test_an_orthogonalised_vector_has_nothing_along_the_others() -> None:

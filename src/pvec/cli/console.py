@@ -48,6 +48,11 @@ class Console:
             text = all(isinstance(item, str) for item in renderables)
             self.out.print(*renderables, soft_wrap=text)  # a path or command stays in one piece
 
+    def line(self, text: str) -> None:
+        """Show one line as it is: no markup, and in one piece so that it can be copied."""
+        if not self.json:
+            self.out.print(text, markup=False, soft_wrap=True)
+
     def note(self, text: str) -> None:
         """Show on stderr what was chosen or happened; nothing with ``--quiet``."""
         if not self.quiet:

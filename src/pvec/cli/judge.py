@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pvec.cli.console import Console
-from pvec.cli.extract import render_filter, render_judge, render_means
 from pvec.cli.options import console_from, new_app, options, settings_from
+from pvec.cli.render import render_filter, render_judge, render_means
 
 if TYPE_CHECKING:
     from pvec.extraction.judge import JudgeResult
@@ -40,4 +40,4 @@ def _render(console: Console, result: JudgeResult) -> None:
     if result.filtered:
         render_filter(console, result.filtered)
     for command in result.next:
-        console.out.print(f"next:   {command}", markup=False, soft_wrap=True)
+        console.line(f"next:   {command}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pvec.cli.console import Console, table, with_interval
-from pvec.cli.extract import TINY_NOTE, render_judge
+from pvec.cli.render import TINY_NOTE, render_judge
 from pvec.runs.names import model_label
 
 if TYPE_CHECKING:

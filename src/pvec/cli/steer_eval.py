@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pvec.cli.console import Console, table, with_interval
-from pvec.cli.extract import TINY_NOTE, render_judge
 from pvec.cli.options import console_from, new_app, options, settings_from
+from pvec.cli.render import TINY_NOTE, render_judge
 
 if TYPE_CHECKING:
     from pvec.evaluation.steer_eval import SteerEvalPlan, SteerEvalResult

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from pvec.cli.console import Console, table
 from pvec.cli.options import console_from, new_app, options, resolved_from, settings_from
 from pvec.errors import InputError
 from pvec.types import VectorKind
@@ -64,7 +66,7 @@ def compute(
     the reference implementation writes them. Under `accelerate launch` the processes share the
     work.
     """
-    from pvec.cli.vector_views import render_computed
+    from pvec.cli.render import render_computed
     from pvec.extraction import compute as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
@@ -92,8 +94,7 @@ def compute(
                 "Say what to compute from: a run folder, or --pos CSV --neg CSV --trait COLUMN."
             )
     if result is not None:  # None in all processes of a launch but one
-        made = result
-        console.emit(made, lambda shown: render_computed(shown, made))
+        console.emit(result, partial(render_computed, result=result))
 
 
 @app.command()
@@ -102,11 +103,24 @@ def show(
     ctx: typer.Context, files: Files, kind: Kind = None, png: Png = None, svg: Svg = None
 ) -> None:
     """Show norms, separation and stability of vectors by layer, and the suggested layer."""
-    from pvec.cli.vector_views import render_shown
-    from pvec.vectors import show as workflow
+    from pvec.cli.render import render_description
+    from pvec.vectors.find import labels, load_vectors
+    from pvec.vectors.show import describe
 
-    found = workflow.show(files, kind=kind, png=png, svg=svg)
-    console_from(ctx).emit(found, lambda shown: render_shown(shown, found))
+    vectors = load_vectors(files)
+    described = [describe(path, vector, kind=kind) for path, vector in vectors.items()]
+    if png or svg:
+        from pvec.report.vector_picture import vector_picture, write_picture
+
+        names = labels(vectors)
+        drawn = [(names[path], vector) for path, vector in vectors.items()]
+        write_picture(vector_picture(drawn, kind=described[0].kind), png=png, svg=svg)
+
+    def render(console: Console) -> None:
+        for vector in described:
+            render_description(console, vector)
+
+    console_from(ctx).emit(described, render)
 
 
 @app.command()
@@ -127,12 +141,15 @@ def compare(
 
     Files and kinds are compared at one layer, by default at 55 % of the depth.
     """
-    from pvec.cli.vector_views import render_cosines
-    from pvec.vectors import show as workflow
+    from pvec.cli.render import render_cosines
+    from pvec.vectors import show
+    from pvec.vectors.find import load_vectors
 
-    result = workflow.compare(
-        files, by=by, kind=kind or "response_avg", layer=layer, png=png, svg=svg
-    )
+    result = show.compare(load_vectors(files), by=by, kind=kind or "response_avg", layer=layer)
+    if png or svg:
+        from pvec.report.vector_picture import cosine_picture, write_picture
+
+        write_picture(cosine_picture(result.labels, result.cosines), png=png, svg=svg)
     console_from(ctx).emit(result, lambda shown: render_cosines(shown, result))
 
 
@@ -163,17 +180,17 @@ def combine(
 
     Terms are file names with or without a factor; + and - between them have spaces around.
     """
-    from pvec.cli.vector_views import render_written
-    from pvec.vectors import edit as workflow
+    from pvec.cli.render import render_files
+    from pvec.vectors import edit
 
-    made = workflow.combine(
+    result = edit.combine(
         expression,
         out=out,
         orthogonal_to=orthogonalize_against or (),
         incremental=incremental,
         trait=trait,
     )
-    console_from(ctx).emit(made, lambda shown: render_written(shown, made))
+    console_from(ctx).emit(result, lambda console: render_files(console, result))
 
 
 @app.command()
@@ -190,14 +207,24 @@ def lens(
     The vector is read through the model's final norm and unembedding, as if it were the last
     residual stream; scores are logits above the mean of the vocabulary.
     """
-    from pvec.cli.vector_views import render_lens
-    from pvec.vectors import lens as workflow
+    from pvec.backends.session import ModelSession, model_spec
+    from pvec.cli.render import render_lens
+    from pvec.models.load import load_model
+    from pvec.vectors import lens
+    from pvec.vectors.find import load_vectors
 
     settings, console = settings_from(ctx), console_from(ctx)
-    if not _given(ctx, "model.id", "model.adapter"):
-        settings = workflow.with_model_of(settings, file)
-    seen = workflow.lens(settings, file, layer=layer, kind=kind, top=top, notify=console.note)
-    console.emit(seen, lambda shown: render_lens(shown, seen))
+    (vector,) = load_vectors([file]).values()
+    if not _given(ctx, "model.id", "model.adapter") and vector.metadata.get("model_id"):
+        adapter = vector.metadata.get("adapter") or None
+        named = {"id": vector.metadata["model_id"], "adapter": adapter}
+        settings = settings.model_copy(update={"model": settings.model.model_copy(update=named)})
+    with ModelSession(settings, notify=console.note) as session:
+        load_vectors([file], model=session.metadata, same_model=False)
+        # always through transformers: an engine for serving does not hand out its modules
+        model = load_model(model_spec(settings), metadata=session.metadata)
+    result = lens.lens(vector, model, layer=layer, kind=kind, top=top)
+    console.emit(result, lambda console: render_lens(console, result))
 
 
 @app.command()
@@ -216,11 +243,11 @@ def convert(
     ] = None,
 ) -> None:
     """Convert between pvec's files, the reference's .pt and GGUF control vectors."""
-    from pvec.cli.vector_views import render_written
-    from pvec.vectors import edit as workflow
+    from pvec.cli.render import render_files
+    from pvec.vectors import edit
 
-    made = workflow.convert(source, target, kind=kind, model_hint=model_hint)
-    console_from(ctx).emit(made, lambda shown: render_written(shown, made))
+    result = edit.convert(source, target, kind=kind, model_hint=model_hint)
+    console_from(ctx).emit(result, lambda console: render_files(console, result))
 
 
 @app.command()
@@ -240,15 +267,11 @@ def push(
 
     Log in first with `hf auth login`, or set HF_TOKEN.
     """
-    from pvec.vectors import hub as workflow
+    from pvec.vectors import hub
 
-    done = workflow.push(files, repo, private=private, message=message)
-    console_from(ctx).emit(
-        done,
-        lambda shown: shown.out.print(
-            f"{', '.join(done.files)} → {done.url}", markup=False, soft_wrap=True
-        ),
-    )
+    result = hub.push(files, repo, private=private, message=message)
+    text = f"{', '.join(result.files)} → {result.url}"
+    console_from(ctx).emit(result, lambda console: console.line(text))
 
 
 @app.command()
@@ -267,11 +290,12 @@ def pull(
     ] = None,
 ) -> None:
     """Fetch vectors from the model hub."""
-    from pvec.cli.vector_views import render_pulled
-    from pvec.vectors import hub as workflow
+    from pvec.vectors import hub
 
-    done = workflow.pull(repo, files or (), out=out, revision=revision)
-    console_from(ctx).emit(done, lambda shown: render_pulled(shown, done))
+    result = hub.pull(repo, files or (), out=out, revision=revision)
+    rows = [(file.trait, file.model or "–", file.path) for file in result.files]
+    shown = table(("trait", "model", "file"), rows)
+    console_from(ctx).emit(result, lambda console: console.print(shown))
 
 
 def _given(ctx: typer.Context, *paths: str) -> bool:

@@ -17,7 +17,7 @@ from pvec.models.load import ModelMetadata
 from pvec.training.config import Layers, MonitorPart, SteeringPart, TrainConfig
 from pvec.traits.trait import load_trait
 from pvec.types import Instruction, VectorKind
-from pvec.vectors.accumulate import incremental
+from pvec.vectors.edit import increments
 from pvec.vectors.quality import best_layer
 from pvec.vectors.vector import PersonaVector
 
@@ -45,7 +45,7 @@ def scheduled_for(
     rows = vector.kind(part.kind)
     if part.incremental:
         _check_increments(part, vector)
-        rows = incremental(rows)
+        rows = increments(rows)
     ramp = part.ramp_steps or max(1, round(RAMP_SHARE * steps))
     made = []
     layers = "all" if part.incremental else part.layers

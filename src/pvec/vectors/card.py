@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from pvec.vectors.vector import PersonaVector
 
-_FACTS = {
+PROVENANCE = {
     "model_id": "model",
     "adapter": "adapter",
     "model_fingerprint": "model fingerprint",
@@ -21,11 +21,14 @@ _FACTS = {
     "min_coherence": "least coherence",
     "paired": "paired filter",
     "seed": "seed",
+    "source": "made from",
     "expression": "combination",
     "orthogonal_to": "orthogonal to",
     "incremental": "incremental",
+    "source_format": "format",
     "pvec_version": "pvec",
 }
+"""Metadata of a vector file, in the words that people read."""
 
 _USE = """## How to use them
 
@@ -81,7 +84,7 @@ def _section(file: str, vector: PersonaVector) -> str:
     if all(kept):
         metadata.append(("answers that count", f"{kept[0]} positive, {kept[1]} negative"))
     metadata += [
-        (word, vector.metadata[key]) for key, word in _FACTS.items() if vector.metadata.get(key)
+        (word, vector.metadata[key]) for key, word in PROVENANCE.items() if vector.metadata.get(key)
     ]
     listed = "".join(f"- {name}: {value}\n" for name, value in metadata)
     return f"## {vector.trait} (`{file}`)\n\n{listed}\n{_layers(vector)}"

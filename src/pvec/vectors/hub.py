@@ -53,21 +53,21 @@ def push(
     """
     from pvec.vectors.card import updated_card
 
-    found = load_vectors(paths)
-    names = {path: f"{path.stem}{SUFFIX}" for path in found}
+    files_by_path = load_vectors(paths)
+    names = {path: f"{path.stem}{SUFFIX}" for path in files_by_path}
     if len(set(names.values())) < len(names):
         raise InputError("Two of these files have the same name: rename one before pushing.")
     repo = hub.create_repository(repo, private=private)
-    vectors = {names[path]: vector for path, vector in found.items()}
+    vectors = {names[path]: vector for path, vector in files_by_path.items()}
     with TemporaryDirectory() as folder:
         files = {
             name: save_vector(vector, Path(folder) / name).read_bytes()
             for name, vector in vectors.items()
         }
     files[hub.CARD] = updated_card(hub.read_card(repo), repo=repo, vectors=vectors).encode()
-    said = message or f"Add {', '.join(vectors)}"
-    pushed = hub.commit_files(repo, files, message=said)
-    return PushResult(repo=repo, url=pushed.url, files=tuple(files))
+    message = message or f"Add {', '.join(vectors)}"
+    url = hub.commit_files(repo, files, message=message)
+    return PushResult(repo=repo, url=url, files=tuple(files))
 
 
 def pull(
@@ -83,8 +83,8 @@ def pull(
     vectors; ``StoreError`` when they cannot be written.
     """
     probe_writable(out)
-    wanted = _choose(repo, hub.list_files(repo, revision=revision), names)
-    fetched = [hub.fetch_file(repo, name, revision=revision) for name in wanted]
+    chosen = _choose(repo, hub.list_files(repo, revision=revision), names)
+    fetched = [hub.fetch_file(repo, name, revision=revision) for name in chosen]
     vectors = [load_vector(path) for path in fetched]  # all are vectors before any is kept
     files = []
     for path, vector in zip(fetched, vectors, strict=True):
@@ -99,15 +99,15 @@ def pull(
 def _choose(repo: str, there: Sequence[hub.RemoteFile], names: Sequence[str]) -> list[str]:
     files = {file.name: file for file in there}
     vectors = [name for name in files if name.endswith((SUFFIX, ".pt", ".gguf"))]
-    wanted = [_named(repo, name, vectors) for name in names] or vectors
-    if not wanted:
+    chosen = [_named(repo, name, vectors) for name in names] or vectors
+    if not chosen:
         raise InputError(f"{repo} has no vector files.")
-    large = [name for name in wanted if (files[name].size or 0) > _LARGEST]
+    large = [name for name in chosen if (files[name].size or 0) > _LARGEST]
     if large:
         raise InputError(
             f"{large[0]} in {repo} is too large to be a vector file: name the files that you want."
         )
-    return wanted
+    return chosen
 
 
 def _named(repo: str, name: str, vectors: Sequence[str]) -> str:

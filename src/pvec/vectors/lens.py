@@ -1,4 +1,4 @@
-"""``pvec vector lens``: the tokens that a vector promotes and suppresses.
+"""The tokens that a vector promotes and suppresses.
 
 The vector is read as the last residual stream would be: through the final norm and the unembedding.
 With ``u = v / rms(v)`` the score of a token is its row of ``W_U (norm(u) - norm(0))``, minus the
@@ -11,16 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pvec.backends.session import ModelSession, Notify, ignore, model_spec
 from pvec.errors import ModelError
 from pvec.models.decoder import describe_layer
-from pvec.settings import Settings
 from pvec.types import VectorKind
-from pvec.vectors.find import check_fits, find_vector
-from pvec.vectors.formats import load_vector
 from pvec.vectors.quality import best_layer
 
 if TYPE_CHECKING:
@@ -28,6 +23,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pvec.models.load import LoadedModel
+    from pvec.vectors.vector import PersonaVector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,62 +52,38 @@ class Lens:
 
 
 def lens(
-    settings: Settings,
-    path: Path,
+    vector: PersonaVector,
+    model: LoadedModel,
     *,
     layer: int | None = None,
     kind: VectorKind | None = None,
     top: int = 10,
-    notify: Notify = ignore,
 ) -> Lens:
     """Return the ``top`` tokens that a vector promotes and suppresses at ``layer``.
 
-    ``layer`` defaults to the suggested one, else to 55 % of the depth. Raises ``ModelError`` when
-    the vector is for a model of another shape, and ``InputError`` for a layer or kind it lacks.
+    ``layer`` defaults to the suggested one, else to 55 % of the depth. Raises ``InputError`` for a
+    layer or kind that the vector lacks, and ``ModelError`` for a model without an unembedding.
     """
-    from pvec.models.load import load_model
-
-    vector = load_vector(find_vector(path))
     kind = kind or vector.main_kind
-    if layer is None:
-        layer = best_layer(vector, kind=kind)
+    layer = best_layer(vector, kind=kind) if layer is None else layer
     row = vector.row(layer, kind=kind)
-    with ModelSession(settings, notify=notify) as session:
-        metadata = session.metadata
-        check_fits(
-            vector,
-            num_layers=metadata.num_layers,
-            hidden_size=metadata.hidden_size,
-            model_id=metadata.id,
-        )
-        recorded = vector.metadata.get("model_fingerprint")
-        notes = []
-        if recorded and recorded != metadata.fingerprint:
-            notes.append(f"the vector was made with {vector.metadata.get('model_id')}")
-        # always through transformers: an engine for serving does not hand out its modules
-        loaded = load_model(model_spec(settings), metadata=metadata)
-    scores = unembed(loaded.model, row, token_ids=_any_tokens(loaded.tokenizer))
-    scores = scores[: len(loaded.tokenizer)]  # what follows is padding of the matrix
+    scores = unembed(model.model, row, token_ids=_any_tokens(model.tokenizer))
+    scores = scores[: len(model.tokenizer)]  # what follows is padding of the matrix
     order = scores.argsort()
+    notes = []
+    recorded = vector.metadata.get("model_fingerprint")
+    if recorded and recorded != model.info.fingerprint:
+        notes.append(f"the vector was made with {vector.metadata.get('model_id')}")
     return Lens(
         trait=vector.trait,
-        model=metadata.id,
+        model=model.info.id,
         kind=kind,
         layer=layer,
         where=describe_layer(layer),
-        promoted=_tokens(loaded.tokenizer, scores, order[::-1][:top]),
-        suppressed=_tokens(loaded.tokenizer, scores, order[:top]),
+        promoted=_tokens(model.tokenizer, scores, order[::-1][:top]),
+        suppressed=_tokens(model.tokenizer, scores, order[:top]),
         notes=tuple(notes),
     )
-
-
-def with_model_of(settings: Settings, path: Path) -> Settings:
-    """Return ``settings`` with the model and adapter that the vector says it was made with."""
-    metadata = load_vector(find_vector(path)).metadata
-    if not metadata.get("model_id"):
-        return settings
-    named = {"id": metadata["model_id"], "adapter": metadata.get("adapter") or None}
-    return settings.model_copy(update={"model": settings.model.model_copy(update=named)})
 
 
 def unembed(model: PreTrainedModel, vector: np.ndarray, *, token_ids: Sequence[int]) -> np.ndarray:

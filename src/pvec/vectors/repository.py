@@ -17,14 +17,6 @@ CARD = "README.md"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pushed:
-    """A repository and the commit that was made in it."""
-
-    repo: str
-    url: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class RemoteFile:
     """A file of a repository; ``size`` in bytes, None when the hub does not say."""
 
@@ -40,8 +32,8 @@ def create_repository(repo: str, *, private: bool) -> str:
     from huggingface_hub import HfApi
 
     with _explained(repo):
-        made = HfApi().create_repo(repo, private=private, repo_type="model", exist_ok=True)
-    return str(made.repo_id)
+        created = HfApi().create_repo(repo, private=private, repo_type="model", exist_ok=True)
+    return str(created.repo_id)
 
 
 def read_card(repo: str) -> str:
@@ -56,8 +48,11 @@ def read_card(repo: str) -> str:
         raise
 
 
-def commit_files(repo: str, files: Mapping[str, bytes], *, message: str) -> Pushed:
-    """Put files into a repository in one commit. Raises ``InputError`` as above."""
+def commit_files(repo: str, files: Mapping[str, bytes], *, message: str) -> str:
+    """Put files into a repository in one commit and return its address.
+
+    Raises ``InputError`` as above.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     with _explained(repo):
@@ -66,7 +61,7 @@ def commit_files(repo: str, files: Mapping[str, bytes], *, message: str) -> Push
             [CommitOperationAdd(name, content) for name, content in files.items()],
             commit_message=message,
         )
-    return Pushed(repo=repo, url=str(info.commit_url))
+    return str(info.commit_url)
 
 
 def list_files(repo: str, *, revision: str | None = None) -> list[RemoteFile]:

@@ -1,4 +1,4 @@
-"""``pvec vector show`` and ``compare``: whether a vector is any good, and what it is close to."""
+"""What a vector file holds, and which directions are close to it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import numpy as np
 
 from pvec.errors import InputError
 from pvec.types import VectorKind
-from pvec.vectors.accumulate import cosine_matrix
-from pvec.vectors.find import labels, load_vectors
+from pvec.vectors.find import labels
 from pvec.vectors.quality import VectorSummary, middle_layer, summarize
 from pvec.vectors.vector import DEFAULT_KIND, POST_FINAL_NORM, PersonaVector
 
@@ -21,8 +20,8 @@ By = Literal["file", "kind", "layer"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """One vector file as people want to see it; ``norms`` are by kind and layer."""
+class VectorDescription:
+    """What one vector file holds; ``norms`` are by kind and layer."""
 
     path: Path
     trait: str
@@ -49,38 +48,34 @@ class Comparison:
     notes: tuple[str, ...]
 
 
-def show(
-    paths: Sequence[Path],
-    *,
-    kind: VectorKind | None = None,
-    png: Path | None = None,
-    svg: Path | None = None,
-) -> list[Shown]:
-    """Describe vector files, and draw them into one picture if asked.
+def describe(
+    path: Path, vector: PersonaVector, *, kind: VectorKind | None = None
+) -> VectorDescription:
+    """Describe the vector in the file ``path``, layer by layer.
 
     ``kind`` is described in full (default: ``response_avg``, or the first that the file has).
-    Raises ``InputError`` for a file that is no vector or lacks the kind, and ``StoreError`` when a
-    picture cannot be written.
+    Raises ``InputError`` for a kind that the file lacks.
     """
-    found = load_vectors(paths)
-    shown = [_shown(path, vector, kind) for path, vector in found.items()]
-    if png or svg:
-        from pvec.report.vector_picture import vector_picture, write_picture
-
-        names = labels(found)
-        drawn = [(names[path], vector) for path, vector in found.items()]
-        write_picture(vector_picture(drawn, kind=shown[0].kind), png=png, svg=svg)
-    return shown
+    kind = kind or vector.main_kind
+    return VectorDescription(
+        path=path,
+        trait=vector.trait,
+        kind=kind,
+        num_layers=vector.num_layers,
+        hidden_size=vector.hidden_size,
+        norms={name: tuple(vector.norms(name).tolist()) for name in vector.kinds},
+        summary=summarize(vector, kind=kind),
+        metadata=vector.metadata,
+        notes=tuple(_notes(vector, kind)),
+    )
 
 
 def compare(
-    paths: Sequence[Path],
+    vectors: Mapping[Path, PersonaVector],
     *,
     by: By = "file",
     kind: VectorKind = DEFAULT_KIND,
     layer: int | None = None,
-    png: Path | None = None,
-    svg: Path | None = None,
 ) -> Comparison:
     """Return the cosines between the vectors of several files, the kinds or the layers of them.
 
@@ -88,50 +83,38 @@ def compare(
     differ in depth but not in width. Raises ``InputError`` for files of different widths, a layer
     or kind that a file lacks, and fewer than two vectors.
     """
-    found = load_vectors(paths)
-    _require_one_width(found)
-    names = labels(found)
+    _require_one_width(vectors)
+    names = labels(vectors)
     layers = {
-        path: middle_layer(vector) if layer is None else layer for path, vector in found.items()
+        path: middle_layer(vector) if layer is None else layer for path, vector in vectors.items()
     }
     same = len(set(layers.values())) == 1 and by != "layer"
     common = next(iter(layers.values())) if same else None
     items: list[tuple[str, np.ndarray]] = []
-    for path, vector in found.items():
-        name = names[path] if len(found) > 1 or by == "file" else ""
+    for path, vector in vectors.items():
+        name = names[path] if len(vectors) > 1 or by == "file" else ""
         items += _items(vector, name=name, by=by, kind=kind, layer=layer, bare=common is not None)
     if len(items) < 2:
         raise InputError(
             "There is nothing to compare: give several vector files, or --by kind or layer."
         )
     matrix = cosine_matrix([row for _, row in items])
-    result = Comparison(
+    return Comparison(
         by=by,
         layer=common,
         labels=tuple(label for label, _ in items),
         cosines=tuple(tuple(float(c) for c in row) for row in matrix),
-        notes=tuple(_model_notes(found)),
+        notes=tuple(_model_notes(vectors)),
     )
-    if png or svg:
-        from pvec.report.vector_picture import cosine_picture, write_picture
-
-        write_picture(cosine_picture(result.labels, result.cosines), png=png, svg=svg)
-    return result
 
 
-def _shown(path: Path, vector: PersonaVector, kind: VectorKind | None) -> Shown:
-    chosen: VectorKind = kind or vector.main_kind
-    return Shown(
-        path=path,
-        trait=vector.trait,
-        kind=chosen,
-        num_layers=vector.num_layers,
-        hidden_size=vector.hidden_size,
-        norms={name: tuple(float(norm) for norm in vector.norms(name)) for name in vector.kinds},
-        summary=summarize(vector, kind=chosen),
-        metadata=vector.metadata,
-        notes=tuple(_notes(vector, chosen)),
-    )
+def cosine_matrix(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the cosines ``[N, N]`` between vectors ``[H]``; NaN for a zero vector."""
+    rows = np.stack(vectors).astype(np.float64)  # [N, H]
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit = np.divide(rows, lengths, out=np.full_like(rows, np.nan), where=lengths > 0)
+    cosines: np.ndarray = np.clip(unit @ unit.T, -1.0, 1.0)
+    return cosines
 
 
 def _notes(vector: PersonaVector, kind: VectorKind) -> list[str]:
@@ -166,7 +149,7 @@ def _items(
     at = middle_layer(vector) if layer is None else layer
     where = "" if bare else f" layer {at}"
     if by == "kind":
-        return [(f"{name} {one}{where}".strip(), vector.row(at, kind=one)) for one in vector.kinds]
+        return [(f"{name} {k}{where}".strip(), vector.row(at, kind=k)) for k in vector.kinds]
     return [(f"{name}{where}", vector.row(at, kind=kind))]
 
 

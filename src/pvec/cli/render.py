@@ -1,0 +1,236 @@
+"""The tables that commands show: scores, filters, layers of a vector, cosines, tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pvec.cli.console import Console, table, with_interval
+from pvec.vectors.card import PROVENANCE
+
+if TYPE_CHECKING:
+    from pvec.extraction.compute import ComputeResult, Thinking
+    from pvec.extraction.judge import MetricMean
+    from pvec.judges.scoring import JudgeReport
+    from pvec.types import Sign
+    from pvec.vectors.edit import VectorFiles
+    from pvec.vectors.lens import Lens
+    from pvec.vectors.quality import Spread, VectorSummary
+    from pvec.vectors.show import Comparison, VectorDescription
+
+TINY_NOTE = (
+    "The bundled model is a teaching aid: these numbers are about it, not about real assistants."
+)
+
+BAR_WIDTH = 10
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def render_judge(console: Console, report: JudgeReport) -> None:
+    """Say who judged, how much, what is missing and what it cost."""
+    counts = ", ".join(f"{count:,} {status}" for status, count in report.counts.items())
+    parts = [f"{counts or 'nothing new'}", f"{report.skipped:,} scored before"]
+    if report.unasked:
+        parts.append(f"{report.unasked:,} not asked ({report.stopped})")
+    if report.spent:
+        parts.append(f"${report.spent:.2f}")
+    console.print(f"judge {report.judge}: {', '.join(parts)}")
+
+
+def render_means(console: Console, means: Sequence[MetricMean]) -> None:
+    """Show mean scores with their intervals and what they rest on."""
+    rows = [
+        (
+            {"pos": "positive", "neg": "negative"}.get(one.group, one.group or "all"),
+            one.metric,
+            with_interval(one.score.mean, one.score.low, one.score.high),
+            one.score.n,
+            one.score.missing,
+        )
+        for one in means
+    ]
+    console.print(table(("answers", "score", "mean [95 %]", "n", "missing"), rows))
+
+
+def render_filter(console: Console, filtered: Mapping[Sign, Mapping[Any, int]]) -> None:
+    """Show how many answers count towards the vector and why the others do not."""
+    from pvec.vectors.filter import REASONS
+
+    shown = [r for r in REASONS if r == "kept" or any(c[r] for c in filtered.values())]
+    words = {"pos": "positive", "neg": "negative"}
+    rows = [(words[sign], *(counts[r] for r in shown)) for sign, counts in filtered.items()]
+    console.print(table(("answers", *(REASONS[r] for r in shown)), rows))
+
+
+def render_layers(console: Console, summary: VectorSummary) -> None:
+    """Plot the norms by layer, with norm / residual and quality where they are known.
+
+    Norm / residual is the norm in mean residual norms of the layer; AUC says how well projections
+    separate held-out positive from negative answers; split-half is the cosine between the vectors
+    of two halves of the questions.
+    """
+    longest = max((row.norm for row in summary.layers), default=0.0)
+    columns: dict[str, list[str] | list[float]] = {
+        "layer": [
+            f"{row.layer}{' *' if row.layer == summary.suggested_layer else ''}"
+            for row in summary.layers
+        ],
+        "": [bar(row.norm, longest) for row in summary.layers],
+        "norm": [row.norm for row in summary.layers],
+    }
+    relative = [row.relative_norm for row in summary.layers]
+    if not all(map(math.isnan, relative)):
+        columns["norm /\nresidual"] = relative
+    for name, word in (("auc", "AUC [95 %]"), ("stability", "split-half [95 %]")):
+        spreads = [getattr(row, name) for row in summary.layers]
+        if not all(math.isnan(spread.mean) for spread in spreads):
+            columns[word] = [_spread(spread) for spread in spreads]
+    console.print(table(list(columns), list(zip(*columns.values(), strict=True))))
+    if summary.suggested_layer is not None:
+        console.print(f"* suggested layer {summary.suggested_layer}: {summary.reason}")
+
+
+def render_computed(console: Console, result: ComputeResult) -> None:
+    """Show what was kept, how much was thinking, and the vector's quality."""
+    render_filter(console, result.filtered)
+    _render_thinking(console, result.thinking)
+    if result.empty:
+        console.line(
+            f"{result.empty:,} kept answers are empty and do not count towards response_avg"
+        )
+    if result.merged:
+        console.line(
+            f"{result.merged:,} answers share their first token with the prompt's end; it counts "
+            f"as theirs"
+        )
+    render_layers(console, result.summary)
+    console.line(f"vector: {result.path}")
+    for command in result.next:
+        console.line(f"next:   {command}")
+    if result.model == "tiny":
+        console.note(TINY_NOTE)
+
+
+def render_description(console: Console, vector: VectorDescription) -> None:
+    """Show where a vector file comes from, its layers, and what it does not hold."""
+    from rich.markup import escape
+
+    console.print(
+        f"[bold]{escape(vector.trait)}[/bold] {vector.kind}: {vector.num_layers} layers, "
+        f"{vector.hidden_size} wide"
+    )
+    console.line(f"  {vector.path}")
+    for line in _provenance(vector.metadata):
+        console.line(f"  {line}")
+    render_layers(console, vector.summary)
+    others = [kind for kind in vector.norms if kind != vector.kind]
+    if others:
+        middle = vector.summary.suggested_layer or len(vector.summary.layers) // 2
+        listed = ", ".join(f"{kind} {vector.norms[kind][middle]:.3g}" for kind in others)
+        console.line(f"other kinds' norms at layer {middle}: {listed}")
+    render_notes(console, vector.notes)
+
+
+def render_notes(console: Console, notes: Sequence[str]) -> None:
+    """Show what the user should know about a result."""
+    for note in notes:
+        console.line(f"note: {note}")
+
+
+_LONGEST_HEADING = 8
+"""Characters over a column of cosines; longer names would break over several lines."""
+
+
+def render_cosines(console: Console, result: Comparison) -> None:
+    """Show the matrix; columns with long names get numbers, large ones two digits a cell."""
+    if len(result.labels) > 8:
+        columns = ("", *(label.rpartition(" ")[2] for label in result.labels))
+        rows = [
+            (label, *(_hundredths(c) for c in row))
+            for label, row in zip(result.labels, result.cosines, strict=True)
+        ]
+        console.print("cosines in hundredths")
+        _print_narrow(console, columns, rows)
+    else:
+        names, headings = result.labels, result.labels
+        if max(map(len, names)) > _LONGEST_HEADING:
+            headings = tuple(str(number) for number in range(1, len(names) + 1))
+            names = tuple(f"{n} {label}" for n, label in zip(headings, names, strict=True))
+        cells = [
+            (label, *("–" if math.isnan(c) else f"{c:.3f}" for c in row))
+            for label, row in zip(names, result.cosines, strict=True)
+        ]
+        console.print(table(("cosine", *headings), cells))
+    if result.layer is not None:
+        console.print(f"at layer {result.layer}")
+    render_notes(console, result.notes)
+
+
+def render_lens(console: Console, result: Lens) -> None:
+    """Show promoted and suppressed tokens side by side."""
+    console.line(
+        f"{result.trait} {result.kind} at {result.where} in {result.model}, through the final norm "
+        f"and the unembedding"
+    )
+    rows = [
+        (repr(up.text), f"{up.score:+.2f}", repr(down.text), f"{down.score:+.2f}")
+        for up, down in zip(result.promoted, result.suppressed, strict=True)
+    ]
+    console.print(table(("promotes", "logit", "suppresses", "logit"), rows))
+    render_notes(console, result.notes)
+
+
+def render_files(console: Console, result: VectorFiles) -> None:
+    """Show which files were written and what the user should know about them."""
+    for path in result.paths:
+        console.line(f"{result.trait}: {path}")
+    render_notes(console, result.notes)
+
+
+def bar(value: float, longest: float) -> str:
+    """Return ``value`` as a bar of block characters, ``BAR_WIDTH`` for ``longest``."""
+    eighths = round(8 * BAR_WIDTH * value / longest) if longest else 0
+    return "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
+
+
+def _render_thinking(console: Console, thinking: Thinking) -> None:
+    if not thinking.answers:
+        return
+    counts = "counts" if thinking.averaged else "does not count"
+    console.line(
+        f"{thinking.answers:,} of {thinking.of:,} answers think; that is {thinking.share:.1%} of "
+        f"all answer tokens and {counts} towards the vector"
+    )
+
+
+def _provenance(metadata: Mapping[str, str]) -> list[str]:
+    lines = []
+    if metadata.get("kept_pos"):
+        dropped = [metadata.get(f"dropped_{sign}", "?") for sign in ("pos", "neg")]
+        lines.append(
+            f"{metadata['kept_pos']} positive, {metadata['kept_neg']} negative answers "
+            f"({dropped[0]} and {dropped[1]} dropped)"
+        )
+    named = [f"{word} {metadata[key]}" for key, word in PROVENANCE.items() if metadata.get(key)]
+    return [*lines, ", ".join(named)] if named else lines
+
+
+def _spread(value: Spread) -> str:
+    if math.isnan(value.low):  # a file of another tool may hold no intervals
+        return "–" if math.isnan(value.mean) else f"{value.mean:.2f}"
+    return with_interval(value.mean, value.low, value.high, digits=2)
+
+
+def _hundredths(cosine: float) -> str:
+    return "–" if math.isnan(cosine) else f"{100 * cosine:.0f}"
+
+
+def _print_narrow(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a grid whose lines are as long as they are: they scroll rather than fold."""
+    grid = [columns, *rows]
+    first = max(len(row[0]) for row in grid)
+    wide = max(len(cell) for row in grid for cell in row[1:]) + 1
+    for row in grid:
+        line = row[0].ljust(first) + "".join(cell.rjust(wide) for cell in row[1:])
+        console.line(line)
