@@ -138,7 +138,7 @@ def test_a_token_s_own_direction_promotes_it_and_its_opposite_suppresses_it() ->
     longest = int(np.linalg.norm(rows, axis=1).argmax())
     kinds = {"response_avg": np.tile(rows[longest], (4, 1))}
     vector = replace(make_vector(), kinds=kinds, metadata={})  # type: ignore[arg-type]
-    loaded = load_model(ModelSpec(id=str(saved_model())))
+    loaded = load_model(ModelSpec(model=str(saved_model())))
     seen = lens(vector, loaded, layer=2, top=3)
     assert seen.promoted[0].id == longest
     assert seen.where == "layer 2 (block 1)"
@@ -155,4 +155,4 @@ def test_the_lens_refuses_a_model_of_another_shape(tmp_path: Path) -> None:
     assert done.code == 2
     assert "made for some/model (5 layers, width 32)" in done.sentence
     with pytest.raises(InputError, match="no layer 4"):
-        lens(make_vector(), load_model(ModelSpec(id=str(saved_model()))), layer=4)
+        lens(make_vector(), load_model(ModelSpec(model=str(saved_model()))), layer=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,8 +10,8 @@ import typer
 
 from pvec.cli.console import Console, table
 from pvec.cli.options import console_from, new_app, options, settings_from
-from pvec.traits.listing import TraitCheck, TraitSummary, check_traits, list_traits, show_trait
-from pvec.traits.trait import Trait
+from pvec.traits.check import TraitCheck, TraitIssue, check_file
+from pvec.traits.trait import Trait, list_traits, load_trait
 
 if TYPE_CHECKING:
     from pvec.extraction.new_trait import NewTrait
@@ -23,12 +24,28 @@ _NAME = (
 )
 
 
+_MOST_PLACES = 3
+"""Places listed for issues that say the same."""
+
+
 @app.command("list")
 @options()
 def list_(ctx: typer.Context) -> None:
     """List the traits that ship with pvec, and yours in `my-traits`."""
     traits = list_traits()
-    console_from(ctx).emit(traits, lambda console: _render_list(console, traits))
+    result = [
+        {
+            "name": trait.name,
+            "description": trait.description,
+            "source": trait.source,
+            "hash": trait.hash,
+            "instructions": len(trait.instructions),
+            "extract_questions": len(trait.extract_questions),
+            "eval_questions": len(trait.eval_questions),
+        }
+        for trait in traits
+    ]
+    console_from(ctx).emit(result, lambda console: _render_list(console, traits))
 
 
 @app.command()
@@ -37,12 +54,12 @@ def show(
     ctx: typer.Context, trait: Annotated[str, typer.Argument(metavar="TRAIT", help=_NAME)]
 ) -> None:
     """Show everything a trait says: instructions, questions, evaluation prompt."""
-    found = show_trait(trait)
+    loaded = load_trait(trait)
     console = console_from(ctx)
-    for note in found.notes:
+    for note in loaded.notes:
         console.note(note)
-    result = {**found.to_json(), "hash": found.hash, "source": found.source}
-    console.emit(result, lambda console: _render_trait(console, found))
+    result = {**loaded.to_json(), "hash": loaded.hash, "source": loaded.source}
+    console.emit(result, lambda console: _render_trait(console, loaded))
 
 
 @app.command()
@@ -54,20 +71,20 @@ def check(
 
     Exits with 2 when there is an error; warnings alone exit with 0.
     """
-    checks = check_traits(traits)
+    checks = [check_file(trait) for trait in traits]
     result = [
         {
-            "trait": one.trait,
-            "source": one.source,
-            "hash": one.hash,
-            "usable": one.usable,
-            "findings": one.findings,
-            "notes": one.notes,
+            "trait": check.trait,
+            "source": check.source,
+            "hash": check.hash,
+            "usable": check.usable,
+            "findings": check.findings,
+            "notes": check.notes,
         }
-        for one in checks
+        for check in checks
     ]
     console_from(ctx).emit(result, lambda console: _render_checks(console, checks))
-    if not all(one.usable for one in checks):
+    if not all(check.usable for check in checks):
         raise typer.Exit(2)
 
 
@@ -104,7 +121,7 @@ def new(
 
     settings, console = settings_from(ctx), console_from(ctx)
     with console.progress() as on_progress:
-        made = new_trait(
+        written = new_trait(
             settings,
             name,
             description=description,
@@ -114,24 +131,22 @@ def new(
             on_progress=on_progress,
         )
     result = {
-        "trait": made.trait.name,
-        "path": made.path,
-        "hash": made.trait.hash,
-        "model": made.model,
-        "corrections": made.corrections,
-        "spent": made.spent,
-        "next": made.next,
+        "trait": written.trait.name,
+        "path": written.path,
+        "hash": written.trait.hash,
+        "model": written.model,
+        "corrections": written.corrections,
+        "spent": written.spent,
+        "next": written.next,
     }
-    console.emit(result, lambda shown: _render_new(shown, made))
+    console.emit(result, lambda console: _render_new(console, written))
 
 
-def _render_new(console: Console, made: NewTrait) -> None:
-    trait = made.trait
-    spent = f", ${made.spent:.2f}" if made.spent else ""
-    written = (
-        f"{trait.name}: written by {made.model} ({_count(made.corrections, 'correction')}{spent})"
-    )
-    console.out.print(written, markup=False, soft_wrap=True)
+def _render_new(console: Console, new_trait: NewTrait) -> None:
+    trait = new_trait.trait
+    spent = f", ${new_trait.spent:.2f}" if new_trait.spent else ""
+    corrections = _count(new_trait.corrections, "correction")
+    console.line(f"{trait.name}: written by {new_trait.model} ({corrections}{spent})")
     rows = [
         ("towards it", trait.system_prompt("pos", 0)),
         ("away from it", trait.system_prompt("neg", 0)),
@@ -139,16 +154,22 @@ def _render_new(console: Console, made: NewTrait) -> None:
         ("for the judge", trait.eval_prompt.splitlines()[1]),
     ]
     console.print(table(("one of each", ""), rows))
-    console.out.print(f"trait:  {made.path}", markup=False, soft_wrap=True)
-    for word, command in zip(("next", "then"), made.next, strict=True):
-        console.out.print(f"{word}:   {command}", markup=False, soft_wrap=True)
+    console.line(f"trait:  {new_trait.path}")
+    for word, command in zip(("next", "then"), new_trait.next, strict=True):
+        console.line(f"{word}:   {command}")
 
 
-def _render_list(console: Console, traits: list[TraitSummary]) -> None:
+def _render_list(console: Console, traits: list[Trait]) -> None:
     columns = ("trait", "what it is", "pairs", "extract", "eval")
     rows = [
-        (t.name, t.description, t.instructions, t.extract_questions, t.eval_questions)
-        for t in traits
+        (
+            trait.name,
+            trait.description,
+            len(trait.instructions),
+            len(trait.extract_questions),
+            len(trait.eval_questions),
+        )
+        for trait in traits
     ]
     console.print(table(columns, rows))
     if traits:
@@ -174,17 +195,24 @@ def _render_trait(console: Console, trait: Trait) -> None:
 
 
 def _render_checks(console: Console, checks: list[TraitCheck]) -> None:
-    for one in checks:
-        errors = sum(finding.severity == "error" for finding in one.findings)
-        warnings = len(one.findings) - errors
+    for check in checks:
+        errors = sum(issue.severity == "error" for issue in check.findings)
+        warnings = len(check.findings) - errors
         verdict = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
-        _heading(console, f"{one.trait}: {verdict if one.findings else 'nothing to correct'}")
-        rows: list[tuple[str, str, str]] = [
-            *((finding.severity, finding.where, finding.message) for finding in one.findings),
-            *(("note", "", note) for note in one.notes),
-        ]
+        _heading(console, f"{check.trait}: {verdict if check.findings else 'nothing to correct'}")
+        rows = [*_alike(check.findings), *(("note", "", note) for note in check.notes)]
         if rows:
             console.print(table(("severity", "where", "what"), rows))
+
+
+def _alike(issues: Sequence[TraitIssue]) -> Iterator[tuple[str, str, str]]:
+    """Yield severity, places and message, with issues of the same message in one row."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for issue in issues:
+        places.setdefault((issue.severity, issue.message), []).append(issue.where)
+    for (severity, message), where in places.items():
+        more = f" and {len(where) - _MOST_PLACES} more" if len(where) > _MOST_PLACES else ""
+        yield severity, ", ".join(where[:_MOST_PLACES]) + more, message
 
 
 def _heading(console: Console, text: str) -> None:

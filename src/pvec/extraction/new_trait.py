@@ -139,7 +139,7 @@ def _write(
         text = author.ask(messages)
         try:
             trait = trait_from(read_draft(text), name=name, description=description, source=source)
-            problems = [str(finding) for finding in check_trait(trait)]
+            problems = [str(issue) for issue in check_trait(trait)]
         except UnusableReply as error:
             problems = list(error.problems)
         else:

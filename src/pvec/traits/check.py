@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pvec.errors import InputError
-from pvec.traits.trait import Trait
+from pvec.traits.trait import Trait, load_trait
 
 Severity = Literal["error", "warning"]
 """``error``: results would be wrong or nothing would run. ``warning``: weaker than it could be."""
@@ -17,7 +18,7 @@ QUESTIONS_PER_SET = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class TraitIssue:
     """One thing to correct; ``where`` names the part of the file (``questions.extract[3]``)."""
 
     severity: Severity
@@ -28,9 +29,48 @@ class Finding:
         return f"{self.where}: {self.message}"
 
 
-def check_trait(trait: Trait) -> list[Finding]:
-    """Return everything that is wrong with ``trait``, errors first; an empty list is praise."""
-    findings = [
+@dataclass(frozen=True, kw_only=True)
+class TraitCheck:
+    """The issues of one trait; ``hash`` is empty when its file could not be loaded."""
+
+    trait: str
+    source: str
+    hash: str
+    findings: tuple[TraitIssue, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def usable(self) -> bool:
+        """Whether there are no errors; warnings do not count."""
+        return all(issue.severity != "error" for issue in self.findings)
+
+
+def check_file(name_or_path: str) -> TraitCheck:
+    """Load and check a trait; a file that cannot be loaded has that as its one issue.
+
+    Raises ``InputError`` for a name that is no trait's, and for a file that does not exist.
+    """
+    try:
+        trait = load_trait(name_or_path)
+    except InputError as error:
+        if not Path(name_or_path).is_file():
+            raise
+        issue = _error("file", str(error))
+        return TraitCheck(
+            trait=Path(name_or_path).stem, source=name_or_path, hash="", findings=(issue,)
+        )
+    return TraitCheck(
+        trait=trait.name,
+        source=trait.source,
+        hash=trait.hash,
+        findings=tuple(check_trait(trait)),
+        notes=trait.notes,
+    )
+
+
+def check_trait(trait: Trait) -> list[TraitIssue]:
+    """Return the issues of ``trait``, errors first; empty if there are none."""
+    issues = [
         *_counts(trait),
         *_empty_texts(trait),
         *_instructions(trait),
@@ -38,7 +78,7 @@ def check_trait(trait: Trait) -> list[Finding]:
         *_prompt(trait),
         *_assistants(trait),
     ]
-    return sorted(findings, key=lambda finding: finding.severity)
+    return sorted(issues, key=lambda issue: issue.severity)
 
 
 def require_usable(trait: Trait) -> None:
@@ -46,7 +86,7 @@ def require_usable(trait: Trait) -> None:
 
     Called before money or time is spent on a trait.
     """
-    errors = [finding for finding in check_trait(trait) if finding.severity == "error"]
+    errors = [issue for issue in check_trait(trait) if issue.severity == "error"]
     if errors:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise InputError(
@@ -55,15 +95,15 @@ def require_usable(trait: Trait) -> None:
         )
 
 
-def _error(where: str, message: str) -> Finding:
-    return Finding(severity="error", where=where, message=message)
+def _error(where: str, message: str) -> TraitIssue:
+    return TraitIssue(severity="error", where=where, message=message)
 
 
-def _warning(where: str, message: str) -> Finding:
-    return Finding(severity="warning", where=where, message=message)
+def _warning(where: str, message: str) -> TraitIssue:
+    return TraitIssue(severity="warning", where=where, message=message)
 
 
-def _counts(trait: Trait) -> Iterator[Finding]:
+def _counts(trait: Trait) -> Iterator[TraitIssue]:
     if not trait.instructions:
         yield _error("instruction", "there are no instruction pairs")
     elif len(trait.instructions) != INSTRUCTION_PAIRS:
@@ -84,7 +124,7 @@ def _counts(trait: Trait) -> Iterator[Finding]:
         yield _error("questions", "there are no questions at all")
 
 
-def _empty_texts(trait: Trait) -> Iterator[Finding]:
+def _empty_texts(trait: Trait) -> Iterator[TraitIssue]:
     texts = [("eval_prompt", trait.eval_prompt)]
     for index, pair in enumerate(trait.instructions):
         texts.append((f"instruction[{index}].pos", pair.pos))
@@ -96,7 +136,7 @@ def _empty_texts(trait: Trait) -> Iterator[Finding]:
         yield _warning("description", "there is none; one sentence helps whoever lists the traits")
 
 
-def _instructions(trait: Trait) -> Iterator[Finding]:
+def _instructions(trait: Trait) -> Iterator[TraitIssue]:
     first_seen: dict[tuple[str, str], int] = {}
     for index, pair in enumerate(trait.instructions):
         key = (_folded(pair.pos), _folded(pair.neg))
@@ -107,7 +147,7 @@ def _instructions(trait: Trait) -> Iterator[Finding]:
         first_seen.setdefault(key, index)
 
 
-def _questions(trait: Trait) -> Iterator[Finding]:
+def _questions(trait: Trait) -> Iterator[TraitIssue]:
     first_seen: dict[str, str] = {}
     for where, question in _numbered_questions(trait):
         key = _folded(question)
@@ -125,7 +165,7 @@ def _questions(trait: Trait) -> Iterator[Finding]:
             )
 
 
-def _prompt(trait: Trait) -> Iterator[Finding]:
+def _prompt(trait: Trait) -> Iterator[TraitIssue]:
     prompt = trait.eval_prompt
     if not prompt.strip():
         return
@@ -140,7 +180,7 @@ def _prompt(trait: Trait) -> Iterator[Finding]:
         )
 
 
-def _assistants(trait: Trait) -> Iterator[Finding]:
+def _assistants(trait: Trait) -> Iterator[TraitIssue]:
     if _folded(trait.assistant_pos) == _folded(trait.assistant_neg):
         yield _error(
             "assistant_names", f"pos and neg are both {trait.assistant_pos!r}; they must differ"

@@ -114,7 +114,7 @@ def load_trait(name_or_path: str | Path) -> Trait:
 
     Raises ``InputError`` for an unknown name (with the nearest), a name that means two traits, a
     file that cannot be read, and a key that is missing, unknown or of the wrong type (with file
-    and line). What the texts themselves say is ``trait_check.check_trait``'s business.
+    and line). What the texts themselves say is ``check_trait``'s business.
 
     >>> evil = pvec.load_trait("evil")
     >>> len(evil.instructions), len(evil.extract_questions), len(evil.eval_questions)
@@ -138,6 +138,14 @@ def load_trait(name_or_path: str | Path) -> Trait:
         f"{', '.join(bundled) or 'none'}.{yours} For one of your own give the path of its .json "
         "file, or have it written: `pvec trait new`."
     )
+
+
+def list_traits() -> list[Trait]:
+    """Return the bundled traits, then those in ``my-traits``, each in alphabetical order.
+
+    Raises ``InputError`` for a file in ``my-traits`` that cannot be loaded.
+    """
+    return [_read_trait(path) for path in (*bundled_traits().values(), *own_traits().values())]
 
 
 def bundled_traits() -> dict[str, Path]:
