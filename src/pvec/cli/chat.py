@@ -37,7 +37,7 @@ Vectors = Annotated[
     "steer.coef_unit",
 )
 def chat(ctx: typer.Context, vector: Vectors = None) -> None:
-    """Talk to a model while steering it.
+    """Chat with a model while steering it.
 
     Type a message, or a command: `/steer evil@20 2.0`, `/off`, `/compare`, `/help`, `/quit`.
     Ctrl-C stops an answer, not the program. Lines may also be piped in.

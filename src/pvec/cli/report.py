@@ -40,7 +40,7 @@ def report(
     png: Png = False,
     judge: JudgeName = None,
 ) -> None:
-    """Write one self-contained page about one or more runs.
+    """Write a self-contained HTML report of one or more runs.
 
     The page needs no network. The numbers behind every figure are written beside it as CSV.
     """

@@ -67,7 +67,7 @@ def steer_eval(
     out: Out = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Measure what steering with a vector does, and at what cost.
+    """Evaluate steering: trait and coherence by layer and coefficient.
 
     Every layer and coefficient, a random vector of the same norm, the trait asked for in the
     prompt, and the unsteered model answer the same questions in one pass. Layer and coefficient

@@ -42,7 +42,7 @@ def train(
     check: Check = False,
     out: Out = None,
 ) -> None:
-    """Finetune with LoRA, steered if wanted, and watch the persona move.
+    """Finetune with LoRA, optionally steered, logging the persona shift.
 
     Steering proves itself before the first step, or nothing starts. Run it again and it goes on
     from the last checkpoint. Several processes: `accelerate launch -m pvec train CONFIG`.

@@ -29,7 +29,7 @@ Vector = Annotated[
 @app.command()
 @options("model", "backend", "steer.kind", "steer.layer", "steer.coef", "steer.coef_unit")
 def verify(ctx: typer.Context, vector: Vector = None) -> None:
-    """Prove, from outside, that steering does on your model and vector what it says.
+    """Verify independently that steering changes activations exactly as specified.
 
     Plain hooks read the residual stream: it must change by exactly coefficient x vector at the
     steered layer and tokens and nowhere else; coefficient 0 must change nothing; the rows of a
