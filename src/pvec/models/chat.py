@@ -40,7 +40,9 @@ class ChatFormat:
                 "system prompts are put before the first user turn"
             )
         if self.thinking_switch:
-            notes.append("the chat template has a thinking mode: thinking is off unless --thinking on")
+            notes.append(
+                "the chat template has a thinking mode: thinking is off unless --thinking on"
+            )
         return tuple(notes)
 
 
