@@ -85,6 +85,11 @@ test: $(STAMP) ## Run the tests that take seconds
 test-slow: $(STAMP) ## Run the tests that take minutes
 	$(PYTEST) -m 'slow and not vllm'
 
+.PHONY: coverage
+coverage: $(STAMP) ## Run all tests but vLLM's and report the coverage in build/coverage
+	$(PYTEST) -m 'not vllm' --cov=pvec --cov-report=term:skip-covered \
+	  --cov-report=html:build/coverage
+
 # vLLM pins its own torch build, so its tests live in an environment of their own. The CPU packaging
 # brings CUDA builds of three packages that cannot be imported beside a CPU torch: out with them.
 VLLM_VENV  ?= .venv-vllm
@@ -135,6 +140,19 @@ docs: $(STAMP) ## Write docs/cli.md from the commands' help, and build the site 
 format: $(STAMP) ## Format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Builds sdist and wheel, checks their metadata, and uses the wheel in an empty environment, where
+# neither this folder nor its packages can be imported.
+DIST_VENV := build/dist-venv
+
+.PHONY: dist
+dist: $(STAMP) ## Build sdist and wheel, check them, and try the wheel in an empty environment
+	rm -rf dist $(DIST_VENV)
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(DIST_VENV)
+	$(DIST_VENV)/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	$(BIN)/python tests/try_wheel.py $(DIST_VENV)/bin
 
 clean: ## Remove caches and builds (never runs/ or the virtual environment)
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with the vector that `make demo` makes, from fewer answers."""
     folder = tmp_path_factory.mktemp("readme")
     done = pvec(
-        "extract", "--trait", "evil", "--limit", 3, "-n", 2, "--max-tokens", 32,
+        "extract", "--trait", "evil", "--limit", 3, "-n", 2,
         "--runs", folder / "runs",
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -43,8 +43,16 @@ def readme_block(beginning: str) -> str:
     return code
 
 
+def test_the_quick_start_of_the_readme_extracts_and_evaluates(folder: Path) -> None:
+    first, *points = run(readme_block("import pvec\n\n# A small"), folder).splitlines()
+    assert first.startswith("(160,) suggested layer: ")
+    scores = {name: float(trait) for name, trait, _ in (line.rsplit(" ", 2) for line in points)}
+    assert len(scores) == 7, "unsteered, two coefficients, their controls, and two prompts"
+    assert all(0 <= score <= 100 for score in scores.values())
+
+
 def test_the_library_example_of_the_readme_steers(folder: Path) -> None:
-    code = readme_block("import pvec")
+    code = readme_block("import pvec\n\nbackend")
     assert len(code.splitlines()) <= 16
     answer, touched = run(code, folder).strip().rsplit("\n", 1)
     assert answer
