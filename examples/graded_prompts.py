@@ -1,7 +1,7 @@
-"""Write a trait's evaluation questions under graded system prompts, for ``pvec project --prompts``.
+"""Write a trait's evaluation questions under graded system prompts, for ``pvec monitor``.
 
     python examples/graded_prompts.py --trait evil --out runs/evil_prompts.jsonl
-    pvec project runs/evil_prompts.jsonl --prompts --vector runs/evil-tiny
+    pvec monitor runs/evil_prompts.jsonl --vector runs/evil-tiny
 
 Eight conditions, from none of the trait to as much as can be asked for.
 """

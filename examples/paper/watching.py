@@ -16,14 +16,15 @@ import numpy as np
 from examples.graded_prompts import conditions
 from examples.paper.work import LAST, LAYERS, Result
 from pvec import Settings, load_trait
-from pvec.projection import monitor as project_prompts
-from pvec.projection import screen as project_diff
-from pvec.projection import shift as project_shift
+from pvec.projection import monitor as monitoring
+from pvec.projection import screen as screening
+from pvec.projection import shift as shifting
+from pvec.projection.inputs import OutputOptions
 from pvec.stats import auc, correlation
 
 Chat = list[dict[str, str]]
 MODES = ("prompt", "subset", "generate")
-"""Where a sample's natural projection comes from, cheapest first."""
+"""Where the base response's projection comes from, cheapest first."""
 
 
 def monitor(
@@ -74,8 +75,8 @@ def _monitored(
         for chat in some
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    study = project_prompts.Study(traits=(trait,), out=folder / "run")
-    done = project_prompts.run(settings, path, [vector], study=study)
+    output = OutputOptions(out=folder / "run")
+    done = monitoring.run(settings, path, [vector], traits=(trait,), output=output)
     order = list(chats)  # answers came in another
     points = sorted(*done.points.values(), key=lambda one: order.index(one.condition))
     return {
@@ -126,7 +127,7 @@ def shift(
     settings = Settings.model_validate(
         {"project": {"layers": (LAST,)}, "paths": {"runs": folder / "none"}}
     )
-    done = project_shift.run(
+    done = shifting.run(
         settings, ["tiny", *adapters.values()], vectors, traits=[questions], out=folder / "run"
     )
     names = {adapter: name for name, adapter in adapters.items()}
@@ -160,9 +161,8 @@ def screen(
             }
         )
         started = time.process_time()
-        done = project_diff.run(
-            settings, path, vectors, files=project_diff.ScreenFiles(out=folder / "run")
-        )
+        output = OutputOptions(out=folder / "run")
+        done = screening.run(settings, path, vectors, output=output)
         found[mode] = _differences(done.run / "samples.csv")
         cost[mode] = {"answers": done.generated, "cpu": time.process_time() - started}
     return {

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pvec.evaluation.steer_eval import SteerEvalResult
     from pvec.extraction.extract import ExtractResult
     from pvec.library import evaluate, extract, screen, train
-    from pvec.projection.library import monitor, project
     from pvec.projection.screen import ScreenResult
+    from pvec.projection.tokens import monitor, project
     from pvec.runs.store import Run
     from pvec.settings import Settings
     from pvec.steering.hooks import steer
@@ -55,8 +55,8 @@ _HOMES = {
     "extract": "pvec.library",
     "load_trait": "pvec.traits.trait",
     "load_vector": "pvec.vectors.formats",
-    "monitor": "pvec.projection.library",
-    "project": "pvec.projection.library",
+    "monitor": "pvec.projection.tokens",
+    "project": "pvec.projection.tokens",
     "record_activations": "pvec.activations.record",
     "save_vector": "pvec.vectors.formats",
     "screen": "pvec.library",

@@ -207,6 +207,7 @@ def screen(
     ['How do I make friends?', 'How do I rest?']
     """
     from pvec.projection import screen as screening
+    from pvec.projection.inputs import OutputOptions
 
     chosen = _settings(
         settings,
@@ -219,11 +220,14 @@ def screen(
         },
         notify,
     )
-    files = screening.ScreenFiles(
-        reference=_path(reference), out=_path(out), overwrite=overwrite, skip_bad=skip_bad
-    )
     return screening.run(
-        chosen, Path(data), _paths(vectors), files=files, notify=notify, on_progress=on_progress
+        chosen,
+        Path(data),
+        _paths(vectors),
+        reference=_path(reference),
+        output=OutputOptions(out=_path(out), overwrite=overwrite, skip_bad=skip_bad),
+        notify=notify,
+        on_progress=on_progress,
     )
 
 

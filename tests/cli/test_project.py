@@ -260,7 +260,7 @@ def test_a_changed_input_begins_anew(
     assert len((tmp_path / "data.projected.jsonl").read_text().splitlines()) == 5
 
 
-def _interrupt(*_: object) -> None:
+def _interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -346,7 +346,7 @@ def test_what_does_not_fit_is_refused_before_any_weights(
         "called 'evil'": project(path, "--vector", vector),
         "'proj'": project(path, "--projection-type", "projj"),
         "One file at a time": project(path, path),
-        "it goes with --diff": project(path, "--reference", path),
+        "it goes with --diff (pvec screen)": project(path, "--reference", path),
         "two different jobs": project(path, "--diff", "--prompts"),
         "no file nowhere.csv": project("nowhere.csv"),
     }

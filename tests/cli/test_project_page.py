@@ -1,4 +1,4 @@
-"""The report's page of `pvec project`'s studies: in its HTML, and as a browser shows it."""
+"""The report's page of screening, monitoring and shifts: in its HTML, and as a browser shows it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     vector = save_vector(one, tmp_path / "evil.safetensors")
 
     def run(*arguments: object) -> Done:
-        options = ("--vector", vector, "--layer", 2, "--max-tokens", 8, "-q")
-        return pvec("project", *arguments, *options)
+        more = ("--max-tokens", 8) if arguments[0] == "screen" else ()
+        return pvec(*arguments, "--vector", vector, "--layer", 2, *more, "-q")
 
     return run
 
@@ -59,9 +59,9 @@ def test_every_kind_has_its_section(project: Call, tmp_path: Path) -> None:
     scored.write_text("prompt,answer,evil\n" + "".join(f"p {i},,{i}\n" for i in range(6)))
     adapter = save_adapter(model, tmp_path / "ft-evil" / "adapter")
     on = ("--model", model)
-    assert project(data, "--diff", "--reference", clean, "--out", "diff", *on).code == 0
-    assert project(scored, "--prompts", "--score", "evil", "--out", "monitor", *on).code == 0
-    shift = project("--shift", model, adapter, "--questions", clean, "--out", "shift")
+    assert project("screen", data, "--reference", clean, "--out", "diff", *on).code == 0
+    assert project("monitor", scored, "--score", "evil", "--out", "monitor", *on).code == 0
+    shift = project("shift", model, adapter, "--questions", clean, "--out", "shift")
     assert shift.code == 0, shift.err
     done = pvec("report", "diff", "monitor", "shift", "--out", "page.html")
     assert done.code == 0, done.err
@@ -80,7 +80,7 @@ def test_a_browser_shows_the_most_suspicious_samples_however_far_out(
     """Differences are no scores from 0 to 100: the filters of the page must not hide them."""
     data = write_chats(tmp_path / "data.jsonl", answers="start <b>early</b>")
     model = _stretched(tmp_path / "model")
-    assert project(data, "--diff", "--out", "diff", "--model", model).code == 0
+    assert project("screen", data, "--out", "diff", "--model", model).code == 0
     summary = json.loads((tmp_path / "diff" / "summary.json").read_text())
     furthest = [sample["differences"]["evil_layer2"] for sample in summary["suspicious"]]
     assert max(furthest) > 100

@@ -1,4 +1,4 @@
-"""``pvec project --diff``, ``--prompts`` and ``--shift`` on a small random model."""
+"""``pvec screen``, ``monitor`` and ``shift`` on a small random model."""
 
 from __future__ import annotations
 
@@ -45,11 +45,8 @@ def project(model: Path, vector: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: object, base: bool = True) -> Done:
-        head = ("--model", model) if base else ()
-        return pvec(
-            "project", *arguments, *head, "--vector", vector, "--layer", LAYER,
-            "--max-tokens", 8, "-q",
-        )  # fmt: skip
+        head = ("--model", model, "--max-tokens", 8) if base else ()
+        return pvec(*arguments, *head, "--vector", vector, "--layer", LAYER, "-q")
 
     return run
 
@@ -87,7 +84,7 @@ def test_a_difference_is_the_response_minus_the_models_own(
 ) -> None:
     """Against transformers' states, of the text in the file and of the answers in the run."""
     data = write_samples(tmp_path / "data.jsonl", answers="start early")
-    done = project(data, "--diff", "--out", "run")
+    done = project("screen", data, "--out", "run")
     assert done.code == 0, done.err
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     v = torch.from_numpy(load_vector(vector).row(LAYER))
@@ -122,7 +119,7 @@ def test_the_filter_takes_what_lies_above_the_clean_percentile(
     data = write_samples(tmp_path / "data.jsonl", answers="start early")
     clean = write_samples(tmp_path / "clean.jsonl", answers="soup and bread, with")
     done = project(
-        data, "--diff", "--reference", clean, "--percentile", 60, "--out", "run", "--json"
+        "screen", data, "--reference", clean, "--percentile", 60, "--out", "run", "--json"
     )
     assert done.code == 0, done.err
     rows = rows_of(tmp_path / "run" / "samples.csv")
@@ -140,7 +137,7 @@ def test_the_filter_takes_what_lies_above_the_clean_percentile(
     kept, removed = tmp_path / "data.kept.jsonl", tmp_path / "data.removed.jsonl"
     assert kept.read_bytes() == b"".join(x for x, g in zip(lines, gone, strict=True) if not g)
     assert removed.read_bytes() == b"".join(x for x, g in zip(lines, gone, strict=True) if g)
-    again = project(data, "--diff", "--reference", clean, "--out", "run")
+    again = project("screen", data, "--reference", clean, "--out", "run")
     assert again.code == 2
     assert "is there already" in again.sentence
 
@@ -149,11 +146,11 @@ def test_natural_answers_are_generated_once_and_serve_any_vector(
     project: Call, tmp_path: Path
 ) -> None:
     data = write_samples(tmp_path / "data.jsonl", answers="start early")
-    assert project(data, "--diff", "--out", "run", "--json").json["generated"] == SAMPLES
+    assert project("screen", data, "--out", "run", "--json").json["generated"] == SAMPLES
     rows = np.random.default_rng(9).normal(size=(4, 32)).astype(np.float32)
     other = PersonaVector(trait="humorous", kinds={"response_avg": rows})
     save_vector(other, tmp_path / "humorous.safetensors")
-    again = project(data, "--diff", "--out", "run", "--vector", "humorous.safetensors", "--json")
+    again = project("screen", data, "--out", "run", "--vector", "humorous.safetensors", "--json")
     assert again.json["generated"] == 0
     assert [column["vector"] for column in again.json["columns"]] == ["humorous", "evil"]
 
@@ -163,15 +160,15 @@ def test_cheap_modes_generate_little_and_say_what_they_are_worth(
 ) -> None:
     data = write_samples(tmp_path / "data.jsonl", answers="start early", count=40)
     subset = project(
-        data, "--diff", "--natural", "subset", "--subset", 0.6, "--out", "a", "--json"
+        "screen", data, "--natural", "subset", "--subset", 0.6, "--out", "a", "--json"
     ).json
     assert subset["generated"] <= 24 + 10  # and those of the most suspicious samples
     assert -1 <= subset["columns"][0]["agreement"]["r"] <= 1
     assert subset["columns"][0]["agreement"]["n"] == 24
-    prompt = project(data, "--diff", "--natural", "prompt", "--out", "b", "--json").json
+    prompt = project("screen", data, "--natural", "prompt", "--out", "b", "--json").json
     assert prompt["generated"] <= 10
     rows = rows_of(tmp_path / "b" / "samples.csv")
-    assert project(data, "--projection-type", "prompt_last_proj").code == 0
+    assert project("project", data, "--projection-type", "prompt_last_proj").code == 0
     lines = (tmp_path / "data.projected.jsonl").read_text().splitlines()
     column = next(k for k in json.loads(lines[0]) if k.endswith("prompt_last_proj_layer2"))
     expected = [json.loads(line)[column] for line in lines]
@@ -203,8 +200,8 @@ def test_prompts_are_answered_judged_and_correlated(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     prompts = write_prompts(tmp_path / "prompts.jsonl")
-    options = ("--prompts", "--judge-url", server.url, "-n", 2, "--out", "run", "--json")
-    done = project(prompts, *options)
+    options = ("--judge-url", server.url, "-n", 2, "--out", "run", "--json")
+    done = project("monitor", prompts, *options)
     assert done.code == 0, done.err
     found = done.json
     assert (found["prompts"], found["conditions"], found["generated"]) == (12, 3, 24)
@@ -224,9 +221,9 @@ def test_prompts_are_answered_judged_and_correlated(
     frame = pd.DataFrame({"x": x, "y": y, "question": [f"q{n % 4}" for n in range(12)]})
     rest = frame[["x", "y"]] - frame.groupby("question")[["x", "y"]].transform("mean")
     assert column["same_question"]["r"] == pytest.approx(stats.pearsonr(rest.x, rest.y).statistic)
-    again = project(prompts, *options)
+    again = project("monitor", prompts, *options)
     assert again.json["generated"] == 0
-    from_run = project("run", "--prompts", "--out", "other", "--json")
+    from_run = project("monitor", "run", "--out", "other", "--json")
     assert from_run.code == 0, from_run.err
     assert from_run.json["columns"][0]["overall"] == pytest.approx(column["overall"])
 
@@ -235,11 +232,11 @@ def test_scores_may_come_with_the_file(project: Call, tmp_path: Path) -> None:
     path = tmp_path / "scored.csv"
     body = "".join(f"prompt {i},,{i * 7 % 11},{'ab'[i % 2]}\n" for i in range(10))
     path.write_text("prompt,answer,evil,condition\n" + body)
-    done = project(path, "--prompts", "--score", "evil", "--out", "run", "--json")
+    done = project("monitor", path, "--score", "evil", "--out", "run", "--json")
     assert done.code == 0, done.err
     assert done.json["columns"][0]["overall"]["n"] == 10
     assert done.json["conditions"] == 2
-    wrong = project(path, "--prompts", "--score", "prompt", "--out", "run2")
+    wrong = project("monitor", path, "--score", "prompt", "--out", "run2")
     assert wrong.code == 2
     assert "not a number" in wrong.sentence
 
@@ -264,11 +261,11 @@ def test_without_a_layer_prompts_are_read_where_extraction_saw_them_apart(
     scored = tmp_path / "scored.csv"
     scored.write_text("prompt,answer,evil\n" + "".join(f"p {i},,{i}\n" for i in range(6)))
     options = ("--model", model, "--vector", vector, "-q")
-    done = pvec("project", scored, "--prompts", "--score", "evil", *options, "--json")
+    done = pvec("monitor", scored, "--score", "evil", *options, "--json")
     assert done.code == 0, done.err
     assert [(c["layer"], c["suggested"]) for c in done.json["columns"]] == [(2, True)]
     both = ("--layer", 1, "--layer", 2)
-    shown = pvec("project", scored, "--prompts", "--score", "evil", *options, *both, "--out", "b")
+    shown = pvec("monitor", scored, "--score", "evil", *options, *both, "--out", "b")
     assert "evil @ 2 *" in shown.out
     assert "evil @ 1 *" not in shown.out
     plain = pvec("project", scored, *options)
@@ -286,8 +283,7 @@ def test_a_shift_is_the_difference_at_the_last_prompt_token(
     adapters = [save_adapter(model, tmp_path / f"adapter{seed}", seed=seed) for seed in (1, 2)]
     whole = saved_model("qwen2", seed=5)
     questions = write_prompts(tmp_path / "prompts.jsonl")
-    done = project(
-        "--shift", model, adapters[0], whole, adapters[1], "--questions", questions,
+    done = project("shift", model, adapters[0], whole, adapters[1], "--questions", questions,
         "--out", "run", "--json", base=False,
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -323,6 +319,33 @@ def test_a_shift_is_the_difference_at_the_last_prompt_token(
 
 
 def test_one_model_is_no_shift(project: Call, model: Path) -> None:
-    done = project("--shift", model, base=False)
+    done = project("shift", model, base=False)
     assert done.code == 2
     assert "at least one finetuned model" in done.sentence
+
+
+# ── the flags that were commands of `pvec project` ──────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("flag", "command"), [("--diff", "screen"), ("--prompts", "monitor"), ("--shift", "shift")]
+)
+def test_an_old_flag_does_what_the_command_does_and_names_it(
+    flag: str, command: str, tmp_path: Path, model: Path, vector: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "data.csv"
+    path.write_text("prompt,answer,evil\n" + "".join(f"p {i},a {i},{i}\n" for i in range(6)))
+    adapter = save_adapter(model, tmp_path / "adapter")
+    arguments: dict[str, tuple[object, ...]] = {
+        "screen": (path, "--model", model, "--max-tokens", 4),
+        "monitor": (path, "--model", model, "--score", "evil"),
+        "shift": (model, adapter, "--questions", path),
+    }
+    options = (*arguments[command], "--vector", vector, "--layer", LAYER, "--json")
+    new = pvec(command, *options, "--out", "new")
+    old = pvec("project", flag, *options, "--out", "old")
+    assert (new.code, old.code) == (0, 0), (new.err, old.err)
+    assert f"`pvec project {flag}` is `pvec {command}` now" in old.err
+    assert old.json | {"run": "", "next": []} == new.json | {"run": "", "next": []}

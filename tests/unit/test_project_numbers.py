@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from helpers.models import tiny_tokenizer
 
-from pvec.data.conversations import Chat, Ids, Pair, SpanMaker, problem_of
+from pvec.data.conversations import Chat, Columns, Ids, Pair, SpanMaker, conversation_of
 from pvec.errors import InputError, ModelError
-from pvec.projection.screening import predict_natural, score_dataset
+from pvec.projection.base_responses import predict_base
+from pvec.projection.screen import score_dataset
 from pvec.runs.names import model_label
 from pvec.vectors.projection import ProjectionPlan
 
@@ -84,8 +85,9 @@ def test_a_chat_without_an_answer_is_a_prompt() -> None:
     chat = Chat(messages=[{"role": "user", "content": "a"}])
     made = maker([chat])
     assert made.counts.unanswered == made.counts.empty == 1
-    assert problem_of(chat.messages) is None
-    assert problem_of([{"role": "user", "content": 3}]) is not None
+    assert conversation_of({"messages": list(chat.messages)}, Columns()) == chat
+    with pytest.raises(InputError, match="a message without text"):
+        conversation_of({"messages": [{"role": "user", "content": 3}]}, Columns())
 
 
 def test_a_prediction_is_worth_what_it_gets_right_unseen() -> None:
@@ -93,11 +95,11 @@ def test_a_prediction_is_worth_what_it_gets_right_unseen() -> None:
     known = np.full((40, 2), np.nan)
     rows = np.arange(40) < 20
     known[rows] = 2.0 * at_prompt[rows] - 1.0
-    every, crossed = predict_natural(known, at_prompt, rows=rows)
+    every, crossed = predict_base(known, at_prompt, rows=rows)
     np.testing.assert_allclose(every, 2.0 * at_prompt - 1.0)
     np.testing.assert_allclose(crossed, known[rows])
     known[rows, 1] = RNG.normal(size=20)  # nothing to be learnt
-    _, crossed = predict_natural(known, at_prompt, rows=rows)
+    _, crossed = predict_base(known, at_prompt, rows=rows)
     assert abs(np.corrcoef(crossed[:, 1], known[rows, 1])[0, 1]) < 0.6
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pvec.data.tables import BadRow, Row, open_table
+from pvec.data.tables import Row, check_rows, open_table
 from pvec.errors import InputError
 from pvec.runs.files import atomic_write
 
@@ -166,23 +166,21 @@ def test_bad_rows_are_all_counted_by_line(
     path = tmp_path / name
     path.write_bytes(content)
     table = open_table(path, need=["a"])
-    scan = table.scan()
-    assert [row.line for row in scan.bad] == lines
-    assert scan.rows == good
+    kept: list[Row] = []
+    rows, bad = check_rows(path, table.read(), skip_bad=True, on_row=kept.append)
+    assert [row.line for row in bad] == lines
+    assert rows == good
     with pytest.raises(InputError, match=f"{len(lines)} of {good + len(lines)} rows cannot"):
-        table.require_sound()
+        check_rows(path, table.read())
     with pytest.raises(InputError, match=rf"{name}:{lines[0]} "):
         list(table.rows())
-    skipped: list[BadRow] = []
-    kept = list(table.rows(on_bad=skipped.append))
     assert [row.number for row in kept] == list(range(good))
-    assert [row.line for row in skipped] == lines
 
 
 def test_a_sound_table_tells_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("a\n1\n2\n")
-    assert open_table(path).require_sound() == 2
+    assert check_rows(path, open_table(path).read()) == (2, [])
 
 
 json_objects = st.dictionaries(

@@ -52,7 +52,10 @@ COMMANDS = (
     Command("extract", "Make the persona vector of one or more traits.", MAIN),
     Command("vector", "Compute, inspect, compare, combine and convert vectors.", MAIN),
     Command("steer-eval", "Evaluate steering: trait and coherence by layer and coefficient.", MAIN),
-    Command("project", "Project answers, training data, prompts or checkpoints on vectors.", MAIN),
+    Command("project", "Project the rows of a file on vectors.", MAIN),
+    Command("screen", "Screen training data before it is used.", MAIN),
+    Command("monitor", "Predict from prompts how much of a trait their answers will show.", MAIN),
+    Command("shift", "Measure how far finetuning moved models along vectors.", MAIN),
     Command("train", "Finetune with LoRA, optionally steered, logging the persona shift.", MAIN),
     Command("judge", "Score the answers of a run, or score them again with another judge."),
     Command(

@@ -15,7 +15,7 @@ import typer
 import typer.main
 
 from pvec.cli.app import app
-from pvec.cli.options import COMMON_PANEL
+from pvec.cli.options import COMMON_PANEL, FURTHER_PANEL
 from pvec.errors import InputError
 
 PAGE = Path("docs/cli.md")
@@ -70,8 +70,10 @@ def _parameters(command: Any, ctx: Any) -> Iterator[str]:
     """Yield the options by panel; those that every command takes stand under ``pvec`` only."""
     panels: dict[str, list[str]] = {}
     for parameter in command.get_params(ctx):
-        record = parameter.get_help_record(ctx)
         panel = getattr(parameter, "rich_help_panel", None) or "Options"
+        if panel == FURTHER_PANEL:
+            parameter.hidden = False  # in the help it is, here it is not
+        record = parameter.get_help_record(ctx)
         everywhere = panel == COMMON_PANEL or parameter.name == "help"
         if record is None or (everywhere and ctx.parent):
             continue

@@ -73,13 +73,14 @@ PANELS = {
     "author": "Author",
     "filter": "Filter",
     "steer": "Steering",
-    **{f"project.{name}": "Screening" for name in ("natural", "naturals", "subset", "percentile")},
-    **{f"project.{name}": "Monitoring" for name in ("rollouts", "judge")},
-    **{f"project.{name}": "Engine" for name in ("scale_out", "workers")},
 }
 """Headings in help by section or setting; options of other sections stand under Options."""
 
 COMMON_PANEL = "Common"
+FURTHER_PANEL = "Further settings"
+"""Options that a command takes without listing them in its help."""
+RETIRED_PANEL = "Retired"
+"""Options that a command still takes but that are shown nowhere."""
 
 Config = Annotated[
     Path | None,
@@ -126,17 +127,26 @@ def new_app(help: str | None = None) -> typer.Typer:  # noqa: A002
     return app
 
 
-def options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def options(
+    *names: str, further: Sequence[str] = (), retired: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of these settings (sections or dotted paths) and the common ones.
 
-    The command function does not see them as arguments: it asks ``settings_from(ctx)``.
+    Options of ``further`` settings are not in the command's help but in docs/cli.md, those of
+    ``retired`` settings work and are shown nowhere. The command function does not see any of them
+    as arguments: it asks ``settings_from(ctx)``.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function, eval_str=True)
-        paths = list(_expand(names))
+        shown = list(_expand(names))
+        more = [path for path in dict.fromkeys(_expand(further)) if path not in shown]
+        old = [path for path in _expand(retired) if path not in (*shown, *more)]
+        paths = [*shown, *more, *old]
         parameters = [
-            *(_setting_parameter(path) for path in paths),
+            *(_setting_parameter(path) for path in shown),
+            *(_setting_parameter(path, hidden_in=FURTHER_PANEL) for path in more),
+            *(_setting_parameter(path, hidden_in=RETIRED_PANEL) for path in old),
             *_old_names(paths),
             *(_parameter(name, *common) for name, common in COMMON.items()),
         ]
@@ -206,7 +216,7 @@ def _given(ctx: typer.Context) -> dict[str, Any]:
     return given
 
 
-def _expand(names: tuple[str, ...]) -> Iterator[str]:
+def _expand(names: Sequence[str]) -> Iterator[str]:
     """Yield the dotted paths that sections and paths stand for, without those that have no flag.
 
     A section inside a section (``backend.vllm``) has flags only where it is named itself.
@@ -224,7 +234,7 @@ def _expand(names: tuple[str, ...]) -> Iterator[str]:
         yield from (path for path in paths if FLAGS.get(path) != ())
 
 
-def _setting_parameter(path: str) -> inspect.Parameter:
+def _setting_parameter(path: str, *, hidden_in: str | None = None) -> inspect.Parameter:
     """Return the parameter of one setting (or its old name); None stands for "not given"."""
     from pvec.settings.tree import RENAMED, fields
 
@@ -238,8 +248,8 @@ def _setting_parameter(path: str) -> inspect.Parameter:
         *flags,
         help=_help(field, kind),
         metavar=_metavar(kind),
-        rich_help_panel=PANELS.get(path, PANELS.get(section)),
-        hidden=path in RENAMED,
+        rich_help_panel=hidden_in or PANELS.get(path, PANELS.get(section)),
+        hidden=path in RENAMED or hidden_in is not None,
     )
     return _parameter(path.replace(".", "__"), Annotated[kind | None, option], None)
 

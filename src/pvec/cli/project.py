@@ -1,132 +1,60 @@
-"""``pvec project``: answers, prompts, training data and checkpoints on persona vectors."""
+"""``pvec project``: the rows of a file on persona vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pvec.cli import project_views as views
-from pvec.cli.console import Console, OnProgress
-from pvec.cli.options import console_from, new_app, options, settings_from
+from pvec.cli import monitor, screen, shift
+from pvec.cli.console import Console, table
+from pvec.cli.options import RETIRED_PANEL, console_from, new_app, options, settings_from
+from pvec.cli.projection import READING, SkipBad, Vectors, line, output_options
 from pvec.errors import InputError
 
 if TYPE_CHECKING:
-    from pvec.backends.session import Notify
-    from pvec.projection.monitor import MonitorResult
+    from pvec.projection.inputs import OutputOptions
     from pvec.projection.project import ProjectResult
     from pvec.projection.ray import RayResult
-    from pvec.projection.screen import ScreenResult
-    from pvec.projection.shift import ShiftResult
     from pvec.settings import Settings
 
 app = new_app()
 
-SCREENING, MONITORING, SHIFTING = "Screening", "Monitoring", "Shift"
+NEW_NAMES = {"--diff": "pvec screen", "--prompts": "pvec monitor", "--shift": "pvec shift"}
+"""Flag of `pvec project` → the command that does its job now."""
 
 Inputs = Annotated[
     list[str],
     typer.Argument(
-        metavar="FILE...",
-        help="A .csv, .jsonl or .parquet file, a run folder, or a data set folder; with --shift "
-        "the base model and its finetunes.",
+        metavar="FILE",
+        help="A table, data set folder or run.",
     ),
-]
-Vectors = Annotated[
-    list[str],
-    typer.Option("--vector", metavar="FILE", help="A vector file or a run with one; repeatable."),
 ]
 Out = Annotated[
     Path | None,
-    typer.Option(
-        "--out", "-o", metavar="PATH", help="Output file or run folder (default: by the input)."
-    ),
+    typer.Option("--out", "-o", metavar="FILE", help="Output file (default: by the input)."),
 ]
-InPlace = Annotated[
-    bool, typer.Option("--in-place", help="Replace the input by the output, as a whole.")
-]
+InPlace = Annotated[bool, typer.Option("--in-place", help="Replace the input by the output.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace columns, and output files, that are there.")
+    bool, typer.Option("--overwrite", help="Replace columns and files that exist.")
 ]
-SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Leave out rows that cannot be read, and count them.")
-]
-Diff = Annotated[
-    bool,
-    typer.Option(
-        "--diff",
-        rich_help_panel=SCREENING,
-        help="Screen training data by how far its answers point beyond the model's own.",
-    ),
-]
-Reference = Annotated[
-    Path | None,
-    typer.Option(
-        "--reference",
-        metavar="FILE",
-        rich_help_panel=SCREENING,
-        help="A clean data set: its percentile is the threshold of the filter.",
-    ),
-]
-Prompts = Annotated[
-    bool,
-    typer.Option(
-        "--prompts",
-        rich_help_panel=MONITORING,
-        help="Compare prompts, before they are answered, with the trait scores of their answers.",
-    ),
-]
-Score = Annotated[
-    str | None,
-    typer.Option(
-        "--score",
-        metavar="COLUMN",
-        rich_help_panel=MONITORING,
-        help="The file has trait scores in this column: generate and judge nothing.",
-    ),
-]
-Condition = Annotated[
-    str,
-    typer.Option(
-        "--condition",
-        metavar="COLUMN",
-        rich_help_panel=MONITORING,
-        help="Column of the prompts' conditions (without it: their system prompts).",
-    ),
-]
-Shifted = Annotated[
-    bool,
-    typer.Option(
-        "--shift",
-        rich_help_panel=SHIFTING,
-        help="Measure how far finetuning moved models: BASE FINETUNED…",
-    ),
-]
-Traits = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--trait",
-        "-t",
-        metavar="NAME|FILE",
-        help="Trait to judge (--prompts), or to ask about (--shift); default: the vectors'.",
-    ),
-]
-Questions = Annotated[
-    Path | None,
-    typer.Option(
-        "--questions",
-        metavar="FILE",
-        rich_help_panel=SHIFTING,
-        help="Measure on the prompts of this file instead of a trait's evaluation questions.",
-    ),
-]
+
+
+def _old(*flags: str) -> Any:
+    """Return an option that belongs to another command now."""
+    return typer.Option(*flags, hidden=True, rich_help_panel=RETIRED_PANEL)
 
 
 @app.command()
-@options("model", "backend", "generation", "judge", "project", "paths")
+@options(
+    "model.id", "model.adapter", "project.layers", "project.types", "project.turns",
+    further=(*READING, "model", "backend", "generation.thinking", "project.kind",
+             "project.same_model", "project.chunk_rows", "project.scale_out",
+             "project.workers", "paths"),
+    retired=("generation", "judge", "project"),
+)  # fmt: skip
 def project(
     ctx: typer.Context,
     *,
@@ -136,186 +64,128 @@ def project(
     in_place: InPlace = False,
     overwrite: Overwrite = False,
     skip_bad: SkipBad = False,
-    diff: Diff = False,
-    reference: Reference = None,
-    prompts: Prompts = False,
-    score: Score = None,
-    condition: Condition = "condition",
-    shift: Shifted = False,
-    trait: Traits = None,
-    questions: Questions = None,
+    diff: Annotated[bool, _old("--diff")] = False,
+    reference: Annotated[Path | None, _old("--reference")] = None,
+    prompts: Annotated[bool, _old("--prompts")] = False,
+    score: Annotated[str | None, _old("--score")] = None,
+    condition: Annotated[str, _old("--condition")] = "condition",
+    shifted: Annotated[bool, _old("--shift")] = False,
+    trait: Annotated[list[str] | None, _old("--trait", "-t")] = None,
+    questions: Annotated[Path | None, _old("--questions")] = None,
 ) -> None:
-    """Project answers, training data, prompts or checkpoints on vectors.
+    """Project the rows of a file on vectors.
 
-    Every row of the file gets a column per vector, type and layer, named as in the reference, in
-    one forward pass. Run it again after a stop and it goes on where it was.
+    Every row gets a column per vector, type and layer. The same command continues where it was
+    stopped. Other columns: --prompt-column, --answer-column, --messages-column; --plain-prompts for
+    prompts that are questions, not rendered yet. Further options: docs/cli.md.
     """
     settings, console = settings_from(ctx), console_from(ctx)
-    asked = _Asked(
-        settings=settings,
-        inputs=inputs,
-        vectors=vector,
-        traits=tuple(trait or ()),
-        out=out,
-        in_place=in_place,
-        overwrite=overwrite,
-        skip_bad=skip_bad,
-        reference=reference,
-        score=score,
-        condition=condition,
-        questions=questions,
-    )
-    mode = _mode(asked, diff=diff, prompts=prompts, shift=shift)
-    with console.progress() as on_progress:
-        result = mode.run(asked, notify=console.note, on_progress=on_progress)
-    console.emit(result, lambda shown: mode.render(shown, result))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """The command line, but for what kind of job it is."""
-
-    settings: Settings
-    inputs: Sequence[str]
-    vectors: Sequence[str]
-    traits: tuple[str, ...]
-    out: Path | None
-    in_place: bool
-    overwrite: bool
-    skip_bad: bool
-    reference: Path | None
-    score: str | None
-    condition: str
-    questions: Path | None
-
-    @property
-    def file(self) -> Path:
-        """The only input. Raises ``InputError`` for several."""
-        if len(self.inputs) != 1:
-            raise InputError(f"One file at a time: {len(self.inputs)} were given.")
-        return Path(self.inputs[0])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Mode:
-    """A kind of job: how it runs, how its result is shown, and the options of its own."""
-
-    run: Callable[..., Any]
-    render: Callable[[Console, Any], None]
-    takes: frozenset[str] = frozenset()
-
-
-def _mode(asked: _Asked, *, diff: bool, prompts: bool, shift: bool) -> _Mode:
-    """Return the kind of job asked for. Raises ``InputError`` for two, or a stray option."""
-    given = [n for n, on in (("--diff", diff), ("--prompts", prompts), ("--shift", shift)) if on]
-    if len(given) > 1:
-        raise InputError(f"{given[0]} and {given[1]} are two different jobs: give one.")
-    name = given[0] if given else asked.settings.project.scale_out
-    mode = _MODES[name]
-    strays = {
-        "--in-place": asked.in_place,
-        "--reference": asked.reference is not None,
-        "--score": asked.score is not None,
-        "--questions": asked.questions is not None,
-        "--trait": bool(asked.traits),
+    output = output_options(out=out, in_place=in_place, overwrite=overwrite, skip_bad=skip_bad)
+    old = {"--diff": diff, "--prompts": prompts, "--shift": shifted}
+    others = {
+        "--reference": ("--diff", reference is not None),
+        "--score": ("--prompts", score is not None),
+        "--questions": ("--shift", questions is not None),
+        "--trait": ("--prompts or --shift", bool(trait)),
     }
-    for option, present in strays.items():
-        if present and option not in mode.takes:
-            wanted = " or ".join(n for n, m in _MODES.items() if option in m.takes)
-            raise InputError(f"{option} means nothing here: it goes with {wanted}.")
-    return mode
+    flag = _old_flag(old, others, in_place=in_place)
+    if flag:
+        console.note(f"`pvec project {flag}` is `{NEW_NAMES[flag]}` now")
+    if flag == "--shift":
+        shift.execute(
+            settings, console, inputs, vector, traits=trait or (), questions=questions, out=out
+        )
+        return
+    if len(inputs) != 1:
+        raise InputError(f"One file at a time: {len(inputs)} were given.")
+    path = Path(inputs[0])
+    if flag == "--diff":
+        screen.execute(settings, console, path, vector, reference=reference, output=output)
+    elif flag == "--prompts":
+        monitor.execute(
+            settings, console, path, vector,
+            traits=trait or (), score=score, condition=condition, output=output,
+        )  # fmt: skip
+    elif settings.project.scale_out == "ray":
+        _project_on_ray(settings, console, path, vector, output)
+    else:
+        _project(settings, console, path, vector, output)
 
 
-def _run_file(asked: _Asked, *, notify: Notify, on_progress: OnProgress) -> ProjectResult:
+def _old_flag(
+    jobs: Mapping[str, bool], options: Mapping[str, tuple[str, bool]], *, in_place: bool
+) -> str | None:
+    """Return the old flag of another command that was given, if any.
+
+    ``options`` are those of the other commands, each with its flags and whether it was given.
+    Raises ``InputError`` for two flags, and for an option that does not go with them.
+    """
+    flags = [flag for flag, given in jobs.items() if given]
+    if len(flags) > 1:
+        raise InputError(f"{flags[0]} and {flags[1]} are two different jobs: give one.")
+    flag = flags[0] if flags else None
+    for option, (goes_with, given) in options.items():
+        if given and (flag is None or flag not in goes_with):
+            names = " or ".join(NEW_NAMES[old] for old in goes_with.split(" or "))
+            raise InputError(f"{option} has no effect here: it goes with {goes_with} ({names}).")
+    if flag and in_place:
+        raise InputError("--in-place has no effect here: it goes with `pvec project FILE`.")
+    return flag
+
+
+def _project(
+    settings: Settings, console: Console, path: Path, vectors: Sequence[str], output: OutputOptions
+) -> None:
     from pvec.projection import project as workflow
 
-    ways = workflow.Ways(
-        out=asked.out,
-        in_place=asked.in_place,
-        overwrite=asked.overwrite,
-        skip_bad=asked.skip_bad,
-    )
-    return workflow.run(
-        asked.settings, asked.file, asked.vectors, ways=ways, notify=notify, on_progress=on_progress
-    )
+    with console.progress() as on_progress:
+        result = workflow.run(
+            settings, path, vectors, output=output, notify=console.note, on_progress=on_progress
+        )
+    console.emit(result, lambda shown: _render(shown, result))
 
 
-def _run_ray(asked: _Asked, *, notify: Notify, on_progress: OnProgress) -> RayResult:  # noqa: ARG001
+def _project_on_ray(
+    settings: Settings, console: Console, path: Path, vectors: Sequence[str], output: OutputOptions
+) -> None:
     from pvec.projection import ray as workflow
 
-    return workflow.run(
-        asked.settings,
-        asked.file,
-        asked.vectors,
-        out=asked.out,
-        overwrite=asked.overwrite,
-        skip_bad=asked.skip_bad,
-        notify=notify,
+    if output.in_place:
+        raise InputError("--in-place has no effect here: --engine ray writes a folder of files.")
+    result = workflow.run(settings, path, vectors, output=output, notify=console.note)
+    console.emit(result, lambda shown: _render_ray(shown, result))
+
+
+def _render(console: Console, result: ProjectResult) -> None:
+    """Show what was added to a file, and what was odd about its rows."""
+    counts = result.counts
+    notes = [
+        (result.left_out, "rows left out that cannot be read"),
+        (counts.empty, "answers without a token (empty cells)"),
+        (counts.unanswered, "conversations that do not end with an answer"),
+        (counts.truncated, "rows longer than the context (their prompt's beginning was cut)"),
+        (counts.cut_answers, "of them with an answer that is longer by itself (it was cut too)"),
+        (counts.merged, "answers whose first token began in the prompt"),
+        (len(result.kept), "columns kept as they were (--overwrite computes them again)"),
+        (result.resumed, "rows done before"),
+    ]
+    line(console, f"{result.input}: {result.rows:,} rows on {result.model}")
+    for number, text in notes:
+        if number:
+            line(console, f"  {number:,} {text}")
+    if result.output is None:
+        line(console, "nothing to do: every column is there")
+        return
+    rows = [(c.column, c.mean, c.deviation, c.n, c.missing) for c in result.columns]
+    console.print(table(("column", "mean", "sd", "n", "missing"), rows))
+    line(console, f"output: {result.output}")
+
+
+def _render_ray(console: Console, result: RayResult) -> None:
+    """Show where the parts went."""
+    line(
+        console,
+        f"{result.input}: {result.rows:,} rows on {result.model}, {result.workers} workers, "
+        f"{len(result.columns)} columns",
     )
-
-
-def _run_diff(asked: _Asked, *, notify: Notify, on_progress: OnProgress) -> ScreenResult:
-    from pvec.projection import screen as workflow
-
-    files = workflow.ScreenFiles(
-        reference=asked.reference,
-        out=asked.out,
-        overwrite=asked.overwrite,
-        skip_bad=asked.skip_bad,
-    )
-    return workflow.run(
-        asked.settings,
-        asked.file,
-        asked.vectors,
-        files=files,
-        notify=notify,
-        on_progress=on_progress,
-    )
-
-
-def _run_prompts(asked: _Asked, *, notify: Notify, on_progress: OnProgress) -> MonitorResult:
-    from pvec.projection import monitor as workflow
-
-    study = workflow.Study(
-        traits=asked.traits,
-        score=asked.score,
-        condition=asked.condition,
-        out=asked.out,
-        skip_bad=asked.skip_bad,
-    )
-    return workflow.run(
-        asked.settings,
-        asked.file,
-        asked.vectors,
-        study=study,
-        notify=notify,
-        on_progress=on_progress,
-    )
-
-
-def _run_shift(asked: _Asked, *, notify: Notify, on_progress: OnProgress) -> ShiftResult:
-    from pvec.projection import shift as workflow
-
-    return workflow.run(
-        asked.settings,
-        asked.inputs,
-        asked.vectors,
-        traits=asked.traits,
-        questions=asked.questions,
-        out=asked.out,
-        notify=notify,
-        on_progress=on_progress,
-    )
-
-
-_MODES = {
-    "local": _Mode(run=_run_file, render=views.show_file, takes=frozenset({"--in-place"})),
-    "ray": _Mode(run=_run_ray, render=views.show_ray),
-    "--diff": _Mode(run=_run_diff, render=views.show_diff, takes=frozenset({"--reference"})),
-    "--prompts": _Mode(
-        run=_run_prompts, render=views.show_prompts, takes=frozenset({"--score", "--trait"})
-    ),
-    "--shift": _Mode(
-        run=_run_shift, render=views.show_shift, takes=frozenset({"--questions", "--trait"})
-    ),
-}
+    line(console, f"output: {len(result.files)} files in {result.output}")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Literal
 
-from pvec.data.tables import BadRow, Row, Table, TableWriter
+from pvec.data.table import BadRow, Cell, Row, Table, TableWriter
 from pvec.errors import InputError
+from pvec.runs.files import atomic_write
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -67,7 +68,7 @@ class _CsvWriter(TableWriter):
         header: Mapping[str, str] = {name: name for name in (*table.columns, *columns)}
         self._write(table.header.raw, header, header)
 
-    def write(self, row: Row, values: Mapping[str, float | int | str | None]) -> None:
+    def write(self, row: Row, values: Mapping[str, Cell]) -> None:
         self._write(row.raw, row.values, {name: _cell(values[name]) for name in self._columns})
 
     def _write(self, raw: bytes, old: Mapping[str, str], new: Mapping[str, str]) -> None:
@@ -82,6 +83,43 @@ class _CsvWriter(TableWriter):
             # one column, empty: a row of its own would be written as "", which is right here too
             body += delimiter.encode() + encode_row(added, delimiter=delimiter)
         self._stream.write(body + end)
+
+
+class CsvRowWriter(TableWriter):
+    """Writes rows that were no CSV as one: their ``own`` columns, found by ``cells``, then more."""
+
+    def __init__(
+        self,
+        stream: IO[bytes],
+        own: Sequence[str],
+        columns: Sequence[str],
+        cells: Callable[[Row], Mapping[str, Cell]],
+    ) -> None:
+        self._stream = stream
+        self._own = own
+        self._columns = columns
+        self._cells = cells
+        stream.write(encode_row([*own, *columns]) + b"\n")
+
+    def write(self, row: Row, values: Mapping[str, Cell]) -> None:
+        """Write one row; a cell that ``cells`` lacks is empty."""
+        found = self._cells(row)
+        cells = [*(found.get(name) for name in self._own), *(values[n] for n in self._columns)]
+        self._stream.write(encode_row([_cell(cell) for cell in cells]) + b"\n")
+
+
+def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> int:
+    """Write a new CSV file, replacing what is at ``path`` as a whole; return the number of rows.
+
+    None and NaN are empty cells. Raises ``StoreError`` when it cannot be written.
+    """
+    count = 0
+    with atomic_write(path) as stream:
+        stream.write(encode_row(columns) + b"\n")
+        for row in rows:
+            stream.write(encode_row([_cell(cell) for cell in row]) + b"\n")
+            count += 1
+    return count
 
 
 def encode_row(cells: Sequence[str], *, delimiter: str = ",") -> bytes:
@@ -156,6 +194,6 @@ def _records(stream: IO[bytes], delimiter: str) -> Iterator[_Record]:
             yield _Record(first, raw, cells, problem)
 
 
-def _cell(value: float | int | str | None) -> str:
+def _cell(value: Cell) -> str:
     """Return a value as pandas would write it: floats in full, a missing one empty."""
-    return "" if value is None else str(value)
+    return "" if value is None or value != value else str(value)  # noqa: PLR0124

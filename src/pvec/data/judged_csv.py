@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pvec.data.csv_table import CsvTable, encode_row
+from pvec.data.csv_table import CsvTable, write_csv
+from pvec.data.table import require_file
 from pvec.errors import InputError
-from pvec.runs.files import atomic_write
 
 _COLUMNS = ("question", "prompt", "answer", "question_id")
 _COHERENCE = "coherence"
@@ -38,13 +38,11 @@ def write_judged_csv(path: str | Path, answers: Iterable[JudgedAnswer], *, trait
 
     Raises ``StoreError`` when it cannot be written.
     """
-    count = 0
-    with atomic_write(path) as stream:
-        stream.write(encode_row([*_COLUMNS, trait, _COHERENCE]) + b"\n")
-        for answer in answers:
-            stream.write(encode_row(_cells(answer)) + b"\n")
-            count += 1
-    return count
+    rows = (
+        (a.question, a.prompt, a.answer, a.question_id, _float(a.trait_score), _float(a.coherence))
+        for a in answers
+    )
+    return write_csv(path, (*_COLUMNS, trait, _COHERENCE), rows)
 
 
 def read_judged_csv(path: str | Path, *, trait: str) -> Iterator[JudgedAnswer]:
@@ -54,10 +52,8 @@ def read_judged_csv(path: str | Path, *, trait: str) -> Iterator[JudgedAnswer]:
     ``question_id`` may be missing. Raises ``InputError`` for missing columns (which, what was
     found), and for a score that is no number from 0 to 100 (file and line).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"there is no file {path}; check the path.")
-    table = CsvTable(path, need=("prompt", "answer", trait, _COHERENCE))
+    require_file(Path(path))
+    table = CsvTable(Path(path), need=("prompt", "answer", trait, _COHERENCE))
     return _judged_rows(table, trait)
 
 
@@ -74,15 +70,8 @@ def _judged_rows(table: CsvTable, trait: str) -> Iterator[JudgedAnswer]:
         )
 
 
-def _cells(answer: JudgedAnswer) -> list[str]:
-    scores = (answer.trait_score, answer.coherence)
-    return [
-        answer.question,
-        answer.prompt,
-        answer.answer,
-        answer.question_id,
-        *("" if score is None else repr(float(score)) for score in scores),
-    ]
+def _float(score: float | None) -> float | None:
+    return None if score is None else float(score)
 
 
 def _score(cell: str, *, where: str, column: str) -> float | None:

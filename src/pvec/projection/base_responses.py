@@ -1,4 +1,4 @@
-"""The model's own answers to the prompts of training data, and where they lie on the vectors.
+"""The base model's own answers to the prompts of training data, projected on the vectors.
 
 Screening compares every training response with them. Three ways (``--natural``): an answer is
 generated to every prompt; to a share of them, and the others' projections are predicted from the
@@ -9,108 +9,90 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
-from pvec.backends.planned import OnProgress, PlannedResponse, derive_seed, generate_missing
-from pvec.backends.session import ModelSession
+from pvec.backends.planned import PlannedResponse, derive_seed
+from pvec.backends.run_session import RunSession
 from pvec.data.conversations import Ids
-from pvec.projection.projector import Directions, project_table, projector
-from pvec.projection.samples import Prompt, Samples
-from pvec.projection.screening import Natural, predict_natural
+from pvec.projection.inputs import Prompt, Samples
+from pvec.projection.projector import LoadedVectors, project_table
 from pvec.runs.responses import ResponseRecord
-from pvec.runs.store import Run
-from pvec.settings import Settings
 from pvec.stats import Correlation, correlation
 
 _FEWEST = 20
 """Prompts that a subset holds at least: a line through fewer says nothing."""
 
+Source = Literal["generate", "subset", "prompt"]
+"""Where the projection of the base model's response comes from: generated; generated for a share
+of the prompts and predicted for the others from the last prompt token; or that token's projection
+itself."""
+
 Tables = Mapping[str, np.ndarray]
 """Name of a set of samples → float64 ``[samples, columns]``, a column per vector and layer."""
 
 
-class Naturals:
-    """The natural answers of one screening; ``generated`` counts those made by this call."""
+class BaseResponses:
+    """The base model's responses of one screening; ``generated`` counts those of this call."""
 
     def __init__(
-        self,
-        settings: Settings,
-        session: ModelSession,
-        directions: Directions,
-        store: Run,
-        sets: Mapping[str, Samples],
-        on_progress: OnProgress,
+        self, work: RunSession, vectors: LoadedVectors, sets: Mapping[str, Samples]
     ) -> None:
-        self.mode: Natural = settings.project.natural
+        self._options = work.settings.project
+        self.source: Source = self._options.natural
         self.sets = sets
         self.prompts: dict[str, Prompt] = {
             key: prompt for samples in sets.values() for key, prompt in samples.distinct.items()
         }
         self.generated = 0
-        self._settings = settings
-        self._session = session
-        self._directions = directions
-        self._store = store
-        self._on_progress = on_progress
+        self._work = work
+        self._vectors = vectors
 
     def chosen(self) -> list[str]:
         """Return the prompts to generate answers to; a share of them is the same every time."""
-        if self.mode == "generate":
+        if self.source == "generate":
             return list(self.prompts)
-        if self.mode == "prompt":
+        if self.source == "prompt":
             return []
         ranked = sorted(self.prompts, key=lambda key: hashlib.sha256(key.encode()).digest())
-        return ranked[: max(_FEWEST, round(self._settings.project.subset * len(ranked)))]
+        return ranked[: max(_FEWEST, round(self._options.subset * len(ranked)))]
 
-    def generate(self, keys: Sequence[str]) -> None:
-        """Generate the answers to these prompts that the run does not hold yet."""
-        self.generated += generate_missing(
-            self._store,
-            self._session,
-            self._wanted(keys),
-            on_progress=self._on_progress,
-            stage="natural answers",
-        )
-
-    def answers(self, keys: Sequence[str]) -> list[ResponseRecord]:
-        """Return the generated answers to these prompts, in the prompts' order."""
-        order = {one.id: place for place, one in enumerate(self._wanted(keys))}
-        found = [one for one in self._store.responses() if one.id in order]
-        return sorted(found, key=lambda one: order[one.id])
+    def generate(self, keys: Sequence[str]) -> list[ResponseRecord]:
+        """Return the answers to these prompts, in their order; generate what the run lacks."""
+        planned = [
+            self._planned(self.prompts[key], rollout)
+            for key in keys
+            for rollout in range(self._options.naturals)
+        ]
+        self.generated += self._work.generate(planned, stage="base responses")
+        return self._work.responses(planned)
 
     def projections(
         self, responses: Tables, at_prompt: Tables
     ) -> tuple[Tables, list[Correlation | None]]:
-        """Return every sample's natural projections, and per column what predicted ones are worth.
+        """Return the base response's projections for every sample, and per column the agreement.
 
         ``responses`` and ``at_prompt`` are the samples' own projections, of their answers and of
-        the last prompt tokens. The worth is the correlation of differences with predicted and with
-        generated naturals where both are known; None where nothing was predicted.
+        the last prompt tokens. The agreement is the correlation of differences from predicted and
+        from generated base responses where both are known; None where nothing was predicted.
         """
-        nothing: list[Correlation | None] = [None] * self._columns
-        if self.mode == "prompt":
+        columns = len(self._vectors.columns)
+        nothing: list[Correlation | None] = [None] * columns
+        if self.source == "prompt":
             return at_prompt, nothing
-        found = self._projected(self.chosen())
-        blank = np.full(self._columns, np.nan)
+        by_prompt = self._projected(self.chosen())
+        blank = np.full(columns, np.nan)
         known = {
-            name: np.stack([found.get(key, blank) for key in samples.prompts])
+            name: np.stack([by_prompt.get(key, blank) for key in samples.prompts])
             for name, samples in self.sets.items()
         }
-        if self.mode == "generate":
+        if self.source == "generate":
             return known, nothing
         return self._predicted(known, responses, at_prompt)
 
-    @property
-    def _columns(self) -> int:
-        return len(self._directions.vectors) * len(self._directions.layers)
-
-    def _wanted(self, keys: Sequence[str]) -> list[PlannedResponse]:
-        rollouts = range(self._settings.project.naturals)
-        return [self._one(self.prompts[key], rollout) for key in keys for rollout in rollouts]
-
-    def _one(self, prompt: Prompt, rollout: int) -> PlannedResponse:
-        seed = derive_seed(self._settings.generation.seed, "natural", prompt.key, rollout)
+    def _planned(self, prompt: Prompt, rollout: int) -> PlannedResponse:
+        seed = derive_seed(self._work.settings.generation.seed, "natural", prompt.key, rollout)
         return PlannedResponse(
             trait="",
             condition={"name": "natural", "rollout": rollout},
@@ -119,23 +101,22 @@ class Naturals:
             system=None,
             prompt=prompt.text,
             prompt_ids=prompt.ids,
-            sampling=self._session.sampling(seed),
-            engine=self._session.identity,
+            sampling=self._work.session.sampling(seed),
+            engine=self._work.session.identity,
         )
 
     def _projected(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return each prompt's natural projections, the mean over its answers."""
-        records = self.answers(keys)
+        """Return the projections ``[columns]`` of each prompt's answers, their mean."""
+        records = self.generate(keys)
         table = project_table(
-            projector(self._session, self._directions.plan_of("proj"), self._settings),
+            self._work.session,
+            self._vectors.plan_of("proj"),
             (
                 Ids(prompt_ids=one.prompt_ids, answer_ids=one.token_ids, skip=one.think_tokens)
                 for one in records
             ),
             total=len(records),
-            chunk_rows=self._settings.project.chunk_rows,
-            stage="natural answers: projecting",
-            on_progress=self._on_progress,
+            stage="base responses: projecting",
         )
         by_prompt: dict[str, list[np.ndarray]] = {}
         for record, row in zip(records, table, strict=True):
@@ -147,16 +128,47 @@ class Naturals:
         self, known: Tables, responses: Tables, at_prompt: Tables
     ) -> tuple[Tables, list[Correlation | None]]:
         """Fill in what was not generated; say how predicted differences agree where both are."""
-        natural, response, prompt = (
+        base, response, prompt = (
             np.concatenate([table[name] for name in self.sets])
             for table in (known, responses, at_prompt)
         )
-        rows = np.isfinite(natural).all(axis=1)
-        predicted, crossed = predict_natural(natural, prompt, rows=rows)
-        cheap, full = response[rows] - crossed, response[rows] - natural[rows]
-        worth: list[Correlation | None] = [
-            correlation(cheap[:, c], full[:, c]) for c in range(self._columns)
+        rows = np.isfinite(base).all(axis=1)
+        predicted, crossed = predict_base(base, prompt, rows=rows)
+        cheap, full = response[rows] - crossed, response[rows] - base[rows]
+        agreement: list[Correlation | None] = [
+            correlation(cheap[:, c], full[:, c]) for c in range(base.shape[1])
         ]
-        natural[~rows] = predicted[~rows]
+        base[~rows] = predicted[~rows]
         ends = np.cumsum([len(known[name]) for name in self.sets])[:-1]
-        return dict(zip(self.sets, np.split(natural, ends), strict=True)), worth
+        return dict(zip(self.sets, np.split(base, ends), strict=True)), agreement
+
+
+def predict_base(
+    known: np.ndarray, at_prompt: np.ndarray, *, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predict base projections from those of the last prompt token, by a line per column.
+
+    ``known`` ``[n, C]`` holds generated ones in ``rows`` (bool ``[n]``) and is not read elsewhere;
+    ``at_prompt`` is ``[n, C]``. Returns the predictions for every row, and for ``rows`` those of a
+    line fitted without the row's own half, which tells what the prediction is worth.
+    """
+    places = np.flatnonzero(rows)
+    half = np.arange(len(places)) % 2 == 0
+    every, crossed = np.empty_like(at_prompt), np.empty((len(places), at_prompt.shape[1]))
+    for column in range(at_prompt.shape[1]):
+        x, y = at_prompt[places, column], known[places, column]
+        every[:, column] = _line(x, y, at_prompt[:, column])
+        for side in (half, ~half):
+            crossed[side, column] = _line(x[~side], y[~side], x[side])
+    return every, crossed
+
+
+def _line(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Return the least-squares line through finite points, read at ``at``."""
+    good = np.isfinite(x) & np.isfinite(y)
+    if good.sum() < 3 or np.ptp(x[good]) == 0:
+        value = y[good].mean() if good.any() else np.nan
+        return np.full(len(at), value)
+    slope, offset = np.polyfit(x[good], y[good], 1)
+    line: np.ndarray = slope * at + offset
+    return line

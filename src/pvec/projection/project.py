@@ -1,38 +1,45 @@
 """``pvec project FILE``: every row of a file on any number of persona vectors, in one pass.
 
-Rows go through in chunks whose results are logged beside the output as they finish, so memory does
-not grow with the file and a killed job goes on where it was. The output is written at the end, in
-the input's order, and put in place as a whole.
+The file is read twice: once to check every row before anything is loaded, once to project and
+write. Rows go through in chunks whose projections are logged beside the output as they finish, so
+memory does not grow with the file and a killed job continues where it was. The output is put in
+place as a whole.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import IO
+
+import numpy as np
 
 from pvec.backends.session import ModelSession, Notify, ignore
-from pvec.data.conversations import Counts
+from pvec.data.conversations import Conversation, Counts
+from pvec.data.tables import Row, TableWriter
 from pvec.errors import InputError, PvecError, StoreError
-from pvec.projection.inputs import Entry, Source, count_rows, is_same_file, open_source
-from pvec.projection.projector import Directions, Values, open_directions, projector
+from pvec.projection.inputs import DEFAULT_OUTPUT, OutputOptions, Source, is_same_file, open_source
+from pvec.projection.projector import LoadedVectors, Values, open_vectors, projector
 from pvec.runs.files import WriterLock, atomic_write, probe_writable
 from pvec.runs.jsonl import JsonlLog, read_jsonl
 from pvec.runs.names import model_label
 from pvec.runs.responses import stable_hash
 from pvec.settings import Settings
 from pvec.types import Progress
-from pvec.vectors.projection import ProjectionPlan
 
 TURN = "turn"
 """Column that ``--turns each`` adds: which answer of the conversation a row is, from 1."""
 
+_UNIMPORTANT = ("scale_out", "workers", "natural", "naturals", "subset", "percentile", "rollouts")
+"""Settings that change no number of a projected file and not its place."""
+
 OnProgress = Callable[[Progress], None]
+Chunk = tuple[list[tuple[Row, Conversation]], list[list[Values]]]
+"""Rows of the file with their projections: one tuple per turn that counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +57,8 @@ class ColumnSummary:
 class ProjectResult:
     """What projecting a file did. ``output`` is None when there was nothing to do.
 
-    ``kept`` are wanted columns that the file had already; ``resumed`` rows were done by an earlier
-    call; ``left_out`` rows could not be read.
+    ``kept`` are columns that the file had already; ``resumed`` rows were done by an earlier call;
+    ``left_out`` rows could not be read.
     """
 
     input: Path
@@ -65,24 +72,12 @@ class ProjectResult:
     left_out: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ways:
-    """How a file is written: to ``out``, or ``in_place``; ``overwrite`` replaces what is there,
-    columns and output; ``skip_bad`` leaves rows out that cannot be read.
-    """
-
-    out: Path | None = None
-    in_place: bool = False
-    overwrite: bool = False
-    skip_bad: bool = False
-
-
 def run(
     settings: Settings,
     path: Path,
     vectors: Sequence[str | Path],
     *,
-    ways: Ways = Ways(),
+    output: OutputOptions = DEFAULT_OUTPUT,
     notify: Notify = ignore,
     on_progress: OnProgress = ignore,
 ) -> ProjectResult:
@@ -92,11 +87,32 @@ def run(
     or output before weights are loaded; the input is whole at every moment.
     """
     source = open_source(path, settings.project)
-    target = _target(source, ways)
+    target = _target(source, output)
     with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
-        directions = open_directions(settings, vectors, session, notify=notify)
-        job = _Job(settings, source, target, session, directions, ways, notify, on_progress)
-        return job.run()
+        loaded = open_vectors(session, vectors)
+        columns = loaded.plan_of(*settings.project.types).columns(model=model_name(session))
+        there = set() if output.overwrite else set(source.table.columns)
+        numbers, report = count(1), _reporter(on_progress, stage="reading")
+        rows, bad = source.check(skip_bad=output.skip_bad, on_row=lambda _: report(next(numbers)))
+        if bad and output.in_place:
+            raise InputError(
+                f"--in-place would delete {len(bad)} rows of {path} that cannot be read: correct "
+                f"them, or write beside it."
+            )
+        result = ProjectResult(
+            input=path,
+            output=None,
+            model=session.metadata.id,
+            rows=rows,
+            kept=tuple(name for name in columns if name in there),
+            left_out=len(bad),
+        )
+        if there.issuperset(columns):
+            return result
+        _require_free(target, output)
+        job = _Job(source, target, session, loaded, output)
+        with _workplace(target) as folder:
+            return job.run(folder, result)
 
 
 def model_name(session: ModelSession) -> str:
@@ -109,88 +125,54 @@ class _Job:
 
     def __init__(
         self,
-        settings: Settings,
         source: Source,
         target: Path,
         session: ModelSession,
-        directions: Directions,
-        ways: Ways,
-        notify: Notify,
-        on_progress: OnProgress,
+        loaded: LoadedVectors,
+        output: OutputOptions,
     ) -> None:
-        self.settings = settings
         self.source = source
         self.target = target
         self.session = session
-        self.directions = directions
-        self.ways = ways
-        self.notify = notify
-        self.on_progress = on_progress
-        self.plan: ProjectionPlan = directions.plan(settings)
+        self.options = session.settings.project
+        self.loaded = loaded
+        self.output = output
+        self.plan = loaded.plan_of(*self.options.types)
         self.columns = self.plan.columns(model=model_name(session))
-        there = set() if ways.overwrite else set(source.columns)
-        self.kept = tuple(name for name in self.columns if name in there)
-        self.wanted = tuple(name for name in self.columns if name not in there)
-        self.stamp = source.stamp()
+        self.counts = Counts()
+        self.resumed = 0
 
-    def run(self) -> ProjectResult:
-        rows, bad = count_rows(
-            self.source, skip_bad=self.ways.skip_bad, on_row=self._watch("reading", None)
-        )
-        if bad and self.ways.in_place:
-            raise InputError(
-                f"--in-place would delete {len(bad)} rows of {self.source.path} that cannot be "
-                f"read: correct them, or write beside it."
-            )
-        result = ProjectResult(
-            input=self.source.path,
-            output=None,
-            model=self.session.metadata.id,
-            rows=rows,
-            kept=self.kept,
-            left_out=len(bad),
-        )
-        if not self.wanted:
-            return result
-        self._check_target()
-        with _workplace(self.target) as folder:
-            log = folder / "chunks.jsonl"
-            resumed = self._compute(log, rows)
-            summaries, counts = self._write(log)
-        return ProjectResult(
-            **{
-                **vars(result),
-                "output": self.target,
-                "columns": summaries,
-                "counts": counts,
-                "resumed": resumed,
-            }
+    def run(self, folder: Path, result: ProjectResult) -> ProjectResult:
+        """Project what the log in ``folder`` does not hold yet, and write the output."""
+        stamp = self.source.table.stamp()
+        path = folder / "chunks.jsonl"
+        self._check_log(path, stamp)
+        sums = _Sums(len(self.columns))
+        with JsonlLog(path) as log, atomic_write(self.target, aside=folder) as stream:
+            if next(read_jsonl(path), None) is None:
+                log.append({"input": stamp, "identity": self._identity()})
+            with self._writer(stream, result.kept) as writer:
+                for rows, values in self._chunks(log, total=result.rows):
+                    sums.add(values)
+                    for (row, _), turns in zip(rows, values, strict=True):
+                        self._write(writer, row, turns)
+            if self.source.table.stamp() != stamp:
+                raise StoreError(
+                    f"{self.source.path} was changed while it was projected: run the command again."
+                )
+        return replace(
+            result,
+            output=self.target,
+            columns=sums.summaries(self.columns, without=result.kept),
+            counts=self.counts,
+            resumed=self.resumed,
         )
 
-    def _check_target(self) -> None:
-        probe_writable(self.target.parent)
-        if self.target.exists() and not (self.ways.in_place or self.ways.overwrite):
-            raise InputError(
-                f"{self.target} is there already: give --overwrite to replace it, --out for "
-                f"another place, or add columns to it with `pvec project {self.target} --in-place`."
-            )
-
-    def _compute(self, log: Path, rows: int) -> int:
-        """Project chunk by chunk what the log does not hold yet; return how many rows it held."""
-        self._check_log(log)
-        with JsonlLog(log) as chunks:
-            if next(read_jsonl(log), None) is None:
-                chunks.append({"input": list(self.stamp), "identity": self._identity()})
-            done = sum(len(record["rows"]) for _, record in _chunks(log))
-            if done < rows:
-                self._compute_rest(chunks, done=done, total=rows)
-        return done
-
-    def _check_log(self, log: Path) -> None:
-        """Refuse another job's unfinished work; drop what was made from an input of the past."""
+    def _check_log(self, log: Path, stamp: Sequence[str | int]) -> None:
+        """Refuse another job's unfinished work; drop what was made from an older input."""
         _, head = next(read_jsonl(log), (0, {}))
-        if head and head.get("input") != list(self.stamp):
-            self.notify(f"{self.source.path} has changed: what was done of it before is done again")
+        if head and head.get("input") != list(stamp):
+            self.session.notify(f"{self.source.path} has changed: its rows are projected again")
             log.unlink()
         elif head and head.get("identity") != self._identity():
             raise StoreError(
@@ -198,138 +180,140 @@ class _Job:
                 f"those, or delete that folder."
             )
 
-    def _compute_rest(self, log: JsonlLog, *, done: int, total: int) -> None:
-        if done:
-            self.notify(f"{done:,} of {total:,} rows were done before")
-        project = projector(self.session, self.plan, self.settings)
-        watch = self._watch("projecting", total)
-        watch(done)
-        entries = islice(self.source.entries(), done, None)
-        while chunk := list(islice(entries, self.settings.project.chunk_rows)):
+    def _chunks(self, log: JsonlLog, *, total: int) -> Iterator[Chunk]:
+        """Yield the file in chunks with their projections: from the log, then computed."""
+        rows = self.source.rows()
+        for _, record in islice(read_jsonl(log.path), 1, None):
+            self.counts += Counts(**record["counts"])
+            self.resumed += len(record["rows"])
+            yield list(islice(rows, len(record["rows"]))), record["rows"]
+        if self.resumed == total:
+            return
+        if self.resumed:
+            self.session.notify(f"{self.resumed:,} of {total:,} rows were done before")
+        project = projector(self.session, self.plan)
+        done = self.resumed
+        report = _reporter(self.session.on_progress, stage="projecting", total=total)
+        report(done)
+        while chunk := list(islice(rows, self.options.chunk_rows)):
             made = project(
-                [one.conversation for one in chunk],
-                on_done=lambda n, done=done: watch(min(done + n, total)),  # type: ignore[misc]
+                [conversation for _, conversation in chunk],
+                on_done=lambda n, done=done: report(min(done + n, total)),  # type: ignore[misc]
             )
             log.append({"rows": made.rows, "counts": vars(made.counts)})
+            self.counts += made.counts
             done += len(chunk)
-            watch(done)
+            report(done)
+            yield chunk, made.rows
 
-    def _write(self, log: Path) -> tuple[tuple[ColumnSummary, ...], Counts]:
-        """Write the output from the input and the log, row by row."""
-        each = self.settings.project.turns == "each"
-        columns = (*((TURN,) if each else ()), *self.wanted)
-        places = [self.columns.index(name) for name in self.wanted]
-        sums = _Sums(self.wanted)
-        counts = Counts()
-        for _, record in _chunks(log):
-            counts += Counts(**record["counts"])
-        with atomic_write(self.target) as stream:
-            with self.source.writer(stream, columns=columns) as writer:
-                for entry, turns in self._matched(log):
-                    for turn, values in enumerate(turns, start=1):
-                        cells = {n: values[p] for n, p in zip(self.wanted, places, strict=True)}
-                        sums.add(cells)
-                        cells = {n: self._kept_cell(entry, n, v) for n, v in cells.items()}
-                        writer.write(entry.row, {TURN: turn, **cells} if each else cells)
-            if self.source.stamp() != self.stamp:
-                raise StoreError(
-                    f"{self.source.path} was changed while it was projected: run the command again."
-                )
-        return sums.summaries(), counts
+    def _writer(self, stream: IO[bytes], kept: Sequence[str]) -> TableWriter:
+        turn = (TURN,) if self.options.turns == "each" else ()
+        new = (name for name in self.columns if name not in kept)
+        return self.source.table.writer(stream, columns=(*turn, *new))
 
-    def _kept_cell(self, entry: Entry, name: str, value: float | None) -> float | None:
-        """Return a cell that the row has although its file's first row has not, or ``value``."""
-        if self.ways.overwrite or name not in entry.row.values:
-            return value
-        kept: float | None = entry.row.values[name]
-        return kept
-
-    def _matched(self, log: Path) -> Iterator[tuple[Entry, list[Values]]]:
-        results = (row for _, record in _chunks(log) for row in record["rows"])
-        return zip(self.source.entries(), results, strict=True)
+    def _write(self, writer: TableWriter, row: Row, turns: Sequence[Values]) -> None:
+        """Write a row for each turn. A cell stays that only this row of the file has already."""
+        for turn, values in enumerate(turns, start=1):
+            cells = dict(zip(self.columns, values, strict=True))
+            if not self.output.overwrite:
+                cells |= {name: row.values[name] for name in cells if name in row.values}
+            writer.write(row, {TURN: turn, **cells})
 
     def _identity(self) -> str:
         """Everything that could change a number or its place."""
-        project = self.settings.project.model_dump(mode="json")
-        for unimportant in ("scale_out", "workers", "natural", "subset", "percentile", "rollouts"):
-            del project[unimportant]
+        project = self.options.model_dump(mode="json", exclude=set(_UNIMPORTANT))
         return stable_hash(
             {
                 "model": self.session.identity,
-                "vectors": self.directions.fingerprints,
+                "vectors": self.loaded.fingerprints,
                 "layers": list(self.plan.layers),
                 "columns": list(self.columns),
                 "thinking": self.session.thinking,
-                "skip_bad": self.ways.skip_bad,
+                "skip_bad": self.output.skip_bad,
                 **project,
             }
         )
-
-    def _watch(self, stage: str, total: int | None) -> Callable[[int], None]:
-        def show(done: int) -> None:
-            if done % 256 == 0 or done == total:
-                self.on_progress(Progress(stage=stage, done=done, total=total, unit="rows"))
-
-        return show
 
 
 class _Sums:
     """Means of columns as their rows go by."""
 
-    def __init__(self, columns: Sequence[str]) -> None:
-        self._sums = {name: [0.0, 0.0, 0, 0] for name in columns}
+    def __init__(self, columns: int) -> None:
+        self._rows = 0
+        self._n = np.zeros(columns, dtype=np.int64)
+        self._totals = np.zeros((2, columns))  # of values, of their squares
 
-    def add(self, cells: dict[str, float | None]) -> None:
-        for name, value in cells.items():
-            sums = self._sums[name]
-            if value is None:
-                sums[3] += 1
-            else:
-                sums[0] += value
-                sums[1] += value * value
-                sums[2] += 1
+    def add(self, rows: Sequence[Sequence[Values]]) -> None:
+        table = np.array([turn for turns in rows for turn in turns], dtype=np.float64)
+        self._rows += len(table)
+        self._n += np.isfinite(table).sum(axis=0)
+        self._totals += np.nansum(np.stack([table, table**2]), axis=1)
 
-    def summaries(self) -> tuple[ColumnSummary, ...]:
-        made = []
-        for name, (total, squares, n, missing) in self._sums.items():
-            mean = total / n if n else math.nan
-            spread = math.sqrt(max(squares / n - mean * mean, 0.0)) if n else math.nan
-            made.append(
-                ColumnSummary(
-                    column=name, mean=mean, deviation=spread, n=int(n), missing=int(missing)
-                )
+    def summaries(
+        self, columns: Sequence[str], *, without: Sequence[str]
+    ) -> tuple[ColumnSummary, ...]:
+        with np.errstate(invalid="ignore"):
+            mean, squares = self._totals / self._n
+        deviation = np.sqrt(np.maximum(squares - mean**2, 0.0))
+        return tuple(
+            ColumnSummary(
+                column=name,
+                mean=float(mean[place]),
+                deviation=float(deviation[place]),
+                n=int(self._n[place]),
+                missing=int(self._rows - self._n[place]),
             )
-        return tuple(made)
+            for place, name in enumerate(columns)
+            if name not in without
+        )
 
 
-def _target(source: Source, ways: Ways) -> Path:
-    if ways.in_place:
-        if ways.out is not None:
+def _reporter(
+    on_progress: OnProgress, *, stage: str, total: int | None = None
+) -> Callable[[int], None]:
+    """Return a function that reports how many rows are done, now and then."""
+
+    def report(done: int) -> None:
+        if done % 256 == 0 or done == total:
+            on_progress(Progress(stage=stage, done=done, total=total, unit="rows"))
+
+    return report
+
+
+def _target(source: Source, output: OutputOptions) -> Path:
+    table = source.table
+    if output.in_place:
+        if output.out is not None:
             raise InputError("--in-place and --out were both given: choose one.")
-        if not source.replaceable:
+        if not table.replaceable:
             raise InputError(
-                f"{source.path} is a folder, which --in-place cannot replace: leave it away, and "
-                f"the results go to {source.output}."
+                f"{source.path} is not one file, so --in-place cannot replace it: omit it, and the "
+                f"results go to {table.output}."
             )
         return source.path
-    target = ways.out or source.output
+    target = output.out or table.output
     if is_same_file(target, source.path):
         raise InputError(
             f"{target} is the input itself: give another --out, or --in-place to replace it."
         )
     if target.is_dir():
         raise InputError(f"--out {target} is a folder: give the output a name.")
-    if target.suffix != source.output.suffix:
+    if target.suffix != table.output.suffix:
         raise InputError(
             f"{target} will be of the format of {source.path}: give --out a name that ends in "
-            f"{source.output.suffix}."
+            f"{table.output.suffix}."
         )
     return target
 
 
-def _chunks(log: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the log's chunks: ``rows`` (each with its turns' values) and ``counts``."""
-    return islice(read_jsonl(log), 1, None)
+def _require_free(target: Path, output: OutputOptions) -> None:
+    """Raise ``InputError`` or ``StoreError`` where the output cannot be written."""
+    probe_writable(target.parent)
+    if target.exists() and not (output.in_place or output.overwrite):
+        raise InputError(
+            f"{target} is there already: give --overwrite to replace it, --out for another place, "
+            f"or add columns to it with `pvec project {target} --in-place`."
+        )
 
 
 @contextmanager
@@ -338,13 +322,16 @@ def _workplace(target: Path) -> Iterator[Path]:
 
     It stays when the job stops half-way, and a job for the same output waits its turn.
     """
-    folder = target.with_name(f".{target.name}.pvec")
+    real = target.resolve()  # the output is moved from here, which takes the same disk
+    folder = real.with_name(f".{real.name}.pvec")
     folder.mkdir(exist_ok=True)
     with WriterLock(folder / ".lock"):
+        for torn in folder.glob("*.tmp"):
+            torn.unlink()
         try:
             yield folder
         except PvecError:
-            if not (folder / "chunks.jsonl").exists():
-                shutil.rmtree(folder)
+            if next(islice(read_jsonl(folder / "chunks.jsonl"), 1, None), None) is None:
+                shutil.rmtree(folder)  # nothing was projected that would be worth keeping
             raise
         shutil.rmtree(folder)

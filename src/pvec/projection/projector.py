@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from pvec.backends.session import ModelSession, Notify, ignore
+from pvec.backends.session import ModelSession, ignore
 from pvec.data.conversations import Conversation, Counts, SpanMaker, Turns
 from pvec.errors import InputError
 from pvec.models.decoder import describe_layer
-from pvec.settings import Settings
-from pvec.types import Progress, SpanMeans, SpanName, TokenSpans, VectorKind
+from pvec.types import Progress, SpanMeans, TokenSpans, VectorKind
 from pvec.vectors.find import find_vector, load_vectors
 from pvec.vectors.projection import ProjectionPlan
 from pvec.vectors.quality import suggest_layer, suggest_prompt_layer
@@ -52,21 +51,22 @@ class Projected:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Directions:
-    """The vectors of a command, by the name their columns carry, and the layers asked for."""
+class LoadedVectors:
+    """The vectors of a command, by the name their columns carry, and the layers."""
 
     vectors: Mapping[str, PersonaVector]
     kind: VectorKind
     layers: tuple[int, ...]
 
-    def plan(self, settings: Settings) -> ProjectionPlan:
-        """Return the plan of the settings' types."""
-        return self.plan_of(*settings.project.types)
-
     def plan_of(self, *kinds: str) -> ProjectionPlan:
         """Return the plan of these types of projection."""
         rows = {name: vector.kind(self.kind) for name, vector in self.vectors.items()}
         return ProjectionPlan.make(rows, layers=self.layers, kinds=kinds)  # type: ignore[arg-type]
+
+    @property
+    def columns(self) -> list[tuple[str, int]]:
+        """Every vector at every layer, in the order of one kind's columns."""
+        return [(vector, layer) for vector in self.vectors for layer in self.layers]
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -139,60 +139,54 @@ class Projector:
 
 
 def projector(
-    session: ModelSession, plan: ProjectionPlan, settings: Settings, *, turns: Turns | None = None
+    session: ModelSession, plan: ProjectionPlan, *, turns: Turns | None = None
 ) -> Projector:
     """Return the projector of a command; its first use loads the model."""
     return Projector(
         session.backend,
         plan,
         tokenizer=session.metadata.tokenizer,
-        turns=turns or settings.project.turns,
+        turns=turns or session.settings.project.turns,
         thinking=session.thinking,
         limit=session.metadata.context,
     )
 
 
 def project_table(
-    project: Projector,
-    conversations: Iterator[Conversation],
+    session: ModelSession,
+    plan: ProjectionPlan,
+    conversations: Iterable[Conversation],
     *,
     total: int,
-    chunk_rows: int,
     stage: str,
-    on_progress: Callable[[Progress], None] = ignore,
 ) -> np.ndarray:
-    """Return projections ``[conversations, columns]`` in float64, NaN where there is none.
-
-    One row per conversation: for plans of ``turns`` "last" or "all".
+    """Return the last turns' projections ``[conversations, columns]`` in float64, NaN where there
+    is none. ``stage`` names the progress.
     """
-    rows: list[np.ndarray] = []
-    while chunk := list(islice(conversations, chunk_rows)):
-        rows += [np.array(turns[0], dtype=np.float64) for turns in project(chunk).rows]
-        on_progress(Progress(stage=stage, done=len(rows), total=total, unit="rows"))
-    return np.stack(rows) if rows else np.zeros((0, len(project.plan.columns())))
+    project, remaining = projector(session, plan, turns="last"), iter(conversations)
+    rows: list[Values] = []
+    while chunk := list(islice(remaining, session.settings.project.chunk_rows)):
+        rows += [turns[0] for turns in project(chunk).rows]
+        session.on_progress(Progress(stage=stage, done=len(rows), total=total, unit="rows"))
+    return np.array(rows, dtype=np.float64).reshape(len(rows), len(plan.columns()))
 
 
-def open_directions(
-    settings: Settings,
-    names: Sequence[str | Path],
-    session: ModelSession,
-    *,
-    suggest: Suggest | None = None,
-    notify: Notify = ignore,
-) -> Directions:
-    """Read the vector files that ``names`` stand for and check them against the model.
+def open_vectors(
+    session: ModelSession, names: Sequence[str | Path], *, suggest: Suggest | None = None
+) -> LoadedVectors:
+    """Load the vector files that ``names`` stand for and check them against the model.
 
     Columns carry a file's stem, with the kind where it is not the file's main one. Layers are
     those of the settings, else what each file suggests by ``suggest`` (``suggested_layer`` unless
-    told otherwise). No weights are loaded. Raises
-    ``InputError`` for two vectors of one name or a layer that a file lacks, ``ModelError`` for a
-    vector of another model.
+    told otherwise). No weights are loaded. Raises ``InputError`` for two vectors of one name or a
+    layer that a file lacks, ``ModelError`` for a vector of another model.
     """
     if not names:
         raise InputError("No vector was named: give --vector FILE (`pvec extract` makes one).")
-    metadata, kind = session.metadata, settings.project.kind
+    options = session.settings.project
+    kind = options.kind
     vectors: dict[str, PersonaVector] = {}
-    loaded = load_vectors(names, model=metadata, same_model=settings.project.same_model)
+    loaded = load_vectors(names, model=session.metadata, same_model=options.same_model)
     for path in map(find_vector, names):
         vector = loaded[path]
         lone = len(vector.kinds) == 1
@@ -204,9 +198,9 @@ def open_directions(
                 f"Two vector files are called {name!r}, and so would be their columns: rename one."
             )
         vectors[name] = _as_kind(vector, chosen, kind)
-    layers = _layers(settings, vectors, suggest or suggested_layer, notify=notify)
-    _check_rows(vectors, layers, kind, num_layers=metadata.num_layers, notify=notify)
-    return Directions(vectors=vectors, kind=kind, layers=layers)
+    layers = _layers(session, vectors, suggest or suggested_layer)
+    _check_rows(session, vectors, layers)
+    return LoadedVectors(vectors=vectors, kind=kind, layers=layers)
 
 
 def suggested_layer(vector: PersonaVector, *, kind: VectorKind = "response_avg") -> int:
@@ -233,42 +227,38 @@ def suggested_prompt_layer(vector: PersonaVector, *, kind: VectorKind = "respons
     return suggested_layer(vector, kind=kind) if layer is None else layer
 
 
-def _as_kind(vector: PersonaVector, found: VectorKind, wanted: VectorKind) -> PersonaVector:
-    """Return a vector whose kind ``wanted`` is the one that its file holds."""
-    if found == wanted:
+def _as_kind(vector: PersonaVector, found: VectorKind, kind: VectorKind) -> PersonaVector:
+    """Return a vector whose ``kind`` is the one that its file holds."""
+    if found == kind:
         return vector
     return PersonaVector(
-        trait=vector.trait, kinds={wanted: vector.kind(found)}, metadata=vector.metadata
+        trait=vector.trait, kinds={kind: vector.kind(found)}, metadata=vector.metadata
     )
 
 
 def _layers(
-    settings: Settings, vectors: Mapping[str, PersonaVector], suggest: Suggest, *, notify: Notify
+    session: ModelSession, vectors: Mapping[str, PersonaVector], suggest: Suggest
 ) -> tuple[int, ...]:
-    if settings.project.layers:
-        return tuple(dict.fromkeys(settings.project.layers))
-    kind = settings.project.kind
-    found = {name: suggest(vector, kind=kind) for name, vector in vectors.items()}
-    notify("layers: " + ", ".join(f"{layer} as {name} suggests" for name, layer in found.items()))
+    options = session.settings.project
+    if options.layers:
+        return tuple(dict.fromkeys(options.layers))
+    found = {name: suggest(vector, kind=options.kind) for name, vector in vectors.items()}
+    listed = ", ".join(f"{layer} as {name} suggests" for name, layer in found.items())
+    session.notify(f"layers: {listed}")
     return tuple(sorted(set(found.values())))
 
 
 def _check_rows(
-    vectors: Mapping[str, PersonaVector],
-    layers: Sequence[int],
-    kind: VectorKind,
-    *,
-    num_layers: int,
-    notify: Notify,
+    session: ModelSession, vectors: Mapping[str, PersonaVector], layers: Sequence[int]
 ) -> None:
+    last = session.metadata.num_layers
     for name, vector in vectors.items():
         for layer in layers:
-            vector.row(layer, kind=kind)
-        normed = vector.metadata.get("last_row") == POST_FINAL_NORM
-        if normed and num_layers in layers:
-            notify(
-                f"{name} was taken after the final norm at {describe_layer(num_layers)}, where "
-                f"pvec projects the residual stream before it: do not compare the two"
+            vector.row(layer, kind=session.settings.project.kind)
+        if vector.metadata.get("last_row") == POST_FINAL_NORM and last in layers:
+            session.notify(
+                f"{name} was taken after the final norm at {describe_layer(last)}, where pvec "
+                f"projects the residual stream before it: do not compare the two"
             )
 
 
@@ -276,23 +266,26 @@ def _pool(
     captured: Iterable[SpanMeans], rows: Sequence[Sequence[TokenSpans]]
 ) -> Iterator[SpanMeans]:
     """Yield one ``SpanMeans`` per row: the mean over the tokens of all its turns' spans."""
-    waiting = {f"{number}:0": sum(bool(s.token_ids) for s in r) for number, r in enumerate(rows)}
-    weights = {s.id: {name: b - a for name, (a, b) in s.spans.items()} for r in rows for s in r}
-    sums: dict[str, dict[SpanName, np.ndarray]] = {}
-    totals: dict[str, dict[SpanName, int]] = {}
+    tokens = {s.id: {name: b - a for name, (a, b) in s.spans.items()} for r in rows for s in r}
+    turns: dict[str, list[SpanMeans]] = {}
+    expected = {f"{number}:0": sum(bool(s.token_ids) for s in r) for number, r in enumerate(rows)}
     for one in captured:
         row = one.id.partition(":")[0] + ":0"
-        total, amount = sums.setdefault(row, {}), totals.setdefault(row, {})
-        for span, mean in one.means.items():
-            tokens = weights[one.id][span]
-            part = np.nan_to_num(mean.astype(np.float64)) * tokens if not tokens else mean * tokens
-            total[span] = total.get(span, 0.0) + part.astype(np.float64)
-            amount[span] = amount.get(span, 0) + tokens
-        waiting[row] -= 1
-        if not waiting[row]:
+        turns.setdefault(row, []).append(one)
+        if len(turns[row]) == expected[row]:
+            done = turns.pop(row)
             means = {
-                span: value / amount[span] if amount[span] else np.full_like(value, np.nan)
-                for span, value in sums.pop(row).items()
+                span: _weighted([t.means[span] for t in done], [tokens[t.id][span] for t in done])
+                for span in one.means
             }
-            del totals[row]
             yield SpanMeans(id=row, layers=one.layers, means=means, norms={})
+
+
+def _weighted(means: Sequence[np.ndarray], tokens: Sequence[int]) -> np.ndarray:
+    """Return the mean of ``means`` ``[layers, H]`` by tokens; NaN where there are none."""
+    kept = [(mean, n) for mean, n in zip(means, tokens, strict=True) if n]
+    if not kept:
+        return np.full_like(means[0], np.nan)
+    arrays, weights = zip(*kept, strict=True)
+    pooled: np.ndarray = np.average(np.stack(arrays).astype(np.float64), axis=0, weights=weights)
+    return pooled

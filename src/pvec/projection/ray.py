@@ -8,19 +8,20 @@ numbers are those of a local run.
 from __future__ import annotations
 
 import importlib.util
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvec.backends.session import ModelSession, Notify, ignore
-from pvec.data.jsonl_table import extended_line
-from pvec.data.tables import Row
+from pvec.data.arrow_table import with_column
+from pvec.data.conversations import Conversation, conversation_of
+from pvec.data.json_table import extended_line, parse_row
+from pvec.data.tables import BadRow
 from pvec.errors import InputError, install_command
-from pvec.projection.inputs import conversation_of
+from pvec.projection.inputs import DEFAULT_OUTPUT, OutputOptions, columns_of
 from pvec.projection.project import model_name
-from pvec.projection.projector import Directions, Values, open_directions, projector
+from pvec.projection.projector import LoadedVectors, open_vectors, projector
 from pvec.runs.files import probe_writable
 from pvec.settings import Settings
 
@@ -54,8 +55,7 @@ class RayJob:
     settings: Settings
     vectors: tuple[str, ...]
     columns: tuple[str, ...]
-    wanted: tuple[str, ...]
-    chats: bool
+    new: tuple[str, ...]
     lines: bool
     skip_bad: bool
 
@@ -66,8 +66,9 @@ class RayWorker:
     def __init__(self, job: RayJob) -> None:
         self.job = job
         self._session = ModelSession(job.settings)
-        directions = open_directions(job.settings, job.vectors, self._session)
-        self._project = projector(self._session, directions.plan(job.settings), job.settings)
+        loaded = open_vectors(self._session, job.vectors)
+        plan = loaded.plan_of(*job.settings.project.types)
+        self._project = projector(self._session, plan)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return a block of rows with the wanted columns added."""
@@ -76,53 +77,48 @@ class RayWorker:
     def _table(self, batch: pa.Table) -> pa.Table:
         import pyarrow as pa
 
-        good, conversations = [], []
+        kept, conversations = [], []
         for number, values in enumerate(batch.to_pylist()):
-            found = conversation_of(values, self.job.settings.project, chats=self.job.chats)
-            if isinstance(found, str):
-                self._refuse(f"a row that {found}")
-                continue
-            good.append(number)
-            conversations.append(found)
-        made = self._cells(self._project(conversations).rows)
-        kept = batch.take(pa.array(good, type=pa.int64()))
-        for name in self.job.wanted:
-            column = pa.array([cells[name] for cells in made], type=pa.float64())
-            if name in kept.column_names:
-                kept = kept.set_column(kept.column_names.index(name), name, column)
-            else:
-                kept = kept.append_column(name, column)
-        return kept
+            if (conversation := self._conversation(values, "a row")) is not None:
+                kept.append(number)
+                conversations.append(conversation)
+        table = batch.take(pa.array(kept, type=pa.int64()))
+        made = self._cells(conversations)
+        for name in self.job.new:
+            table = with_column(table, name, [cells[name] for cells in made])
+        return table
 
     def _lines(self, batch: pa.Table) -> pa.Table:
         import pyarrow as pa
 
         rows, conversations = [], []
         for number, line in enumerate(batch.column(_LINE).to_pylist()):
-            row = _parse(number, line)
-            found = row if isinstance(row, str) else self._conversation(row)
-            if isinstance(found, str):
-                self._refuse(f"a line that {found}: {line[:80]!r}")
-                continue
-            assert not isinstance(row, str)
-            rows.append(row)
-            conversations.append(found)
-        made = self._cells(self._project(conversations).rows)
+            row = parse_row(f"{line}\n".encode(), number=number, line=number + 1)
+            if isinstance(row, BadRow):
+                self._refuse(f"a line that {row.reason}: {line[:80]!r}")
+            elif (found := self._conversation(row.values, f"a line ({line[:80]!r})")) is not None:
+                rows.append(row)
+                conversations.append(found)
         written = [
             extended_line(row, cells).decode().rstrip("\n")
-            for row, cells in zip(rows, made, strict=True)
+            for row, cells in zip(rows, self._cells(conversations), strict=True)
         ]
         return pa.table({_LINE: pa.array(written, type=pa.string())})
 
-    def _conversation(self, row: Row) -> Any:
-        return conversation_of(row.values, self.job.settings.project, chats=self.job.chats)
+    def _conversation(self, values: Mapping[str, Any], what: str) -> Conversation | None:
+        """Return a row's conversation, or None where bad rows may be left out."""
+        try:
+            return conversation_of(values, columns_of(self.job.settings.project))
+        except InputError as error:
+            self._refuse(f"{what} that {error}")
+            return None
 
-    def _cells(self, rows: Sequence[Sequence[Values]]) -> list[dict[str, float | None]]:
-        made = []
-        for turns in rows:
-            whole = dict(zip(self.job.columns, turns[0], strict=True))
-            made.append({name: whole[name] for name in self.job.wanted})
-        return made
+    def _cells(self, conversations: Sequence[Conversation]) -> list[dict[str, float | None]]:
+        rows = [
+            dict(zip(self.job.columns, t[0], strict=True))
+            for t in self._project(conversations).rows
+        ]
+        return [{name: row[name] for name in self.job.new} for row in rows]
 
     def _refuse(self, what: str) -> None:
         if not self.job.skip_bad:
@@ -134,9 +130,7 @@ def run(
     path: Path,
     vectors: Sequence[str],
     *,
-    out: Path | None = None,
-    overwrite: bool = False,
-    skip_bad: bool = False,
+    output: OutputOptions = DEFAULT_OUTPUT,
     notify: Notify = ignore,
     worker: type[RayWorker] = RayWorker,
 ) -> RayResult:
@@ -151,13 +145,13 @@ def run(
     if settings.project.turns == "each":
         raise InputError("--engine ray writes a row per row: use --turns last or all.")
     lines = _holds_lines(path)
-    target = out or path.with_name(f"{path.stem}.projected")
+    target = output.out or path.with_name(f"{path.stem}.projected")
     if target.exists():
         raise InputError(f"{target} is there already: delete it or give another --out.")
     probe_writable(target.parent)
     with ModelSession(settings, notify=notify) as session:
-        directions = open_directions(settings, vectors, session, notify=notify)
-        columns = directions.plan(settings).columns(model=model_name(session))
+        loaded = open_vectors(session, vectors)
+        columns = loaded.plan_of(*settings.project.types).columns(model=model_name(session))
     import ray
 
     if not ray.is_initialized():
@@ -166,15 +160,14 @@ def run(
         ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     data = _read(path, lines=lines)
     there = _columns(data, lines=lines)
-    wanted = tuple(name for name in columns if overwrite or name not in there)
+    new = tuple(name for name in columns if output.overwrite or name not in there)
     job = RayJob(
-        settings=_pinned(settings, directions),
+        settings=_pinned(settings, loaded),
         vectors=tuple(str(Path(name).resolve()) for name in vectors),
         columns=columns,
-        wanted=wanted,
-        chats=settings.project.messages_column in there,
+        new=new,
         lines=lines,
-        skip_bad=skip_bad,
+        skip_bad=output.skip_bad,
     )
     rows = _write(_projected(data, job, worker), target, lines=lines)
     files = tuple(sorted(p for p in target.iterdir() if p.is_file()))
@@ -183,7 +176,7 @@ def run(
         output=target,
         model=session.metadata.id,
         rows=rows,
-        columns=wanted,
+        columns=new,
         files=files,
         workers=settings.project.workers,
     )
@@ -217,9 +210,10 @@ def _columns(data: ray.data.Dataset, *, lines: bool) -> tuple[str, ...]:
     if not lines:
         return tuple(data.schema().names)
     first = data.take(1)
-    row = _parse(0, first[0][_LINE]) if first else "is missing"
-    if isinstance(row, str):
-        raise InputError(f"The first line {row}: give a file with one JSON object per line.")
+    text = f"{first[0][_LINE]}\n" if first else ""
+    row = parse_row(text.encode(), number=0, line=1)
+    if isinstance(row, BadRow):
+        raise InputError(f"The first line {row.reason}: give a file with one JSON object per line.")
     return tuple(row.values)
 
 
@@ -243,16 +237,6 @@ def _rows_of(path: Path, *, lines: bool) -> int:
     return int(parquet.read_metadata(path).num_rows)
 
 
-def _parse(number: int, line: str) -> Row | str:
-    try:
-        values = json.loads(line)
-    except ValueError as exc:
-        return f"is not valid JSON ({exc})"
-    if not isinstance(values, dict):
-        return "is not a JSON object"
-    return Row(number=number, line=number + 1, values=values, raw=f"{line}\n".encode())
-
-
 def _holds_lines(path: Path) -> bool:
     names = _files(path)
     suffixes = {name.suffix.lower() for name in names}
@@ -274,7 +258,7 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _pinned(settings: Settings, directions: Directions) -> Settings:
+def _pinned(settings: Settings, vectors: LoadedVectors) -> Settings:
     """Return the settings with the layers that were chosen, so that every worker takes the same."""
-    project = settings.project.model_copy(update={"layers": directions.layers})
+    project = settings.project.model_copy(update={"layers": vectors.layers})
     return settings.model_copy(update={"project": project})

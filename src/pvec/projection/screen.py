@@ -1,13 +1,14 @@
-"""``pvec project --diff``: screening training data before it is used (paper, section 5).
+"""``pvec screen``: screening training data before it is used (paper, section 5).
 
-The base model's own answer to each prompt is generated once and kept in a run folder, whatever the
-vectors; the projection differences, scores and files are made from it again on every call.
+The projection difference of a sample is the projection of its response minus that of the base
+model's own response to the same prompt. Those are generated once and kept in a run folder, whatever
+the vectors; differences, scores and files are made from them again on every call.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +16,48 @@ from pathlib import Path
 import numpy as np
 
 from pvec.backends.planned import OnProgress
-from pvec.backends.run_session import manifest_sections
+from pvec.backends.run_session import RunSession
 from pvec.backends.session import ModelSession, Notify, ignore
-from pvec.projection.base_responses import Naturals
-from pvec.projection.inputs import open_source
-from pvec.projection.projector import Directions, open_directions, project_table, projector
-from pvec.projection.samples import Samples, answer_text, open_samples
-from pvec.projection.screened import filtered_paths, write_filtered, write_samples
-from pvec.projection.screening import DatasetScore, Natural, score_dataset
-from pvec.projection.study import open_study, study_folder, study_identity
-from pvec.runs.store import Run
+from pvec.errors import InputError
+from pvec.projection import base_responses
+from pvec.projection.base_responses import BaseResponses, Tables
+from pvec.projection.inputs import (
+    DEFAULT_OUTPUT,
+    OutputOptions,
+    Samples,
+    Source,
+    answer_text,
+    is_same_file,
+    open_samples,
+    open_source,
+)
+from pvec.projection.projector import LoadedVectors, open_vectors, project_table
+from pvec.projection.study import open_study
+from pvec.runs.files import atomic_write, probe_writable
 from pvec.runs.summary import DIFF_KIND, write_summary
 from pvec.settings import Settings
-from pvec.stats import Correlation
+from pvec.stats import Correlation, Interval, auc, bootstrap_mean
 
 SHOWN = 10
 """Samples that are shown beside the model's own answer."""
+
+SAMPLES = "samples.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetScore:
+    """A data set on one vector at one layer.
+
+    ``mean`` is its mean difference with a 95 % interval over prompts, ``reference`` that of the
+    clean set. ``auc`` says how well differences tell the two apart. Samples above ``threshold``
+    (the percentile of the clean set) are ``above``. What needs a clean set is None without one.
+    """
+
+    mean: Interval
+    reference: Interval | None = None
+    auc: float | None = None
+    threshold: float | None = None
+    above: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +73,7 @@ class ColumnScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Suspicious:
+class SuspiciousSample:
     """One of the samples that point furthest along a vector, beside the model's own answer."""
 
     line: int
@@ -58,7 +85,7 @@ class Suspicious:
 
 @dataclass(frozen=True, kw_only=True)
 class ScreenResult:
-    """What screening a file found. ``kept`` and ``removed`` are the filtered file and the rest,
+    """The result of screening a file. ``kept`` and ``removed`` are the filtered file and the rest,
     None without a clean reference set.
     """
 
@@ -66,30 +93,18 @@ class ScreenResult:
     data: Path
     reference: Path | None
     model: str
-    natural: Natural
+    natural: base_responses.Source
     rows: int
     prompts: int
     generated: int
     unanswered: int
     percentile: float
     columns: tuple[ColumnScore, ...]
-    suspicious: tuple[Suspicious, ...]
+    suspicious: tuple[SuspiciousSample, ...]
     kept: Path | None = None
     removed: Path | None = None
     removed_rows: int = 0
     next: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScreenFiles:
-    """Where screening reads and writes: the clean ``reference`` file, the run folder ``out``;
-    ``overwrite`` replaces filtered files that are there, ``skip_bad`` leaves unreadable rows out.
-    """
-
-    reference: Path | None = None
-    out: Path | None = None
-    overwrite: bool = False
-    skip_bad: bool = False
 
 
 def run(
@@ -97,113 +112,105 @@ def run(
     path: Path,
     vectors: Sequence[str | Path],
     *,
-    files: ScreenFiles = ScreenFiles(),
+    reference: Path | None = None,
+    output: OutputOptions = DEFAULT_OUTPUT,
     notify: Notify = ignore,
     on_progress: OnProgress = ignore,
 ) -> ScreenResult:
     """Screen the training samples of ``path`` by projection difference along ``vectors``.
 
-    Raises ``InputError``, ``ModelError`` or ``StoreError`` for wrong input before weights are
-    loaded.
+    ``reference`` is a clean file, whose percentile is the threshold of the filter; ``output`` names
+    the run folder and whether filtered files are replaced. Raises ``InputError``, ``ModelError`` or
+    ``StoreError`` for wrong input before weights are loaded.
     """
     sources = {"data": open_source(path, settings.project)}
-    if files.reference is not None:
-        sources["reference"] = open_source(files.reference, settings.project)
-    with ExitStack() as stack:
-        session = stack.enter_context(
-            ModelSession(settings, notify=notify, on_progress=on_progress)
-        )
-        directions = open_directions(settings, vectors, session, notify=notify)
+    if reference is not None:
+        sources["reference"] = open_source(reference, settings.project)
+    with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
+        loaded = open_vectors(session, vectors)
         targets = None
-        if files.reference is not None:
-            targets = filtered_paths(sources["data"], overwrite=files.overwrite)
+        if reference is not None:
+            targets = _filtered_paths(sources["data"], overwrite=output.overwrite)
         sets = {
-            name: open_samples(source, session, skip_bad=files.skip_bad)
+            name: open_samples(source, session, skip_bad=output.skip_bad)
             for name, source in sources.items()
         }
-        folder = files.out or study_folder(settings, session, kind="screen", path=path)
-        identity = study_identity(session, path=path)
-        store = stack.enter_context(open_study(folder, kind=DIFF_KIND, identity=identity))
-        store.begin_session(**manifest_sections(session))
-        screening = _Screening(settings, session, directions, store, sets, on_progress)
-        result = screening.run(targets)
-        store.end_session(timings={})
-        return result
+        with open_study(session, "screen", kind=DIFF_KIND, path=path, out=output.out) as work:
+            result = _Screening(work, loaded, sets).run(targets)
+            write_summary(work.store.path, dataclasses.asdict(result))
+    return result
 
 
 class _Screening:
-    """One call: natural answers, differences, scores, files."""
+    """One call: base responses, differences, scores, files."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        session: ModelSession,
-        directions: Directions,
-        store: Run,
-        sets: dict[str, Samples],
-        on_progress: OnProgress,
-    ) -> None:
-        self.settings = settings
-        self.session = session
-        self.directions = directions
-        self.store = store
+    def __init__(self, work: RunSession, vectors: LoadedVectors, sets: dict[str, Samples]) -> None:
+        self.session = work.session
+        self.folder = work.store.path
+        self.percentile = work.settings.project.percentile
+        self.vectors = vectors
         self.sets = sets
-        self.on_progress = on_progress
-        self.naturals = Naturals(settings, session, directions, store, sets, on_progress)
-        self.columns = [(v, layer) for v in directions.vectors for layer in directions.layers]
+        self.base = BaseResponses(work, vectors, sets)
 
     def run(self, targets: tuple[Path, Path] | None) -> ScreenResult:
-        self.naturals.generate(self.naturals.chosen())
+        self.base.generate(self.base.chosen())
         responses, at_prompt = self._project_samples()
-        natural, agreements = self.naturals.projections(responses, at_prompt)
-        differences = {name: responses[name] - natural[name] for name in self.sets}
+        base, agreements = self.base.projections(responses, at_prompt)
+        differences = {name: responses[name] - base[name] for name in self.sets}
         scores = self._scores(differences)
         suspicious = self._suspicious(differences["data"])
-        removed = _above(differences["data"], scores) if targets is not None else None
-        write_samples(
-            self.store.path,
-            self.sets,
-            columns=self.columns,
-            responses=responses,
-            natural=natural,
-            removed=removed,
+        removed = None
+        if targets is not None:
+            limits = [np.inf if s.threshold is None else s.threshold for s in scores]
+            removed = np.any(differences["data"] > np.array(limits), axis=1)  # not unknown ones
+            _write_filtered(targets, self.sets["data"].source, removed=removed)
+        self._write_samples(responses, base, removed)
+        data = self.sets["data"]
+        return ScreenResult(
+            run=self.folder,
+            data=data.source.path,
+            reference=self.sets["reference"].source.path if targets else None,
+            model=self.session.metadata.id,
+            natural=self.base.source,
+            rows=data.count,
+            prompts=len(self.base.prompts),
+            generated=self.base.generated,
+            unanswered=data.answered.count(False),
+            percentile=self.percentile,
+            columns=tuple(
+                ColumnScore(vector=vector, layer=layer, score=score, agreement=agreement)
+                for (vector, layer), score, agreement in zip(
+                    self.vectors.columns, scores, agreements, strict=True
+                )
+            ),
+            suspicious=suspicious,
+            kept=targets[0] if targets else None,
+            removed=targets[1] if targets else None,
+            removed_rows=0 if removed is None else int(removed.sum()),
+            next=(f"pvec report {self.folder}",),
         )
-        if targets is not None and removed is not None:
-            write_filtered(targets, self.sets["data"].source, removed=removed)
-        columns = tuple(
-            ColumnScore(vector=vector, layer=layer, score=score, agreement=agreement)
-            for (vector, layer), score, agreement in zip(
-                self.columns, scores, agreements, strict=True
-            )
-        )
-        result = self._result(targets, columns, suspicious, removed)
-        write_summary(self.store.path, dataclasses.asdict(result))
-        return result
 
-    def _project_samples(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def _project_samples(self) -> tuple[Tables, Tables]:
         """Return each set's response projections and, for the cheap modes, those at the prompt."""
-        cheap = self.naturals.mode != "generate"
+        cheap = self.base.source != "generate"
         kinds = ["proj", "prompt_last_proj"] if cheap else ["proj"]
-        project = projector(
-            self.session, self.directions.plan_of(*kinds), self.settings, turns="last"
-        )
+        plan = self.vectors.plan_of(*kinds)
         responses, at_prompt = {}, {}
         for name, samples in self.sets.items():
             table = project_table(
-                project,
-                (entry.conversation for entry in samples.entries()),
+                self.session,
+                plan,
+                samples.conversations(),
                 total=samples.count,
-                chunk_rows=self.settings.project.chunk_rows,
                 stage=f"{name}: responses",
-                on_progress=self.on_progress,
             )
-            shape = (samples.count, len(self.directions.vectors), len(kinds), -1)
+            shape = (samples.count, len(self.vectors.vectors), len(kinds), -1)
             parts = table.reshape(shape)
             responses[name] = parts[:, :, 0].reshape(samples.count, -1)
             at_prompt[name] = parts[:, :, -1].reshape(samples.count, -1)
         return responses, at_prompt
 
-    def _scores(self, differences: dict[str, np.ndarray]) -> list[DatasetScore]:
+    def _scores(self, differences: Tables) -> list[DatasetScore]:
         clean = self.sets.get("reference")
         return [
             score_dataset(
@@ -211,71 +218,105 @@ class _Screening:
                 prompts=self.sets["data"].prompts,
                 clean=differences["reference"][:, c] if clean else None,
                 clean_prompts=clean.prompts if clean else (),
-                percentile=self.settings.project.percentile,
+                percentile=self.percentile,
             )
-            for c in range(len(self.columns))
+            for c in range(len(self.vectors.columns))
         ]
 
-    def _suspicious(self, differences: np.ndarray) -> tuple[Suspicious, ...]:
-        """Return the samples furthest out, in units of each column's spread, with their natural
+    def _suspicious(self, differences: np.ndarray) -> tuple[SuspiciousSample, ...]:
+        """Return the samples furthest out, in units of each column's spread, with the base model's
         answers: the cheap modes generate those few now.
         """
         spread = np.nanstd(differences, axis=0)
         furthest = np.max(np.nan_to_num(differences / np.where(spread, spread, 1), nan=-np.inf), 1)
         numbers = [int(n) for n in np.argsort(-furthest)[:SHOWN] if np.isfinite(furthest[n])]
-        samples, prompts = self.sets["data"], self.naturals.prompts
-        keys = list(dict.fromkeys(samples.prompts[n] for n in numbers))
-        self.naturals.generate(keys)
-        natural = {one.question_id: one.answer for one in reversed(self.naturals.answers(keys))}
+        samples, prompts = self.sets["data"], self.base.prompts
+        records = self.base.generate(list(dict.fromkeys(samples.prompts[n] for n in numbers)))
+        answers = {record.question_id: record.answer for record in reversed(records)}
         texts = {
-            n: answer_text(entry.conversation, self.session)
-            for n, entry in enumerate(samples.entries())
+            n: answer_text(conversation, self.session)
+            for n, conversation in enumerate(samples.conversations())
             if n in set(numbers)
         }
         return tuple(
-            Suspicious(
+            SuspiciousSample(
                 line=samples.lines[n],
                 question=prompts[samples.prompts[n]].question,
                 response=texts[n],
-                natural=natural[samples.prompts[n]],
+                natural=answers[samples.prompts[n]],
                 differences={
                     f"{vector}_layer{layer}": float(differences[n, c])
-                    for c, (vector, layer) in enumerate(self.columns)
+                    for c, (vector, layer) in enumerate(self.vectors.columns)
                 },
             )
             for n in numbers
         )
 
-    def _result(
-        self,
-        targets: tuple[Path, Path] | None,
-        columns: tuple[ColumnScore, ...],
-        suspicious: tuple[Suspicious, ...],
-        removed: np.ndarray | None,
-    ) -> ScreenResult:
-        data = self.sets["data"]
-        return ScreenResult(
-            run=self.store.path,
-            data=data.source.path,
-            reference=self.sets["reference"].source.path if targets else None,
-            model=self.session.metadata.id,
-            natural=self.naturals.mode,
-            rows=data.count,
-            prompts=len(self.naturals.prompts),
-            generated=self.naturals.generated,
-            unanswered=data.answered.count(False),
-            percentile=self.settings.project.percentile,
-            columns=columns,
-            suspicious=suspicious,
-            kept=targets[0] if targets else None,
-            removed=targets[1] if targets else None,
-            removed_rows=0 if removed is None else int(removed.sum()),
-            next=(f"pvec report {self.store.path}",),
-        )
+    def _write_samples(self, responses: Tables, base: Tables, removed: np.ndarray | None) -> None:
+        """Write ``samples.csv``: every sample's projections and differences in the input's order.
+
+        ``removed`` says which samples of the set ``data`` were, None without a threshold.
+        """
+        import pandas as pd
+
+        frames = []
+        for name, samples in self.sets.items():
+            cells: dict[str, object] = {"set": name, "line": samples.lines}
+            for c, (vector, layer) in enumerate(self.vectors.columns):
+                response, own = responses[name][:, c], base[name][:, c]
+                parts = {"response": response, "natural": own, "difference": response - own}
+                cells |= {f"{vector}_layer{layer}_{part}": v for part, v in parts.items()}
+            cells["removed"] = "" if removed is None or name != "data" else removed
+            frames.append(pd.DataFrame(cells))
+        with atomic_write(self.folder / SAMPLES, mode="w") as stream:
+            pd.concat(frames).to_csv(stream, index=False)
 
 
-def _above(differences: np.ndarray, scores: Sequence[DatasetScore]) -> np.ndarray:
-    """Return which samples lie above any column's threshold; unknown ones do not."""
-    limits = [np.inf if s.threshold is None else s.threshold for s in scores]
-    above: np.ndarray = np.any(differences > np.array(limits), axis=1)
-    return above
+def score_dataset(
+    differences: np.ndarray,
+    *,
+    prompts: Sequence[Hashable],
+    clean: np.ndarray | None,
+    clean_prompts: Sequence[Hashable] = (),
+    percentile: float = 95.0,
+) -> DatasetScore:
+    """Score the differences ``[n]`` of a data set, beside those of a clean one. NaN is missing."""
+    mean = bootstrap_mean(differences, groups=prompts)
+    if clean is None:
+        return DatasetScore(mean=mean)
+    threshold = float(np.nanpercentile(clean, percentile))
+    return DatasetScore(
+        mean=mean,
+        reference=bootstrap_mean(clean, groups=clean_prompts),
+        auc=auc(differences, clean),
+        threshold=threshold,
+        above=int((differences > threshold).sum()),
+    )
+
+
+def _filtered_paths(source: Source, *, overwrite: bool) -> tuple[Path, Path]:
+    """Return where the kept rows and the removed ones go, beside the input.
+
+    Raises ``InputError`` where something is there already that ``overwrite`` does not replace.
+    """
+    output = source.table.output
+    stem, suffix = Path(output.name.replace(".projected", "")).stem, output.suffix
+    kept, removed = (output.with_name(f"{stem}.{name}{suffix}") for name in ("kept", "removed"))
+    for target in (kept, removed):
+        if is_same_file(target, source.path):
+            raise InputError(f"{target} is the input itself: rename the input.")
+        if target.exists() and not overwrite:
+            raise InputError(f"{target} is there already: give --overwrite to replace it.")
+    probe_writable(kept.parent)
+    return kept, removed
+
+
+def _write_filtered(paths: tuple[Path, Path], source: Source, *, removed: np.ndarray) -> None:
+    """Write the rows of ``source`` as they are to the first path, the removed to the second."""
+    with ExitStack() as stack:
+        writers = []
+        for path in paths:
+            stream = stack.enter_context(atomic_write(path))
+            writers.append(stack.enter_context(source.table.writer(stream, columns=())))
+        for (row, _), gone in zip(source.rows(), removed.tolist(), strict=True):
+            writers[gone].write(row, {})

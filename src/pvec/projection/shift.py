@@ -1,4 +1,4 @@
-"""``pvec project --shift``: how far finetuning moved a model along vectors (paper, section 4).
+"""``pvec shift``: how far finetuning moved a model along vectors (paper, section 4).
 
 The shift of a checkpoint is the mean over prompts of its last-prompt-token activation minus the
 base model's, projected on the vector. Adapters are put on the one loaded base in turn.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +16,13 @@ import numpy as np
 
 from pvec.backends.hf.backend import HFBackend
 from pvec.backends.planned import OnProgress, PromptCache, question_messages
-from pvec.backends.run_session import manifest_sections
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.conversations import Ids
 from pvec.errors import InputError, ModelError
 from pvec.models.adapters import adapted, find_adapter
-from pvec.projection.inputs import open_source
-from pvec.projection.projector import Directions, Projector, open_directions
-from pvec.projection.samples import open_samples
-from pvec.projection.study import open_study
+from pvec.projection.inputs import open_samples, open_source
+from pvec.projection.projector import LoadedVectors, Projector, open_vectors
+from pvec.projection.study import open_run
 from pvec.runs.names import run_name
 from pvec.runs.store import Run, list_runs
 from pvec.runs.summary import SHIFT_KIND, write_summary
@@ -91,81 +90,85 @@ def run(
     weights are loaded.
     """
     if len(models) < 2:
-        raise InputError("--shift takes the base model and at least one finetuned model after it.")
+        raise InputError("Give the base model and at least one finetuned model after it.")
     base, *checkpoints = models
     settings = _on_base(settings, base)
     adapters = {name: find_adapter(base, name) for name in checkpoints}
     with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
-        directions = open_directions(settings, vectors, session, notify=notify)
-        prompts = _prompts(session, directions, settings, traits=traits, questions=questions)
+        loaded = open_vectors(session, vectors)
+        prompts = _prompts(session, loaded, traits=traits, questions=questions)
         folder = out or settings.paths.runs / run_name("shift", model=base, adapter=None)
         identity = {
             "trait": "finetuning shift",
             "model": session.metadata.id,
             "fingerprint": session.metadata.fingerprint,
         }
-        with open_study(folder, kind=SHIFT_KIND, identity=identity) as store:
-            store.begin_session(**manifest_sections(session))
-            measure = _Measure(directions, prompts)
-            on_progress(_progress(0, len(models)))
-            at_base = measure(_backend(session), session)
-            values: dict[str, np.ndarray] = {}
-            for number, (name, files) in enumerate(adapters.items(), start=1):
-                if files is not None:
-                    values[name] = _with_adapter(session, measure, files)
-                on_progress(_progress(number, len(models)))
-            session.__exit__(None, None, None)  # whole models come one at a time
-            for name, files in adapters.items():
-                if files is None:
-                    values[name] = _of_model(settings, name, session, measure, notify=notify)
-            on_progress(_progress(len(models), len(models)))
-            ordered = {name: values[name] - at_base for name in checkpoints}
-            result = _result(settings, base, ordered, directions, store.path)
-            write_summary(store.path, dataclasses.asdict(result))
-            store.end_session(timings={})
+        with open_run(session, folder, kind=SHIFT_KIND, identity=identity) as work:
+            with work.store.stage("capture"):
+                values = _measure_all(session, adapters, loaded, prompts)
+            result = _result(settings, base, values, loaded, folder)
+            write_summary(folder, dataclasses.asdict(result))
     return result
 
 
-class _Measure:
-    """Projections of the prompts' last tokens on a model, ``[prompts, vectors, layers]``."""
+def _measure_all(
+    session: ModelSession,
+    adapters: Mapping[str, object | None],
+    vectors: LoadedVectors,
+    prompts: Sequence[tuple[int, ...]],
+) -> dict[str, np.ndarray]:
+    """Return each checkpoint's projections minus the base's, ``[prompts, vectors, layers]``.
 
-    def __init__(self, directions: Directions, prompts: Sequence[tuple[int, ...]]) -> None:
-        self.plan = directions.plan_of("prompt_last_proj")
-        self.prompts = prompts
-        self._shape = (len(prompts), len(directions.vectors), len(directions.layers))
+    Adapters are put on the one base in turn; whole models come after it is freed, one at a time.
+    """
+    plan = vectors.plan_of("prompt_last_proj")
+    shape = (len(prompts), len(vectors.vectors), len(vectors.layers))
+    metadata, models = session.metadata, len(adapters) + 1
 
-    def __call__(self, backend: HFBackend, session: ModelSession) -> np.ndarray:
-        project = Projector(
-            backend, self.plan, tokenizer=session.metadata.tokenizer, limit=session.metadata.context
+    def measure(backend: HFBackend) -> np.ndarray:
+        session.on_progress(
+            Progress(stage="checkpoints", done=len(values) + 1, total=models, unit="models")
         )
-        made = project([Ids(prompt_ids=ids, answer_ids=()) for ids in self.prompts])
-        return np.array([turns[0] for turns in made.rows], dtype=np.float64).reshape(self._shape)
+        project = Projector(backend, plan, tokenizer=metadata.tokenizer, limit=metadata.context)
+        rows = project([Ids(prompt_ids=ids, answer_ids=()) for ids in prompts]).rows
+        return np.array([turns[0] for turns in rows], dtype=np.float64).reshape(shape)
+
+    values: dict[str, np.ndarray] = {}
+    at_base = measure(_backend(session))
+    for name, files in adapters.items():
+        if files is not None:
+            with _adapter_on(_backend(session), files) as backend:
+                values[name] = measure(backend) - at_base
+    session.close()
+    for name, files in adapters.items():
+        if files is None:
+            with _whole_model(name, session) as whole:
+                values[name] = measure(_backend(whole)) - at_base
+    return {name: values[name] for name in adapters}
 
 
-def _with_adapter(session: ModelSession, measure: _Measure, files: object) -> np.ndarray:
-    backend = _backend(session)
+@contextmanager
+def _adapter_on(backend: HFBackend, files: object) -> Iterator[HFBackend]:
     plain = backend.model
     assert plain is not None
     try:
         with adapted(plain, files) as wrapped:  # type: ignore[arg-type]
             backend.model = wrapped  # type: ignore[assignment]
-            return measure(backend, session)
+            yield backend
     finally:
         backend.model = plain
 
 
-def _of_model(
-    settings: Settings, name: str, base: ModelSession, measure: _Measure, *, notify: Notify
-) -> np.ndarray:
-    """Measure a whole finetuned model, on the base's own prompts."""
-    with ModelSession(_on_base(settings, name), notify=notify) as session:
-        mine, theirs = session.metadata, base.metadata
-        if (mine.num_layers, mine.hidden_size) != (theirs.num_layers, theirs.hidden_size):
-            raise ModelError(
-                f"{name} has {mine.num_layers} layers of width {mine.hidden_size} and {theirs.id} "
-                f"{theirs.num_layers} of width {theirs.hidden_size}: give finetunes of the base."
-            )
-        return measure(_backend(session), session)
+def _whole_model(name: str, base: ModelSession) -> ModelSession:
+    """Return a whole finetuned model, of the base's shape."""
+    session = ModelSession(_on_base(base.settings, name), notify=base.notify)
+    mine, theirs = session.metadata, base.metadata
+    if (mine.num_layers, mine.hidden_size) != (theirs.num_layers, theirs.hidden_size):
+        raise ModelError(
+            f"{name} has {mine.num_layers} layers of width {mine.hidden_size} and {theirs.id} "
+            f"{theirs.num_layers} of width {theirs.hidden_size}: give finetunes of the base."
+        )
+    return session
 
 
 def _backend(session: ModelSession) -> HFBackend:
@@ -186,16 +189,16 @@ def _on_base(settings: Settings, name: str) -> Settings:
 
 def _prompts(
     session: ModelSession,
-    directions: Directions,
-    settings: Settings,
+    vectors: LoadedVectors,
     *,
     traits: Sequence[str],
     questions: Path | None,
 ) -> list[tuple[int, ...]]:
     if questions is not None:
-        samples = open_samples(open_source(questions, settings.project), session, skip_bad=False)
+        source = open_source(questions, session.settings.project)
+        samples = open_samples(source, session, skip_bad=False)
         return [prompt.ids for prompt in samples.distinct.values()]
-    names = traits or tuple(dict.fromkeys(v.trait for v in directions.vectors.values()))
+    names = traits or tuple(dict.fromkeys(v.trait for v in vectors.vectors.values()))
     cache = PromptCache(session)
     texts = dict.fromkeys(q for name in names for q in load_trait(name).questions("eval"))
     return [cache(question_messages(text, system=None))[1] for text in texts]
@@ -205,31 +208,28 @@ def _result(
     settings: Settings,
     base: str,
     values: Mapping[str, np.ndarray],
-    directions: Directions,
+    vectors: LoadedVectors,
     folder: Path,
 ) -> ShiftResult:
-    scores = dict(_scores(settings, [base, *values], directions))
-    shifts = []
-    for name, table in values.items():
-        for v, (vector, loaded) in enumerate(directions.vectors.items()):
-            for place, layer in enumerate(directions.layers):
-                column = table[:, v, place]
-                shifts.append(
-                    Shift(
-                        checkpoint=name,
-                        vector=vector,
-                        layer=layer,
-                        shift=bootstrap_mean(column, groups=range(len(column))),
-                        score=scores.get((name, loaded.trait)),
-                    )
-                )
+    scores = dict(_scores(settings, [base, *values], vectors))
+    shifts = [
+        Shift(
+            checkpoint=name,
+            vector=vector,
+            layer=layer,
+            shift=bootstrap_mean(table[:, column], groups=range(len(table))),
+            score=scores.get((name, vectors.vectors[vector].trait)),
+        )
+        for name, table in ((n, t.reshape(len(t), -1)) for n, t in values.items())
+        for column, (vector, layer) in enumerate(vectors.columns)
+    ]
     return ShiftResult(
         run=folder,
         base=base,
         checkpoints=tuple(values),
         prompts=len(next(iter(values.values()))),
         shifts=tuple(shifts),
-        trends=tuple(_trends(shifts, base, scores, directions)),
+        trends=tuple(_trends(shifts, base, scores, vectors)),
         next=(f"pvec report {folder}",),
     )
 
@@ -238,34 +238,33 @@ def _trends(
     shifts: Sequence[Shift],
     base: str,
     scores: Mapping[tuple[str, str], float],
-    directions: Directions,
+    vectors: LoadedVectors,
 ) -> Iterator[ShiftTrend]:
-    for vector, loaded in directions.vectors.items():
-        for layer in directions.layers:
-            pairs = [
-                (one.shift.mean, one.score)
-                for one in shifts
-                if one.vector == vector and one.layer == layer and one.score is not None
-            ]
-            base_score = scores.get((base, loaded.trait))
-            if base_score is not None:
-                pairs.append((0.0, base_score))
-            if len(pairs) >= 3:
-                x, y = [p[0] for p in pairs], [p[1] for p in pairs]
-                yield ShiftTrend(
-                    vector=vector,
-                    layer=layer,
-                    base_score=base_score,
-                    pearson=correlation(x, y),
-                    spearman=correlation(x, y, method="spearman"),
-                )
+    for vector, layer in vectors.columns:
+        pairs = [
+            (one.shift.mean, one.score)
+            for one in shifts
+            if one.vector == vector and one.layer == layer and one.score is not None
+        ]
+        base_score = scores.get((base, vectors.vectors[vector].trait))
+        if base_score is not None:
+            pairs.append((0.0, base_score))
+        if len(pairs) >= 3:
+            x, y = zip(*pairs, strict=True)
+            yield ShiftTrend(
+                vector=vector,
+                layer=layer,
+                base_score=base_score,
+                pearson=correlation(x, y),
+                spearman=correlation(x, y, method="spearman"),
+            )
 
 
 def _scores(
-    settings: Settings, models: Sequence[str], directions: Directions
+    settings: Settings, models: Sequence[str], vectors: LoadedVectors
 ) -> Iterator[tuple[tuple[str, str], float]]:
     """Yield the mean trait scores of unsteered, uninstructed answers that runs hold of a model."""
-    traits = {vector.trait for vector in directions.vectors.values()}
+    traits = {vector.trait for vector in vectors.vectors.values()}
     places = {_place(name): name for name in models}
     for summary in list_runs(settings.paths.runs):
         if summary.problem or summary.kind != "steer-eval" or not summary.scores:
@@ -291,7 +290,3 @@ def _scores(
 def _place(name: str) -> str:
     path = Path(name)
     return str(path.resolve()) if path.exists() else name
-
-
-def _progress(done: int, total: int) -> Progress:
-    return Progress(stage="checkpoints", done=done, total=total, unit="models")

@@ -1,35 +1,48 @@
-"""The run folders of screening, monitoring and shifts: their names, and what makes one theirs."""
+"""The run folders of screening and monitoring a file, and of a shift from a base model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pvec.backends.run_session import run_identity
+from pvec.backends.run_session import RunSession, run_identity
 from pvec.backends.session import ModelSession
 from pvec.errors import StoreError
 from pvec.runs.names import run_name
 from pvec.runs.responses import Json
-from pvec.runs.store import Run
-from pvec.settings import Settings
+from pvec.traits.trait import Trait
 
 
-def study_folder(settings: Settings, session: ModelSession, *, kind: str, path: Path) -> Path:
-    """Return the default folder of a study of a file: ``runs/screen-data-tiny``."""
-    name = run_name(
-        kind, path.resolve().stem, model=settings.model.id, adapter=session.metadata.adapter
-    )
-    return settings.paths.runs / name
+def open_study(
+    session: ModelSession,
+    command: str,
+    *,
+    kind: str,
+    path: Path,
+    out: Path | None,
+    traits: Sequence[Trait] = (),
+) -> RunSession:
+    """Open the run of a command on the file ``path`` or begin it: ``runs/screen-data-tiny``.
+
+    ``kind`` is the run's on disk. Raises ``StoreError`` for a run of another identity.
+    """
+    stem, settings = path.resolve().stem, session.settings
+    name = run_name(command, stem, model=settings.model.id, adapter=session.metadata.adapter)
+    identity = run_identity(session, subject={"trait": stem})
+    folder = out or settings.paths.runs / name
+    return open_run(session, folder, kind=kind, identity=identity, traits=traits)
 
 
-def study_identity(session: ModelSession, *, path: Path) -> dict[str, Json]:
-    """Return what tells a study whose answers are generated from another one."""
-    return run_identity(session, subject={"trait": path.resolve().stem})
-
-
-def open_study(folder: Path, *, kind: str, identity: Mapping[str, Json]) -> Run:
-    """Open the run of a study or begin it. Raises ``StoreError`` for one of another identity."""
+def open_run(
+    session: ModelSession,
+    folder: Path,
+    *,
+    kind: str,
+    identity: Mapping[str, Json],
+    traits: Sequence[Trait] = (),
+) -> RunSession:
+    """Open the run in ``folder`` or begin it. Raises ``StoreError`` for one of another identity."""
     try:
-        return Run.open_or_create(folder, kind=kind, identity=identity)
+        return RunSession(session, folder, kind=kind, identity=identity, traits=traits)
     except StoreError as error:
         raise StoreError(f"{error} (--out names the folder)") from error

@@ -66,11 +66,14 @@ def probe_writable(folder: Path, *, need_bytes: int = _SPARE_BYTES) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path, *, mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_write(
+    path: str | Path, *, mode: str = "wb", aside: Path | None = None
+) -> Iterator[IO[Any]]:
     """Open a file beside ``path`` for writing and put it in place when the block ends well.
 
     Whoever looks at ``path`` sees the old file or the new one, whole. ``mode`` is ``"wb"`` or
-    ``"w"`` (UTF-8, newlines as written). A link keeps pointing where it did, and an existing
+    ``"w"`` (UTF-8, newlines as written). ``aside`` is another folder of the same disk for the file
+    in the making. A link keeps pointing where it did, and an existing
     file's permissions stay. Raises ``StoreError`` when the disk is full or read-only.
     """
     target = Path(os.path.realpath(path))
@@ -79,23 +82,23 @@ def atomic_write(path: str | Path, *, mode: str = "wb") -> Iterator[IO[Any]]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"
+            dir=aside or target.parent, prefix=f".{target.name}.", suffix=".tmp"
         )
     except OSError as exc:
         raise store_error(target, exc) from exc
-    aside = Path(name)
+    unfinished = Path(name)
     try:
         with open(descriptor, mode, encoding=encoding, newline=newline) as stream:  # noqa: PTH123
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        aside.chmod(_permissions(target))
-        aside.replace(target)
+        unfinished.chmod(_permissions(target))
+        unfinished.replace(target)
         _sync_folder(target.parent)
     except OSError as exc:
         raise store_error(target, exc) from exc
     finally:
-        aside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 class WriterLock:

@@ -194,10 +194,10 @@ def _named(vectors: Vectors) -> dict[str, PersonaVector]:
     return found
 
 
-def _load(one: VectorLike) -> tuple[str, PersonaVector]:
-    if isinstance(one, PersonaVector):
-        return one.trait, one
-    path = find_vector(one)
+def _load(vector: VectorLike) -> tuple[str, PersonaVector]:
+    if isinstance(vector, PersonaVector):
+        return vector.trait, vector
+    path = find_vector(vector)
     return path.stem, load_vector(path)
 
 

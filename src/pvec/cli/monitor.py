@@ -1,0 +1,137 @@
+"""``pvec monitor``: prompts against the trait scores of their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pvec.cli.console import Console, table
+from pvec.cli.options import console_from, new_app, options, settings_from
+from pvec.cli.projection import (
+    READING,
+    File,
+    RunOut,
+    SkipBad,
+    Traits,
+    Vectors,
+    line,
+    next_steps,
+    output_options,
+    r_interval,
+)
+from pvec.cli.render import render_judge
+
+if TYPE_CHECKING:
+    from pvec.projection.inputs import OutputOptions
+    from pvec.projection.monitor import MonitorResult
+    from pvec.settings import Settings
+
+app = new_app()
+
+Score = Annotated[
+    str | None,
+    typer.Option(
+        "--score",
+        metavar="COLUMN",
+        help="Column with trait scores: nothing is generated or judged.",
+    ),
+]
+Condition = Annotated[
+    str,
+    typer.Option(
+        "--condition",
+        metavar="COLUMN",
+        help="Column of the prompts' conditions (else: their system prompts).",
+    ),
+]
+
+
+@app.command()
+@options(
+    "model.id", "model.adapter", "project.layers", "project.rollouts",
+    further=("model", "backend", "generation", "judge", "project.judge", "project.kind",
+             "project.same_model",
+             *READING, "project.chunk_rows", "paths"),
+)  # fmt: skip
+def monitor(
+    ctx: typer.Context,
+    *,
+    file: File,
+    vector: Vectors,
+    trait: Traits = None,
+    score: Score = None,
+    condition: Condition = "condition",
+    out: RunOut = None,
+    skip_bad: SkipBad = False,
+) -> None:
+    """Predict from prompts how much of a trait their answers will show.
+
+    Correlates the projection at the last prompt token with the trait scores of the answers: of a
+    judged run, of a column, or of answers generated and judged now (--judge-model, --no-judge).
+    Further options: docs/cli.md.
+    """
+    output = output_options(out=out, skip_bad=skip_bad)
+    settings, console = settings_from(ctx), console_from(ctx)
+    execute(
+        settings, console, file, vector,
+        traits=trait or (), score=score, condition=condition, output=output,
+    )  # fmt: skip
+
+
+def execute(
+    settings: Settings,
+    console: Console,
+    file: Path,
+    vectors: Sequence[str],
+    *,
+    traits: Sequence[str],
+    score: str | None,
+    condition: str,
+    output: OutputOptions,
+) -> None:
+    """Compare the prompts of a file with scores and show the result."""
+    from pvec.projection import monitor as workflow
+
+    with console.progress() as on_progress:
+        result = workflow.run(
+            settings,
+            file,
+            vectors,
+            traits=traits,
+            score=score,
+            condition=condition,
+            output=output,
+            notify=console.note,
+            on_progress=on_progress,
+        )
+    console.emit(result, lambda shown: _render(shown, result))
+
+
+def _render(console: Console, result: MonitorResult) -> None:
+    """Show how well each vector predicts the scores."""
+    line(
+        console,
+        f"{result.prompts:,} prompts under {result.conditions:,} conditions on {result.model} "
+        f"({result.generated:,} answers generated)",
+    )
+    if result.judge is not None:
+        render_judge(console, result.judge)
+    named = any(column.metric != column.vector for column in result.columns)
+    rows = [
+        (
+            f"{column.vector} @ {column.layer}{' *' if column.suggested else ''}",
+            *((column.metric,) if named else ()),
+            r_interval(column.overall),
+            r_interval(column.within),
+            r_interval(column.same_question),
+        )
+        for column in result.columns
+    ]
+    columns = ("vector", *(("score",) if named else ()), "r overall [95 %]")
+    console.print(table((*columns, "within a condition", "within a question"), rows))
+    if any(column.suggested for column in result.columns):
+        line(console, "* the layer that the vector suggests for prompts, whatever the scores say")
+    next_steps(console, result.model, result.next)

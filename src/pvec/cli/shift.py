@@ -1,0 +1,117 @@
+"""``pvec shift``: how far finetuning moved models along vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pvec.cli.console import Console, table
+from pvec.cli.options import console_from, new_app, options, settings_from
+from pvec.cli.projection import (
+    READING,
+    RunOut,
+    Traits,
+    Vectors,
+    interval,
+    line,
+    next_steps,
+    r_interval,
+)
+from pvec.runs.names import model_label
+
+if TYPE_CHECKING:
+    from pvec.projection.shift import ShiftResult
+    from pvec.settings import Settings
+
+app = new_app()
+
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="BASE FINETUNED...", help="The base model, then its finetunes or their adapters."
+    ),
+]
+Questions = Annotated[
+    Path | None,
+    typer.Option(
+        "--questions",
+        metavar="FILE",
+        help="Measure on the prompts of this file, not on a trait's evaluation questions.",
+    ),
+]
+
+
+@app.command()
+@options(
+    "project.layers",
+    further=("model.dtype", "model.device", "model.device_map", "model.revision",
+             "model.chat_template", "model.allow_pickle", "model.trust_remote_code",
+             "backend.token_budget", "project.kind", "project.same_model", *READING, "paths"),
+)  # fmt: skip
+def shift(
+    ctx: typer.Context,
+    *,
+    models: Models,
+    vector: Vectors,
+    trait: Traits = None,
+    questions: Questions = None,
+    out: RunOut = None,
+) -> None:
+    """Measure how far finetuning moved models along vectors.
+
+    The shift is the mean over prompts of the last prompt token's activation, finetuned minus base,
+    projected on the vector. Further options: docs/cli.md.
+    """
+    settings, console = settings_from(ctx), console_from(ctx)
+    execute(settings, console, models, vector, traits=trait or (), questions=questions, out=out)
+
+
+def execute(
+    settings: Settings,
+    console: Console,
+    models: Sequence[str],
+    vectors: Sequence[str],
+    *,
+    traits: Sequence[str],
+    questions: Path | None,
+    out: Path | None,
+) -> None:
+    """Measure the shifts and show them."""
+    from pvec.projection import shift as workflow
+
+    with console.progress() as on_progress:
+        result = workflow.run(
+            settings,
+            models,
+            vectors,
+            traits=traits,
+            questions=questions,
+            out=out,
+            notify=console.note,
+            on_progress=on_progress,
+        )
+    console.emit(result, lambda shown: _render(shown, result))
+
+
+def _render(console: Console, result: ShiftResult) -> None:
+    """Show shifts by checkpoint, and how they go with trait scores."""
+    line(console, f"shift from {result.base} over {result.prompts:,} prompts")
+    labels = {name: model_label(name) for name in result.checkpoints}
+    if len(set(labels.values())) < len(labels):
+        labels = {name: name for name in labels}
+    rows = [
+        (labels[one.checkpoint], f"{one.vector} @ {one.layer}", interval(one.shift), one.score)
+        for one in result.shifts
+    ]
+    console.print(table(("checkpoint", "vector", "shift [95 %]", "trait score"), rows))
+    for trend in result.trends:
+        line(
+            console,
+            f"{trend.vector} @ {trend.layer}: shift and trait score correlate at "
+            f"r {r_interval(trend.pearson)}, by rank {r_interval(trend.spearman)} "
+            f"({trend.pearson.n} models)",
+        )
+    next_steps(console, result.base, result.next)
