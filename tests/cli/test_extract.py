@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from pvec.runs.store import Run
 from pvec.vectors.formats import load_vector
+from pvec.vectors.quality import summarize
 
 LIMIT, ROLLOUTS, PAIRS = 4, 3, 5
 ANSWERS = 2 * LIMIT * ROLLOUTS * PAIRS
@@ -111,6 +112,13 @@ def test_the_vector_is_the_difference_of_means_over_the_kept_answers(
     vector = load_vector(folder / "vectors" / "evil.safetensors")
     assert vector.metadata["kept_pos"] == str(len(means["pos"]))
     assert vector.metadata["kept_neg"] == str(len(means["neg"]))
+    # What was decided is stored for the report, under the judge whose scores it rests on.
+    summary = json.loads((folder / "summary.json").read_text())
+    (judged,) = summary["judged"].values()
+    assert {sign: judged["filtered"][sign]["kept"] for sign in means} == {
+        sign: len(rows) for sign, rows in means.items()
+    }
+    assert summary["suggested"]["layer"] == summarize(vector).suggested_layer
     # All but the last row, which transformers gives after the final norm.
     np.testing.assert_allclose(vector.kind("response_avg")[:-1], expected[:-1], atol=2e-5)
 
@@ -170,6 +178,21 @@ def test_judging_can_wait_and_be_repeated_with_another_judge(
     judged = pvec("judge", folder, "--judge-url", server.url, "--json")
     assert judged.code == 0, judged.err
     assert judged.json["report"]["counts"] == {"ok": 2 * ANSWERS}
+    # Answers asked for opposite things have no common mean: each sign has its own.
+    scores = Run.read(folder).scores_by_response()
+    for sign in ("pos", "neg"):
+        values = [
+            scores[record.id]["evil"].score
+            for record in Run.read(folder).responses()
+            if record.condition["sign"] == sign
+        ]
+        (mean,) = (
+            row["score"]["mean"]
+            for row in judged.json["means"]
+            if (row["group"], row["metric"]) == (sign, "evil")
+        )
+        assert mean == pytest.approx(np.mean(np.array(values, dtype=float)))
+    assert {row["group"] for row in judged.json["means"]} == {"pos", "neg"}
     again = pvec("judge", folder, "--judge-url", server.url, "--judge-model", "other", "--json")
     assert again.json["report"]["counts"] == {"ok": 2 * ANSWERS}
     assert len(Run.read(folder).judges()) == 2

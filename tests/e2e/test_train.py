@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from pvec.errors import PvecError
 from pvec.report import report
-from pvec.runs.trainlog import read_log
+from pvec.runs.summary import read_log
 from pvec.training import train, trainer
 from pvec.vectors.formats import save_vector
 from pvec.vectors.vector import PersonaVector

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from pvec.errors import InputError, StoreError
+from pvec.runs.listing import list_runs
 from pvec.runs.responses import ResponseRecord, response_id
-from pvec.runs.store import Run, list_runs
+from pvec.runs.store import Run
 from pvec.types import Instruction, Sampling, Score
 
 IDENTITY = {"model": {"id": "tiny", "fingerprint": "f00"}, "trait": {"evil": "abc"}, "seed": 0}

@@ -69,7 +69,7 @@ def _render(console: Console, results: Sequence[ExtractResult]) -> None:
     for result in results:
         console.print(
             f"[bold]{result.trait}[/bold] in {result.model}: {result.answers:,} answers "
-            f"({result.generated:,} new, {result.cut:,} cut at the token limit)"
+            f"({result.generated:,} new, {result.cut:,} truncated at the token limit)"
         )
         if result.judge is not None:
             render_judge(console, result.judge)

@@ -155,11 +155,11 @@ def from_csv(
 
 def with_model_of(settings: Settings, path: Path) -> Settings:
     """Return ``settings`` with the model and adapter that gave the answers of a run."""
-    made_by = Run.read(path).manifest.get("model", {})
-    named = {"id": made_by.get("id"), "adapter": made_by.get("adapter")}
-    if named["id"] is None:
+    recorded = Run.read(path).manifest.get("model", {})
+    if recorded.get("id") is None:
         return settings
-    return settings.model_copy(update={"model": settings.model.model_copy(update=named)})
+    model = {"id": recorded["id"], "adapter": recorded.get("adapter")}
+    return settings.model_copy(update={"model": settings.model.model_copy(update=model)})
 
 
 @contextmanager
@@ -177,12 +177,12 @@ def _session(
 
 
 def _require_same_model(run: Run, session: ModelSession) -> None:
-    made_by = run.manifest.get("model", {})
-    fingerprint = made_by.get("fingerprint")
+    recorded = run.manifest.get("model", {})
+    fingerprint = recorded.get("fingerprint")
     if fingerprint and fingerprint != session.metadata.fingerprint:
-        adapter = f" with the adapter {made_by['adapter']}" if made_by.get("adapter") else ""
+        adapter = f" with the adapter {recorded['adapter']}" if recorded.get("adapter") else ""
         raise ModelError(
-            f"The answers of {run.path} are by {made_by.get('id')}{adapter} (fingerprint "
+            f"The answers of {run.path} are by {recorded.get('id')}{adapter} (fingerprint "
             f"{fingerprint}), not by {session.metadata.id} ({session.metadata.fingerprint}): give "
             f"that model with --model and --adapter."
         )

@@ -7,6 +7,7 @@ goes, so a second call finishes what is missing and repeats nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -202,7 +203,7 @@ def _finish(jobs: Sequence[_Job]) -> list[ExtractResult]:
         except InputError as error:
             failures.append(error)
     if failures:
-        done = "".join(f" The vector of {one.trait!r} is in {one.run}." for one in results)
+        done = "".join(f" The vector of {r.trait!r} is in {r.run}." for r in results)
         raise InputError(" ".join(map(str, failures)) + done)
     return results
 
@@ -211,11 +212,11 @@ def _load_traits(names: Sequence[str], *, out: Path | None) -> list[Trait]:
     if not names:
         raise InputError("No trait was named: give --trait NAME (`pvec trait list` shows them).")
     if out is not None and len(names) > 1:
-        raise InputError("--out takes one trait: leave it away, and each gets a folder in runs/.")
+        raise InputError("--out takes one trait: omit it, and each trait gets a folder in runs/.")
     traits = [load_trait(name) for name in names]
-    twice = {one.name for one in traits if sum(one.name == other.name for other in traits) > 1}
-    if twice:
-        raise InputError(f"The trait {min(twice)!r} was named twice: name each trait once.")
+    repeated = [name for name, count in Counter(t.name for t in traits).items() if count > 1]
+    if repeated:
+        raise InputError(f"The trait {repeated[0]!r} was named twice: name each trait once.")
     for trait in traits:
         require_usable(trait)
         trait.questions("extract")

@@ -6,16 +6,17 @@ Also what extracting and judging say of judged answers: mean scores and the expo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pvec.backends.session import Notify, ignore
-from pvec.data.judged_csv import JudgedAnswer, write_judged_csv
+from pvec.data.judged_csv import write_judged_csv
 from pvec.errors import StoreError
 from pvec.judges.prompts import COHERENCE, metrics_of
 from pvec.judges.scoring import JudgeReport, ResponseScorer, judged_answer, score_of
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
+from pvec.runs.summary import update_summary
 from pvec.settings import Settings
 from pvec.settings.tree import FilterSettings
 from pvec.stats import Interval, bootstrap_mean
@@ -39,8 +40,8 @@ class MetricMean:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeResult:
-    """What judging a run gave: means by metric with what is missing, and for an extraction which
-    answers would count towards a vector.
+    """What judging a run gave: means by metric with what is missing; for an extraction by sign,
+    and which answers would count towards a vector.
     """
 
     run: Path
@@ -50,6 +51,14 @@ class JudgeResult:
     means: tuple[MetricMean, ...]
     filtered: Mapping[Sign, Mapping[Reason, int]] = field(default_factory=dict)
     next: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedExtraction:
+    """What a judge's scores say of an extraction: which answers count, and means by sign."""
+
+    filtered: FilterResult
+    means: tuple[MetricMean, ...]
 
 
 def run(
@@ -77,21 +86,68 @@ def run(
                 raise StoreError(f"{path} has no answers yet: run the command that made it again.")
             report = scorer.score(store, records, metrics_of(*traits), on_progress=on_progress)
             scores = store.scores_by_response(judge=report.judge)
+            names = [*(trait.name for trait in traits), COHERENCE]
+            means = tuple(metric_means(records, scores, names))
             filtered: Mapping[Sign, Mapping[Reason, int]] = {}
             if store.kind == "extract":
-                export_signs(store, traits[0].name, records, scores)
-                filtered = filter_records(records, scores, traits[0].name, settings.filter).counts
-    metrics = [*(trait.name for trait in traits), COHERENCE]
+                # An average over answers that were asked for opposite things would mean nothing.
+                outcome = conclude(
+                    store, traits[0].name, records, judge=report.judge, settings=settings.filter
+                )
+                means, filtered = outcome.means, outcome.filtered.counts
     following = "vector compute" if seen.kind == "extract" else "report"
     return JudgeResult(
         run=path,
         kind=seen.kind,
         answers=len(records),
         report=report,
-        means=tuple(metric_means(records, scores, metrics)),
+        means=means,
         filtered=filtered,
         next=(f"pvec {following} {path}",),
     )
+
+
+def conclude(
+    store: Run,
+    trait: str,
+    records: Sequence[ResponseRecord],
+    *,
+    judge: str,
+    settings: FilterSettings,
+) -> JudgedExtraction:
+    """Decide which answers of a judged extraction count, and keep that in the run.
+
+    The counts and the means by sign go into ``summary.json`` under the judge's name, the answers
+    with their scores into ``TRAIT_pos.csv`` and ``TRAIT_neg.csv`` (the reference's columns).
+    """
+    scores = store.scores_by_response(judge=judge)
+    outcome = JudgedExtraction(
+        filtered=_filter(records, scores, trait, settings),
+        means=tuple(
+            mean
+            for sign in SIGNS
+            for mean in metric_means(
+                [record for record in records if sign_of(record) == sign],
+                scores,
+                [trait, COHERENCE],
+                group=sign,
+            )
+        ),
+    )
+    for sign in SIGNS:
+        rows = [
+            judged_answer(record, scores.get(record.id, {}), trait)
+            for record in records
+            if sign_of(record) == sign
+        ]
+        write_judged_csv(store.csv_path(f"{trait}_{sign}"), rows, trait=trait)
+    judged = {
+        "filter": settings.model_dump(mode="json"),
+        "filtered": outcome.filtered.counts,
+        "means": [asdict(mean) for mean in outcome.means],
+    }
+    update_summary(store.path, judged={judge: judged})
+    return outcome
 
 
 def sign_of(record: ResponseRecord) -> Sign:
@@ -99,7 +155,7 @@ def sign_of(record: ResponseRecord) -> Sign:
     return "pos" if record.condition["sign"] == "pos" else "neg"
 
 
-def filter_records(
+def _filter(
     records: Iterable[ResponseRecord], scores: Scores, trait: str, settings: FilterSettings
 ) -> FilterResult:
     """Decide which of an extraction's answers count, by the thresholds of the settings."""
@@ -132,27 +188,3 @@ def metric_means(
     for metric in metrics:
         values = [score_of(scores.get(record.id, {}), metric) for record in records]
         yield MetricMean(group=group, metric=metric, score=bootstrap_mean(values, groups=questions))
-
-
-def means_by_sign(
-    records: Iterable[ResponseRecord], scores: Scores, metrics: Sequence[str]
-) -> Iterator[MetricMean]:
-    """Yield the mean of each metric over the positive answers, then over the negative ones."""
-    by_sign: dict[Sign, list[ResponseRecord]] = {sign: [] for sign in SIGNS}
-    for record in records:
-        by_sign[sign_of(record)].append(record)
-    for sign, answers in by_sign.items():
-        yield from metric_means(answers, scores, metrics, group=sign)
-
-
-def export_signs(
-    store: Run, trait: str, records: Iterable[ResponseRecord], scores: Scores
-) -> list[Path]:
-    """Write ``TRAIT_pos.csv`` and ``TRAIT_neg.csv`` in the reference's columns."""
-    rows: dict[Sign, list[JudgedAnswer]] = {sign: [] for sign in SIGNS}
-    for record in records:
-        rows[sign_of(record)].append(judged_answer(record, scores.get(record.id, {}), trait))
-    paths = {sign: store.csv_path(f"{trait}_{sign}") for sign in SIGNS}
-    for sign, answers in rows.items():
-        write_judged_csv(paths[sign], answers, trait=trait)
-    return list(paths.values())

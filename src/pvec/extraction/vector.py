@@ -13,11 +13,11 @@ from pvec import __version__
 from pvec.backends.kept_means import captured
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError
-from pvec.extraction.judge import MetricMean, export_signs, filter_records, means_by_sign, sign_of
-from pvec.judges.prompts import COHERENCE
+from pvec.extraction.judge import MetricMean, conclude, sign_of
 from pvec.models.chat import spans_from_ids
 from pvec.runs.responses import ResponseRecord, stable_hash
 from pvec.runs.store import Run
+from pvec.runs.summary import update_summary
 from pvec.settings.commands import FilterSettings
 from pvec.stats import Interval
 from pvec.traits.trait import Trait
@@ -70,12 +70,14 @@ def vector_of_run(
     run. Raises ``InputError`` when too few answers are left; the exports are written all the same,
     a vector from before is not touched.
     """
-    scores = store.scores_by_response(judge=judge)
-    filtered = filter_records(records, scores, trait.name, session.settings.filter)
-    session.processes.on_main(lambda: export_signs(store, trait.name, records, scores))
+    settings = session.settings.filter
+    outcome = session.processes.on_main(
+        lambda: conclude(store, trait.name, records, judge=judge, settings=settings)
+    )
+    filtered = outcome.filtered
     kept = [record for record in records if filtered.kept(record.id)]
     provenance = {
-        **filter_provenance(session.settings.filter, filtered),
+        **filter_provenance(settings, filtered),
         "trait_hash": trait.hash,
         "seed": str(session.settings.generation.seed),
         "judge": judge,
@@ -86,21 +88,15 @@ def vector_of_run(
     path = out or store.vector_path(trait.name)
     vector = _if_current(path, provenance["inputs"])
     if vector is None:
-        vector = compute_vector(
-            session,
-            trait.name,
-            [contribution_of(record) for record in kept],
-            filtered=filtered,
-            provenance=provenance,
+        contributions = [contribution_of(record) for record in kept]
+        vector = computed = compute_vector(
+            session, trait.name, contributions, filtered=filtered, provenance=provenance
         )
-        made = vector
-        session.processes.on_main(lambda: save_vector(made, path))
-    return RunVector(
-        path=path,
-        scores=tuple(means_by_sign(records, scores, [trait.name, COHERENCE])),
-        filtered=filtered.counts,
-        summary=summarize(vector),
-    )
+        session.processes.on_main(lambda: save_vector(computed, path))
+    summary = summarize(vector)
+    suggestion = {"judge": judge, "layer": summary.suggested_layer, "reason": summary.reason}
+    session.processes.on_main(lambda: update_summary(store.path, suggested=suggestion))
+    return RunVector(path=path, scores=outcome.means, filtered=filtered.counts, summary=summary)
 
 
 def _if_current(path: Path, inputs: str) -> PersonaVector | None:
@@ -165,9 +161,9 @@ def _finish(
     provenance: Mapping[str, str],
 ) -> PersonaVector:
     """Return the vector of what all processes accumulated."""
-    whole, *others = parts
-    for other in others:
-        whole.merge(other)
+    whole, *rest = parts
+    for part in rest:
+        whole.merge(part)
     result = whole.result()
     stats = {"auc": whole.separation(), "stability": whole.stability()}
     return PersonaVector(

@@ -23,8 +23,9 @@ from pvec.models.adapters import adapted, find_adapter
 from pvec.projection.inputs import open_samples, open_source
 from pvec.projection.projector import LoadedVectors, Projector, open_vectors
 from pvec.projection.study import open_run
+from pvec.runs.listing import list_runs
 from pvec.runs.names import run_name
-from pvec.runs.store import Run, list_runs
+from pvec.runs.store import Run
 from pvec.runs.summary import SHIFT_KIND, write_summary
 from pvec.settings import Settings
 from pvec.stats import Correlation, Interval, bootstrap_mean, correlation

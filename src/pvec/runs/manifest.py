@@ -76,13 +76,13 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def refuse_other_identity(
-    folder: Path, *, recorded: Mapping[str, Any], asked: Mapping[str, Any]
+    folder: Path, *, recorded: Mapping[str, Any], current: Mapping[str, Any]
 ) -> None:
     """Raise ``StoreError`` when the run in ``folder`` was made with another configuration.
 
     The message names what differs (the first three of it), old and new.
     """
-    differences = list(_differences(recorded, json.loads(json.dumps(asked))))
+    differences = list(_differences(recorded, json.loads(json.dumps(current))))
     if not differences:
         return
     shown = "; ".join(f"{key}: {_shown(old)} → {_shown(new)}" for key, old, new in differences[:3])

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -83,7 +82,7 @@ class Run(Closing):
             if not (folder / FILE_NAME).exists():
                 write_manifest(folder, new_manifest(kind=kind, identity=identity))
             manifest = read_manifest(folder)
-            refuse_other_identity(folder, recorded=manifest["identity"], asked=identity)
+            refuse_other_identity(folder, recorded=manifest["identity"], current=identity)
             return cls(folder, manifest, resources.pop_all())
 
     @classmethod
@@ -231,10 +230,10 @@ class Run(Closing):
 
     def scores_by_response(self, *, judge: str | None = None) -> dict[str, dict[str, Score]]:
         """Return ``{response id: {metric: score}}`` of one judge (see ``choose_judge``)."""
-        chosen = self.choose_judge(judge)
+        judge = self.choose_judge(judge)
         table: dict[str, dict[str, Score]] = {}
         for score in self._latest_scores():
-            if score.judge == chosen:
+            if score.judge == judge:
                 table.setdefault(score.response_id, {})[score.metric] = score
         return table
 
@@ -290,60 +289,9 @@ class Run(Closing):
         yield from {score.id: score for score in self.scores()}.values()
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunSummary:
-    """A run in one line of a listing; ``problem`` says why it cannot be read, or is empty."""
-
-    path: Path
-    kind: str = ""
-    created: str = ""
-    responses: int = 0
-    scores: int = 0
-    vectors: tuple[str, ...] = ()
-    finished: bool = False
-    problem: str = ""
-
-
-def list_runs(root: str | Path) -> list[RunSummary]:
-    """Return the runs in ``root`` and one folder level below, the latest first.
-
-    A run that cannot be read is listed with its problem.
-    """
-    folders = {
-        manifest.parent
-        for pattern in (f"*/{FILE_NAME}", f"*/*/{FILE_NAME}")
-        for manifest in Path(root).glob(pattern)
-    }
-    return sorted(map(_summary, folders), key=lambda run: (run.created, run.path), reverse=True)
-
-
 def _is_foreign(path: Path) -> bool:
     """Whether pvec did not put ``path`` there; a kill at the very start leaves hidden files."""
     return not path.name.startswith(".")
-
-
-def _summary(folder: Path) -> RunSummary:
-    try:
-        manifest = read_manifest(folder)
-    except StoreError as exc:
-        return RunSummary(path=folder, problem=str(exc))
-    sessions = manifest["sessions"]
-    return RunSummary(
-        path=folder,
-        kind=manifest["kind"],
-        created=manifest["created"],
-        responses=_count_lines(folder / "responses.jsonl"),
-        scores=_count_lines(folder / "scores.jsonl"),
-        vectors=tuple(sorted(p.stem for p in (folder / "vectors").glob("*.safetensors"))),
-        finished=bool(sessions) and sessions[-1]["ended"] is not None,
-    )
-
-
-def _count_lines(path: Path) -> int:
-    if not path.exists():
-        return 0
-    with path.open("rb") as stream:
-        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
 
 
 def _frame_row(

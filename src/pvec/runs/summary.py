@@ -1,4 +1,4 @@
-"""What projecting commands leave in their runs for the report: one JSON file of numbers each."""
+"""What commands leave in their runs for the report: the numbers of a result, a training's log."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 
 from pvec.errors import StoreError
 from pvec.runs.files import atomic_write
+from pvec.runs.jsonl import read_jsonl
 
 DIFF_KIND = "project-diff"
 PROMPTS_KIND = "project-prompts"
 SHIFT_KIND = "project-shift"
 
 SUMMARY = "summary.json"
+LOG = "log.jsonl"
+"""One line per logged step of a finetuning, appended as it goes."""
 
 
 def write_summary(folder: Path, result: Mapping[str, Any]) -> None:
@@ -24,15 +27,29 @@ def write_summary(folder: Path, result: Mapping[str, Any]) -> None:
         stream.write(json.dumps(_plain(result), indent=2, ensure_ascii=False) + "\n")
 
 
+def update_summary(folder: Path, **sections: Mapping[str, Any]) -> None:
+    """Write sections of a summary; entries of other keys stay as an earlier call wrote them."""
+    kept = read_summary(folder) if (folder / SUMMARY).is_file() else {}
+    write_summary(folder, {**kept, **{k: {**kept.get(k, {}), **v} for k, v in sections.items()}})
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
     """Return what ``write_summary`` wrote. Raises ``StoreError`` when there is none yet."""
     try:
-        found: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         raise StoreError(
             f"{folder} holds no results yet: run the command that made it again."
         ) from exc
-    return found
+    return summary
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Return a training's log in order of steps; what a resumed run did again counts once."""
+    lines: dict[tuple[float, bool, bool], dict[str, Any]] = {}
+    for _, line in read_jsonl(folder / LOG):
+        lines[line["step"], "eval_loss" in line, "train_loss" in line] = dict(line)
+    return [lines[key] for key in sorted(lines)]
 
 
 def _plain(value: Any) -> Any:

@@ -21,7 +21,7 @@ from pvec.runs.files import atomic_write
 from pvec.runs.jsonl import JsonlLog
 from pvec.runs.responses import stable_hash
 from pvec.runs.store import Run
-from pvec.runs.trainlog import LOG, read_log
+from pvec.runs.summary import LOG, read_log
 from pvec.training.config import TrainConfig
 from pvec.training.configfile import load_config
 from pvec.training.plan import Prepared, prepare

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pvec.report.figures import GRID, MARKERS, SERIES, Cell, Figure, Table
 from pvec.report.page import Chapter, Section
 from pvec.report.sections.common import RunData
-from pvec.runs.trainlog import read_log
+from pvec.runs.summary import read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
