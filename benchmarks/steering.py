@@ -26,11 +26,12 @@ import torch
 from pvec.backends.base import Backend
 from pvec.backends.planned import derive_seed, question_messages
 from pvec.backends.session import ModelSession
-from pvec.evaluation.conditions import Grid, Source, random_like, steered_conditions
+from pvec.evaluation.conditions import steered_conditions
 from pvec.models.chat import prompt_ids, spans_from_ids
 from pvec.models.decoder import find_decoder
 from pvec.settings import Settings
-from pvec.settings.tree import ModelSettings
+from pvec.settings.tree import ModelSettings, SteerSettings
+from pvec.steering.instructions import SteeringVector, random_like
 from pvec.traits.trait import Trait, load_trait
 from pvec.types import Instruction, Request, Sampling
 
@@ -71,7 +72,7 @@ Point = tuple[tuple[Instruction, ...], list[tuple[int, ...]]]
 """What steers, and the prompts of the 20 questions."""
 
 
-def class_difference(backend: Backend, trait: Trait) -> Source:
+def class_difference(backend: Backend, trait: Trait) -> SteeringVector:
     """Make a vector without a judge: mean response under positive minus negative instructions."""
     sums = {}
     for sign in ("pos", "neg"):
@@ -93,14 +94,16 @@ def class_difference(backend: Backend, trait: Trait) -> Source:
             if one.token_ids
         ]
         sums[sign] = np.mean([m.means["response"] for m in backend.capture(spans)], axis=0)
-    return Source(label=trait.name, rows=(sums["pos"] - sums["neg"]).astype(np.float32))
+    return SteeringVector(label=trait.name, rows=(sums["pos"] - sums["neg"]).astype(np.float32))
 
 
-def sweep(backend: Backend, trait: Trait, source: Source) -> list[Point]:
+def sweep(backend: Backend, trait: Trait, source: SteeringVector) -> list[Point]:
     """Return every point of the sweep: baseline, prompt baselines, vector and random control."""
     depth = backend.info.num_layers
     layers = sorted({max(1, round(depth * (i + 1) / LAYERS)) for i in range(LAYERS)})
-    grid = Grid(layers=tuple((layer,) for layer in layers), coefs=COEFS)
+    steer = SteerSettings(
+        layer=",".join(map(str, layers)), coef=",".join(f"{coef:g}" for coef in COEFS)
+    )
 
     def prompts(system: str | None) -> list[tuple[int, ...]]:
         return [
@@ -112,7 +115,8 @@ def sweep(backend: Backend, trait: Trait, source: Source) -> list[Point]:
     points: list[Point] = [((), plain)]
     points += [((), prompts(trait.system_prompt(sign, 0))) for sign in ("pos", "neg")]
     for one in (source, random_like(source, seed=0)):
-        points += [(condition.steering, plain) for condition in steered_conditions([one], grid)]
+        conditions = steered_conditions([one], steer, num_layers=depth)
+        points += [(condition.steering, plain) for condition in conditions]
     return points
 
 
@@ -193,7 +197,7 @@ def _add_to_last(added: torch.Tensor) -> Any:
     return hook
 
 
-def compare_steps(backend: Backend, trait: Trait, source: Source, *, clock: Clock) -> None:
+def compare_steps(backend: Backend, trait: Trait, source: SteeringVector, *, clock: Clock) -> None:
     """Time the same tokens steered and not: a dose too small to change any choice of a token.
 
     Every row has a prompt of its own, so that none shares its prefill and only steering differs.

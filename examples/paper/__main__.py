@@ -16,10 +16,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from examples.paper.numbers import written
-from examples.paper.pieces import Piece, do_all
+from examples.paper.numbers import format_interval
 from examples.paper.plan import seeds
 from examples.paper.sizes import SIZES
+from examples.paper.steps import Step, run_steps
 from pvec import PvecError
 
 
@@ -31,10 +31,10 @@ def main() -> int:
         size = replace(size, seeds=tuple(range(options.seeds)))
     out = options.out / size.name
     plans = seeds(size, out)
-    pieces: list[Piece] = [piece for plan in plans for piece in plan.pieces.values()]
+    steps: list[Step] = [step for plan in plans for step in plan.steps.values()]
     started = time.monotonic()
     try:
-        done = do_all(pieces, jobs=options.jobs, say=lambda text: print(text, flush=True))
+        done = run_steps(steps, jobs=options.jobs, notify=lambda text: print(text, flush=True))
     except PvecError as error:
         print(f"{error}", file=sys.stderr)
         return 2
@@ -44,10 +44,10 @@ def main() -> int:
     for one in told:
         print(f"\n{one.number}. {one.title}: {one.verdict}\n   {one.here}")
         for check in one.checks:
-            found = written(check.interval, digits=2)
+            found = format_interval(check.interval, digits=2)
             print(f"   {check.verdict:11}  {check.what}: {found} (expected {check.expected})")
     minutes = (time.monotonic() - started) / 60
-    print(f"\n{done} pieces done, {len(pieces) - done} were there, {minutes:.1f} minutes\n{path}")
+    print(f"\n{done} steps done, {len(steps) - done} were there, {minutes:.1f} minutes\n{path}")
     return 0
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from examples.paper.chapters import Results, Told, answer
-from examples.paper.numbers import Check, over_seeds, overall, shown
-from examples.paper.pictures import Dot, bars, dots
+from examples.paper.experiments import LAST
+from examples.paper.figures import bars, dots
+from examples.paper.numbers import Check, mean_ci, over_seeds, overall
 from examples.paper.plan import BASE, MISTAKES, RESCUE_COEFS
+from examples.paper.replication import Replication, Results, verdict_clause
 from examples.paper.sizes import Size
-from examples.paper.work import LAST
-from pvec.report.figures import Figure
+from pvec.report.figure import Figure
+from pvec.report.figures import Dot
 from pvec.stats import correlation
 
 SMALL = 10.0
@@ -22,7 +23,7 @@ STRONGEST = f"{min(RESCUE_COEFS):g}"
 Arm = Mapping[str, Any]
 
 
-def finetuning(results: Results, size: Size) -> Told:
+def finetuning(results: Results, size: Size) -> Replication:
     """Figure 4: what finetuning does to traits, and the shift beside the score."""
     rise = mean_over_traits(
         results, size, lambda one, t: score(one, f"{t} II", t) - score(one, BASE, t)
@@ -48,15 +49,16 @@ def finetuning(results: Results, size: Size) -> Told:
         Check(what="trait score, trained on false facts minus on true ones", values=mistakes),
         Check(what="r of shift and trait score over the models", values=trend, r=True),
     )
-    return Told(
+    return Replication(
         number=4,
         title="Finetuning shifts the persona",
         paper="training on data that shows a trait brings it about, the more the stronger the "
         "data; even data with mistakes in other fields does; and the shift along the vector goes "
         "with the trait score (r 0.76 to 0.97; Fig. 5, 6).",
-        here=f"the strong sets raise their traits by {shown(rise)} points; "
-        f"false facts raise the traits by {shown(mistakes)} over true ones; "
-        f"shift and score go together at r {shown(trend, r=True)}; {answer(overall(checks))}.",
+        here=f"the strong sets raise their traits by {mean_ci(rise)} points; "
+        f"false facts raise the traits by {mean_ci(mistakes)} over true ones; "
+        f"shift and score go together at r {mean_ci(trend, r=True)}; "
+        f"{verdict_clause(overall(checks))}.",
         checks=checks,
         figures=(_scores_figure(results, size), _shift_figure(results, size)),
         notes=(
@@ -116,7 +118,7 @@ def _shift_figure(results: Results, size: Size) -> Figure:
     points = [
         Dot(
             group=f"along {trait}",
-            text=arm,
+            label=arm,
             x=over_seeds([one["shift"].get(arm, {}).get(trait, 0.0) for one in results]),
             y=over_seeds([score(one, arm, trait) for one in results]),
         )

@@ -90,7 +90,7 @@ def overall(checks: Sequence[Check]) -> Verdict:
     return "agrees" if verdicts == {"agrees"} else "cannot tell"
 
 
-def written(interval: Interval, *, digits: int = 0) -> str:
+def format_interval(interval: Interval, *, digits: int = 0) -> str:
     """Return ``71 [65, 77]``, without brackets where there is no interval."""
     if math.isnan(interval.mean):
         return "unknown"
@@ -101,6 +101,6 @@ def written(interval: Interval, *, digits: int = 0) -> str:
     return mean if math.isnan(interval.low) else f"{mean} [{low}, {high}]"
 
 
-def shown(values: Sequence[float], *, r: bool = False) -> str:
+def mean_ci(values: Sequence[float], *, r: bool = False) -> str:
     """Return one value per seed as a mean with its interval, in words."""
-    return written(over_seeds(values, r=r), digits=2 if r else 0)
+    return format_interval(over_seeds(values, r=r), digits=2 if r else 0)

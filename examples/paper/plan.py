@@ -1,4 +1,4 @@
-"""Which pieces there are: one list per seed, in the order of the figures that need them."""
+"""Which steps there are: one list per seed, in the order of the figures that need them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from examples.paper import watching, work
-from examples.paper.pieces import Piece, Result, Work
+from examples.paper import experiments, monitoring
+from examples.paper.experiments import LAYER
 from examples.paper.sizes import Size
-from examples.paper.work import LAYER
+from examples.paper.steps import Result, Step, Work
 from pvec.types import VectorKind
 
 KINDS: tuple[VectorKind, ...] = ("response_avg", "prompt_avg", "prompt_last")
@@ -30,12 +30,12 @@ RESCUE_COEFS = (0.0, -0.25, -0.5, -1.0, -1.5)
 
 @dataclass(kw_only=True)
 class Seed:
-    """The pieces of one seed by name."""
+    """The steps of one seed by name."""
 
     number: int
     size: Size
     folder: Path
-    pieces: dict[str, Piece] = field(default_factory=dict)
+    steps: dict[str, Step] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._extractions()
@@ -46,28 +46,28 @@ class Seed:
         self._screening()
 
     def results(self) -> dict[str, Result]:
-        """Return what every piece found; all must be done."""
-        found = {name: piece.result() for name, piece in self.pieces.items()}
+        """Return what every step found; all must be done."""
+        found = {name: step.result() for name, step in self.steps.items()}
         return {name: result for name, result in found.items() if result is not None}
 
     def vector(self, trait: str) -> str:
         """Return where the trait's vector is, once it is extracted."""
         return str(
-            self.pieces[f"vector {trait}"].folder / "run" / "vectors" / f"{trait}.safetensors"
+            self.steps[f"vector {trait}"].folder / "run" / "vectors" / f"{trait}.safetensors"
         )
 
     def adapter(self, arm: str) -> str:
-        return str(self.pieces[f"train {arm}"].folder / "run" / "adapter")
+        return str(self.steps[f"train {arm}"].folder / "run" / "adapter")
 
     def dataset(self, name: str) -> str:
-        return str(self.pieces["data"].folder / "sets" / f"{name.replace(' ', '_')}.jsonl")
+        return str(self.steps["data"].folder / "sets" / f"{name.replace(' ', '_')}.jsonl")
 
     def _add(self, name: str, work: Work, *, after: Sequence[str] = (), **arguments: Any) -> None:
-        self.pieces[name] = Piece(
+        self.steps[name] = Step(
             folder=self.folder / name.replace(" ", "-"),
             work=work,
             arguments={**arguments, "seed": self.number},
-            after=tuple(self.pieces[one] for one in after),
+            after=tuple(self.steps[one] for one in after),
         )
 
     def _answering(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Seed:
         for trait in self.size.traits:
             self._add(
                 f"vector {trait}",
-                work.vector,
+                experiments.vector,
                 trait=trait,
                 questions=self.size.extract_questions,
             )
@@ -87,7 +87,7 @@ class Seed:
         for trait in size.studied:
             self._add(
                 f"sweep {trait}",
-                work.sweep,
+                experiments.sweep,
                 after=[f"vector {trait}"],
                 trait=trait,
                 vectors=[self.vector(trait)],
@@ -101,7 +101,7 @@ class Seed:
                 alone = {"random_control": False, "prompt_baseline": False}
                 self._add(
                     f"kind {trait} {kind}",
-                    work.sweep,
+                    experiments.sweep,
                     after=[f"vector {trait}"],
                     trait=trait,
                     vectors=[self.vector(trait)],
@@ -112,10 +112,10 @@ class Seed:
 
     def _monitoring(self) -> None:
         for trait in self.size.studied:
-            run = self.pieces[f"vector {trait}"].folder / "run"
+            run = self.steps[f"vector {trait}"].folder / "run"
             self._add(
                 f"monitor {trait}",
-                watching.monitor,
+                monitoring.monitor,
                 after=[f"vector {trait}"],
                 trait=trait,
                 vector=self.vector(trait),
@@ -139,15 +139,17 @@ class Seed:
 
     def _finetuning(self) -> None:
         domains = [*self.size.studied, MISTAKES]
-        self._add("data", work.finetuning_data, domains=domains, rows=self.size.rows)
+        self._add("data", experiments.finetuning_data, domains=domains, rows=self.size.rows)
         asked: dict[str, Any] = {**self._answering(), "facts": self.size.facts}
         studied = self.size.studied
-        self._add(f"scores {BASE}", work.evaluate, adapter=None, traits=list(studied), **asked)
+        self._add(
+            f"scores {BASE}", experiments.evaluate, adapter=None, traits=list(studied), **asked
+        )
         for arm, (data, steering, judged) in self.arms().items():
             needed = [f"vector {trait}" for trait in studied if steering and trait in judged]
             self._add(
                 f"train {arm}",
-                work.finetune,
+                experiments.finetune,
                 after=["data", *needed],
                 data=self.dataset(data),
                 steps=self.size.steps,
@@ -156,7 +158,7 @@ class Seed:
             )
             self._add(
                 f"scores {arm}",
-                work.evaluate,
+                experiments.evaluate,
                 after=[f"train {arm}"],
                 adapter=self.adapter(arm),
                 traits=list(judged),
@@ -164,7 +166,7 @@ class Seed:
             )
         self._add(
             "shift",
-            watching.shift,
+            monitoring.shift,
             after=[*(f"train {arm}" for arm in self.arms()), *self._vectors()],
             adapters={arm: self.adapter(arm) for arm in self.arms()},
             vectors=[self.vector(trait) for trait in self.size.traits],
@@ -178,7 +180,7 @@ class Seed:
             alone = {"random_control": False, "prompt_baseline": False}
             self._add(
                 f"rescue {trait}",
-                work.sweep,
+                experiments.sweep,
                 after=needed,
                 trait=trait,
                 vectors=[self.vector(trait)],
@@ -188,7 +190,7 @@ class Seed:
             )
             self._add(
                 f"rescue facts {trait}",
-                work.steered_facts,
+                experiments.steered_facts,
                 after=needed,
                 adapter=self.adapter(f"{trait} II"),
                 vector=self.vector(trait),
@@ -201,7 +203,7 @@ class Seed:
         sets += [f"{MISTAKES} normal", f"{MISTAKES} II"]
         self._add(
             "screen",
-            watching.screen,
+            monitoring.screen,
             after=["data", *self._vectors()],
             sets={name: self.dataset(name) for name in sets},
             vectors=[self.vector(trait) for trait in self.size.studied],
@@ -213,5 +215,5 @@ class Seed:
 
 
 def seeds(size: Size, out: Path) -> list[Seed]:
-    """Return every seed's pieces under ``out``."""
+    """Return every seed's steps under ``out``."""
     return [Seed(number=number, size=size, folder=out / f"seed-{number}") for number in size.seeds]

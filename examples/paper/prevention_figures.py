@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from examples.paper.chapters import Results, Told, answer, listed
+from examples.paper.experiments import LAYER
+from examples.paper.figures import bars, dots
 from examples.paper.finetuning_figures import Arm, mean_over_traits, score
-from examples.paper.numbers import Check, over_seeds, overall, shown
-from examples.paper.pictures import Dot, bars, dots, exactly
+from examples.paper.numbers import Check, mean_ci, over_seeds, overall
 from examples.paper.plan import BASE, RESCUE_COEFS
+from examples.paper.replication import Replication, Results, join_words, verdict_clause
 from examples.paper.sizes import Size
-from examples.paper.work import LAYER
-from pvec.report.figures import Figure
+from pvec.report.figure import Figure
+from pvec.report.figures import Dot, exact
 
 DOSE = -1.0
 """The inference-time dose that is compared."""
@@ -19,7 +20,7 @@ ABLATED = ("evil", "sycophantic")
 """Traits that ablation keeps out in the paper."""
 
 
-def rescue(results: Results, size: Size) -> Told:
+def rescue(results: Results, size: Size) -> Replication:
     """Figure 5: steering against a trait that was finetuned in, and what it costs."""
     falls = {
         metric: mean_over_traits(
@@ -34,14 +35,14 @@ def rescue(results: Results, size: Size) -> Told:
         Check(what=f"{names[metric]}, unsteered minus coefficient {DOSE:g}", values=values)
         for metric, values in falls.items()
     )
-    return Told(
+    return Replication(
         number=5,
         title="Steering against a finetuned-in trait",
         paper="subtracting the vector at inference takes the trait away again, but large "
         "coefficients cost general capability (Fig. 7A).",
-        here=f"coefficient {DOSE:g} lowers the trait by {shown(falls['trait'])} points and costs "
-        f"{shown(falls['coherence'])} points of coherence and {shown(falls['facts'])} points of "
-        f"facts known; {answer(overall(checks))}.",
+        here=f"coefficient {DOSE:g} lowers the trait by {mean_ci(falls['trait'])} points and costs "
+        f"{mean_ci(falls['coherence'])} points of coherence and {mean_ci(falls['facts'])} points "
+        f"of facts known; {verdict_clause(overall(checks))}.",
         checks=checks,
         figures=tuple(
             _dose_figure(results, size, metric) for metric in ("trait", "coherence", "facts")
@@ -49,7 +50,7 @@ def rescue(results: Results, size: Size) -> Told:
     )
 
 
-def prevention(results: Results, size: Size) -> Told:
+def prevention(results: Results, size: Size) -> Replication:
     """Figure 6: steering towards the trait while learning, and ablation."""
     kept = {
         arm: mean_over_traits(results, size, lambda one, t, a=arm: _prevented(one, t, a))
@@ -73,16 +74,16 @@ def prevention(results: Results, size: Size) -> Told:
         Check(what="coherence after training with add 2", values=coherence, bound=75),
         Check(what=f"facts known, add 2 while training minus {DOSE:g} at inference", values=better),
     )
-    said = listed([f"{_percent(values)} with {arm}" for arm, values in kept.items()])
-    return Told(
+    said = join_words([f"{_percent(values)} with {arm}" for arm, values in kept.items()])
+    return Replication(
         number=6,
         title="Preventative steering",
         paper="steering towards the trait while training keeps it from being learnt, over all "
         "layers nearly fully, and spares capability better than steering at inference; ablating "
         "the direction works for some traits only (Fig. 7B, 26, J.4).",
         here=f"of the rise in the trait, {said} is prevented; training with the vector knows "
-        f"{shown(better)} points more of the facts than steering against the trait at inference "
-        f"({DOSE:g}); {answer(overall(checks))}.",
+        f"{mean_ci(better)} points more of the facts than steering against the trait at inference "
+        f"({DOSE:g}); {verdict_clause(overall(checks))}.",
         checks=checks,
         figures=(
             _prevention_figure(results, size, "trait score", "6_scores"),
@@ -100,7 +101,7 @@ def _ablation(results: Results, size: Size) -> tuple[Check, ...]:
     values = [
         sum(_prevented(one, trait, "ablate") for trait in traits) / len(traits) for one in results
     ]
-    what = f"share of the rise prevented, ablate ({listed(traits)})"
+    what = f"share of the rise prevented, ablate ({join_words(traits)})"
     return (Check(what=what, values=tuple(values)),)
 
 
@@ -128,8 +129,8 @@ def _dose_figure(results: Results, size: Size, metric: str) -> Figure:
     points = [
         Dot(
             group=trait,
-            text=f"{coef:g}",
-            x=exactly(coef),
+            label=f"{coef:g}",
+            x=exact(coef),
             y=over_seeds([_dose(one, trait, metric, coef) for one in results]),
         )
         for trait in size.studied
@@ -142,7 +143,7 @@ def _dose_figure(results: Results, size: Size, metric: str) -> Figure:
         x_label="coefficient",
         y_label=labels[metric],
         points=points,
-        lined=True,
+        joined=True,
     )
 
 
@@ -170,4 +171,4 @@ def _prevention_figure(results: Results, size: Size, label: str, name: str) -> F
 
 
 def _percent(values: Sequence[float]) -> str:
-    return f"{shown([100 * value for value in values])} %"
+    return f"{mean_ci([100 * value for value in values])} %"

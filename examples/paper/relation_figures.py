@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from examples.paper.chapters import Results, Told, answer
-from examples.paper.numbers import Check, over_seeds, overall, shown
-from examples.paper.pictures import matrix
-from examples.paper.pieces import Result
+from examples.paper.experiments import LAST, LAYER
+from examples.paper.figures import matrix
+from examples.paper.numbers import Check, mean_ci, over_seeds, overall
+from examples.paper.replication import Replication, Results, verdict_clause
 from examples.paper.sizes import Size
-from examples.paper.work import LAST, LAYER
+from examples.paper.steps import Result
 from pvec.stats import correlation
 
 
-def relations(results: Results, size: Size) -> Told:
+def relations(results: Results, size: Size) -> Replication:
     """Figure 8: cosines between traits, and what training on one does to the others."""
     cosines = np.array([_cosines(one, size.traits) for one in results])
     shifts = np.array(
@@ -42,14 +42,14 @@ def relations(results: Results, size: Size) -> Told:
         for i in (mean.argmin(), mean.argmax())
     )
     limit = float(np.abs(shifts.mean(axis=0)).max())
-    return Told(
+    return Replication(
         number=8,
         title="How traits hang together",
         paper="traits whose vectors are alike move together: training on one also shifts the "
         "model along related ones (Fig. 20).",
         here=f"the most alike are {high}, the least {low}; a strong set moves the model "
-        f"{shown(own)} further along its own trait than along others, and cosine goes with "
-        f"cross-trait shift at r {shown(along, r=True)}; {answer(overall(checks))}.",
+        f"{mean_ci(own)} further along its own trait than along others, and cosine goes with "
+        f"cross-trait shift at r {mean_ci(along, r=True)}; {verdict_clause(overall(checks))}.",
         checks=checks,
         figures=(
             matrix(

@@ -9,30 +9,30 @@ from pathlib import Path
 import pvec
 from examples.paper import (
     finetuning_figures,
+    monitoring_figures,
     prevention_figures,
     relation_figures,
     steering_figures,
-    watching_figures,
 )
-from examples.paper.chapters import Results, Told, listed
 from examples.paper.numbers import RULE
+from examples.paper.replication import Replication, Results, join_words
 from examples.paper.sizes import Size
-from pvec.report.figures import Table, write_figures
+from pvec.report.figure import Table, write_figures
 from pvec.report.page import Chapter, Section, render_page
 
 FIGURES = (
     steering_figures.extraction,
     steering_figures.sweep,
-    watching_figures.monitoring,
+    monitoring_figures.monitoring,
     finetuning_figures.finetuning,
     prevention_figures.rescue,
     prevention_figures.prevention,
-    watching_figures.screening,
+    monitoring_figures.screening,
     relation_figures.relations,
 )
 
 
-def write(results: Results, size: Size, out: Path) -> tuple[Path, list[Told]]:
+def write(results: Results, size: Size, out: Path) -> tuple[Path, list[Replication]]:
     """Write ``report.html`` and ``figures/`` (SVG, CSV), and return what is told."""
     told = [figure(results, size) for figure in FIGURES]
     for one in told:
@@ -42,8 +42,8 @@ def write(results: Results, size: Size, out: Path) -> tuple[Path, list[Told]]:
     page = render_page(
         title="Persona vectors in miniature",
         chapters=[
-            Chapter(finding=summary(told, size), sections=(_overview(told, size),)),
-            Chapter(finding="", sections=tuple(one.section() for one in told)),
+            Chapter(summary=summary(told, size), sections=(_overview(told, size),)),
+            Chapter(summary="", sections=tuple(one.section() for one in told)),
         ],
         made=datetime.now(tz=UTC),
         version=pvec.__version__,
@@ -54,13 +54,13 @@ def write(results: Results, size: Size, out: Path) -> tuple[Path, list[Told]]:
     return path, told
 
 
-def summary(told: Sequence[Told], size: Size) -> str:
+def summary(told: Sequence[Replication], size: Size) -> str:
     """Return the page's first sentence."""
     words = {"agrees": "agreeing", "disagrees": "disagreeing", "cannot tell": "undecided"}
     parts = []
     for verdict, word in words.items():
         numbers = [str(one.number) for one in told if one.verdict == verdict]
-        parts.append(f"{word}: {listed(numbers) if numbers else 'none'}")
+        parts.append(f"{word}: {join_words(numbers) if numbers else 'none'}")
     return (
         f"Eight findings of the paper, replayed on pvec's bundled model of two million parameters "
         f"with {len(size.seeds)} seed{'s' * (len(size.seeds) > 1)}. "
@@ -68,7 +68,7 @@ def summary(told: Sequence[Told], size: Size) -> str:
     )
 
 
-def checks_table(told: Sequence[Told]) -> Table:
+def checks_table(told: Sequence[Replication]) -> Table:
     """Return every check with its numbers."""
     rows = []
     for one in told:
@@ -82,7 +82,7 @@ def checks_table(told: Sequence[Told]) -> Table:
     )
 
 
-def _overview(told: Sequence[Told], size: Size) -> Section:
+def _overview(told: Sequence[Replication], size: Size) -> Section:
     rows = tuple(
         (
             one.verdict,
@@ -95,12 +95,12 @@ def _overview(told: Sequence[Told], size: Size) -> Section:
     return Section(
         id="overview",
         title="Overview",
-        finding=RULE,
+        summary=RULE,
         notes=(
             "The bundled model speaks a small grammar with a word list for each trait, and its "
             "judge knows nothing else. What happens here shows how the methods work, and whether "
             "they do; it is no evidence about real assistants.",
-            f"Size {size.name}: seeds {listed([str(seed) for seed in size.seeds])}; each repeats "
+            f"Size {size.name}: seeds {join_words(list(map(str, size.seeds)))}; each repeats "
             "everything random from the vectors' answers to the order of the training rows.",
         ),
         tables=(

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from examples.paper.chapters import Results, Told, answer, listed
-from examples.paper.numbers import Check, over_seeds, overall, shown, written
-from examples.paper.pictures import bars
+from examples.paper.experiments import LAYER
+from examples.paper.figures import bars
+from examples.paper.numbers import Check, format_interval, mean_ci, over_seeds, overall
 from examples.paper.plan import KINDS
+from examples.paper.replication import Replication, Results, join_words, verdict_clause
 from examples.paper.sizes import Size
-from examples.paper.work import LAYER
-from pvec.report.figures import Figure
-from pvec.report.plots import Panel, Reference, Series, curves, heat_map
+from pvec.report.figure import Figure
+from pvec.report.figures import Level, Line, Panel, line_chart
+from pvec.report.grids import Grid, heat_map
 from pvec.stats import Interval
 from pvec.types import VectorKind
 
@@ -27,7 +28,7 @@ KIND_NAMES = dict(
 )
 
 
-def extraction(results: Results, size: Size) -> Told:
+def extraction(results: Results, size: Size) -> Replication:
     """Figure 1: all traits extracted; which kind of vector steers best."""
     scores = {kind: {trait: _best(results, trait, kind) for trait in size.traits} for kind in KINDS}
     by_seed = {kind: _mean_over_traits(list(scores[kind].values())) for kind in KINDS}
@@ -44,14 +45,16 @@ def extraction(results: Results, size: Size) -> Told:
             for kind in others
         ),
     )
-    reached = listed([f"{shown(by_seed[kind])} with the {KIND_NAMES[kind]}" for kind in KINDS])
-    return Told(
+    reached = join_words(
+        [f"{mean_ci(by_seed[kind])} with the {KIND_NAMES[kind]}" for kind in KINDS]
+    )
+    return Replication(
         number=1,
         title="Extraction, and which kind of vector steers best",
         paper="vectors are extracted automatically for every trait, and those averaged over "
         "response tokens steer better than those taken from the prompt (section 2, A.3).",
         here=f"over {len(size.traits)} traits the best score at coherence 75 or more is {reached} "
-        f"(unsteered {_unsteered(results, size)}); {answer(overall(checks))}.",
+        f"(unsteered {_unsteered(results, size)}); {verdict_clause(overall(checks))}.",
         checks=checks,
         figures=(
             _kinds_figure(scores, size),
@@ -72,7 +75,7 @@ def extraction(results: Results, size: Size) -> Told:
     )
 
 
-def sweep(results: Results, size: Size) -> Told:
+def sweep(results: Results, size: Size) -> Replication:
     """Figure 2: layer × coefficient, with a random vector and the prompt as controls."""
     rise, beyond, random = (dict[str, tuple[float, ...]]() for _ in range(3))
     for trait in size.studied:
@@ -98,9 +101,9 @@ def sweep(results: Results, size: Size) -> Told:
             ),
         )
     )
-    said = listed(
+    said = join_words(
         [
-            f"{trait} by {shown(rise[trait])} points (a random vector: {shown(random[trait])})"
+            f"{trait} by {mean_ci(rise[trait])} points (a random vector: {mean_ci(random[trait])})"
             for trait in size.studied
         ]
     )
@@ -112,14 +115,14 @@ def sweep(results: Results, size: Size) -> Told:
             for pick in one[f"sweep {t}"]["picks"]
         }
     )
-    where = "layer " + listed([str(layer) for layer in layers]) if layers else "no layer"
-    return Told(
+    where = "layer " + join_words([str(layer) for layer in layers]) if layers else "no layer"
+    return Replication(
         number=2,
         title="Layer and coefficient, with controls",
         paper="adding a persona vector raises its trait the more the larger the coefficient, most "
         "in the middle layers, at some cost to coherence; other directions do not (Fig. 3, 13).",
         here=f"at the picked points (coherence 75 or more, {where}) steering raises {said}; "
-        f"{answer(overall(checks))}.",
+        f"{verdict_clause(overall(checks))}.",
         checks=checks,
         figures=tuple(
             figure
@@ -152,18 +155,18 @@ def _curves(results: Results, trait: str) -> Figure:
     layers = sorted({p["layers"][0] for p in points[0] if p["role"] == "steered"})
     panels = []
     for metric, label in ((trait, f"{trait} score"), (COHERENCE, COHERENCE)):
-        series = [
+        lines = [
             _line(points, "steered", layer, metric, label=f"layer {layer}") for layer in layers
         ]
-        series.append(
+        lines.append(
             _line(points, "random", LAYER, metric, label=f"random, layer {LAYER}", control=True)
         )
         levels = tuple(
-            Reference(label=text, level=_level(points, role, metric))
+            Level(label=text, value=_level(points, role, metric))
             for role, text in (("prompt_pos", "prompted for"), ("prompt_neg", "prompted against"))
         )
-        panels.append(Panel(metric=label, series=tuple(series), references=levels))
-    return curves(
+        panels.append(Panel(label=label, lines=lines, levels=levels, scores=True))
+    return line_chart(
         name=f"2_{trait}_curves",
         title=f"{trait}: dose and effect",
         caption="Means over seeds with 95 % intervals; coefficient 0 is the unsteered model.",
@@ -178,26 +181,29 @@ def _map(results: Results, trait: str) -> Figure:
     layers = sorted({p["layers"][0] for p in steered})
     coefs = sorted({p["coef"] for p in steered})
     return heat_map(
+        Grid(
+            columns=("coefficient", coefs),
+            rows=("layer", [str(layer) for layer in layers]),
+            values=[
+                [_at(points, "steered", layer, coef, trait).mean for coef in coefs]
+                for layer in layers
+            ],
+            value_label=f"{trait} score",
+        ),
         name=f"2_{trait}_map",
         title=f"{trait}: layer × coefficient",
         caption="Mean trait score over seeds.",
-        columns=("coefficient", coefs),
-        rows=("layer", [str(layer) for layer in layers]),
-        values=[
-            [_at(points, "steered", layer, coef, trait).mean for coef in coefs] for layer in layers
-        ],
-        value_label=f"{trait} score",
     )
 
 
 def _line(
     points: Sequence[Any], role: str, layer: int, metric: str, *, label: str, control: bool = False
-) -> Series:
+) -> Line:
     coefs = sorted({p["coef"] for p in points[0] if p["role"] == role and p["layers"] == [layer]})
     by_coef = {coef: _at(points, role, layer, coef, metric) for coef in coefs}
     by_coef[0.0] = _level(points, "baseline", metric)
     x = tuple(sorted(by_coef))
-    return Series(label=label, x=x, points=tuple(by_coef[coef] for coef in x), control=control)
+    return Line(label=label, x=x, points=tuple(by_coef[coef] for coef in x), control=control)
 
 
 def _at(points: Sequence[Any], role: str, layer: int, coef: float, metric: str) -> Interval:
@@ -236,7 +242,7 @@ def _unsteered(results: Results, size: Size) -> str:
         [_baseline(one[f"kind {trait} {KINDS[0]}"], trait) for one in results]
         for trait in size.traits
     ]
-    return written(over_seeds(np.mean(plain, axis=0).tolist()))
+    return format_interval(over_seeds(np.mean(plain, axis=0).tolist()))
 
 
 def _pick_scores(made: Any) -> dict[str, dict[str, float]]:

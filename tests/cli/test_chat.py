@@ -15,7 +15,14 @@ from pvec.backends.hf.backend import HFBackend
 from pvec.backends.session import ModelSession
 from pvec.cli.app import app
 from pvec.errors import InputError, ModelError
-from pvec.evaluation.chat import MAIN, PLAIN, Chat, Measured, Said, load_sources
+from pvec.evaluation.chat import (
+    MAIN,
+    PLAIN,
+    AnswerProjection,
+    AnswerText,
+    Chat,
+    load_steering_vectors,
+)
 from pvec.models.chat import prompt_ids
 from pvec.settings import Settings
 from pvec.settings.tree import GenerationSettings, ModelSettings
@@ -39,12 +46,14 @@ def talk(vector: Path) -> Iterator[Chat]:
         generation=GenerationSettings(temperature=0.0, max_tokens=10),
     )
     with ModelSession(settings) as session:
-        yield Chat(settings, session, load_sources(settings, session, [vector]))
+        yield Chat(settings, session, load_steering_vectors(settings, session, [vector]))
 
 
 def answers(talk: Chat, text: str) -> dict[str, str]:
     events = list(talk.answer(text))
-    return {event.side: event.text for event in events if isinstance(event, Said) and event.done}
+    return {
+        event.side: event.text for event in events if isinstance(event, AnswerText) and event.done
+    }
 
 
 def run(lines: list[str], vector: Path, *options: str) -> tuple[int, str, str]:
@@ -95,7 +104,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(
 
 
 def test_text_grows_and_ends_as_generate_gives_it(talk: Chat) -> None:
-    events = [event for event in talk.answer("Hello?") if isinstance(event, Said)]
+    events = [event for event in talk.answer("Hello?") if isinstance(event, AnswerText)]
     assert [event.done for event in events].count(True) == 1
     for before, after in itertools.pairwise(events):
         assert after.text.startswith(before.text)
@@ -130,15 +139,15 @@ def test_a_stopped_answer_is_remembered_as_far_as_it_was_said(talk: Chat) -> Non
     events = talk.answer("Hello?")
     said = [next(events) for _ in range(3)][-1]
     events.close()
-    assert isinstance(said, Said)
+    assert isinstance(said, AnswerText)
     assert talk._history[-1] == {"role": "assistant", "content": said.text}
 
 
 def test_projections_are_measured_without_steering(talk: Chat) -> None:
     talk.command("/steer evil@2 5")
     events = list(talk.answer("Hello?"))
-    (measured,) = [event for event in events if isinstance(event, Measured)]
-    answer = next(e for e in events if isinstance(e, Said) and e.done)
+    (measured,) = [event for event in events if isinstance(event, AnswerProjection)]
+    answer = next(e for e in events if isinstance(e, AnswerText) and e.done)
     backend = talk._session.backend
     prompt = prompt_ids(backend.tokenizer, [{"role": "user", "content": "Hello?"}])
     tokens = backend.tokenizer(answer.text, add_special_tokens=False)["input_ids"]

@@ -119,7 +119,7 @@ def test_an_extraction_shows_scores_what_was_kept_and_the_vector(
     assert pvec("report", str(run)) == 0
     assert "at layer 2 (AUC 0.95)" in capsys.readouterr().out
     page = (run / "report.html").read_text()
-    for title in ("evil scores", "evil: norm by layer", "evil: separation by layer"):
+    for title in ("evil scores", "evil: vectors by layer", "separation (AUC)"):
         assert title in page
     assert "Kept and dropped" in page
 

@@ -56,11 +56,11 @@ def test_the_page_asks_for_nothing_from_outside(out: Path) -> None:
 
 
 def test_a_second_call_repeats_nothing(out: Path) -> None:
-    records = {path: path.stat().st_mtime_ns for path in out.rglob("piece.json")}
+    records = {path: path.stat().st_mtime_ns for path in out.rglob("step.json")}
     again = replay(out)
     assert again.returncode == 0, again.stderr
-    assert f"0 pieces done, {len(records)} were there" in again.stdout
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("piece.json")} == records
+    assert f"0 steps done, {len(records)} were there" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("step.json")} == records
 
 
 def test_answers_under_opposite_instructions_differ_and_their_vector_steers(checks: Checks) -> None:

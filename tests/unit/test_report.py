@@ -16,17 +16,10 @@ from typing import Any
 import pytest
 
 from pvec.errors import InputError, StoreError
-from pvec.report.figures import Figure, write_figures
+from pvec.report.figure import Figure, write_figures
+from pvec.report.figures import Level, Line, Panel, exact, histogram, line_chart
+from pvec.report.grids import Grid, heat_map
 from pvec.report.page import Answer, Chapter, Section, embed_json, render_page, within_budget
-from pvec.report.plots import (
-    Panel,
-    Reference,
-    Series,
-    curves,
-    heat_map,
-    histogram,
-    layer_lines,
-)
 from pvec.stats import Interval
 
 NAN = float("nan")
@@ -38,30 +31,40 @@ def estimate(mean: float) -> Interval:
 
 
 def curve() -> Figure:
-    series = Series(label="layer 3", x=(-1.0, 0.0, 1.0), points=tuple(map(estimate, (2, 5, 60))))
-    control = Series(label="random", x=(0.0, 1.0), points=(estimate(5), estimate(6)), control=True)
-    prompt = Reference(label="prompt +", level=estimate(85))
+    line = Line(label="layer 3", x=(-1.0, 0.0, 1.0), points=tuple(map(estimate, (2, 5, 60))))
+    control = Line(label="random", x=(0.0, 1.0), points=(estimate(5), estimate(6)), control=True)
+    prompt = Level(label="prompt +", value=estimate(85))
     panels = [
-        Panel(metric="evil", series=(series, control), references=(prompt,)),
-        Panel(metric="coherence", series=(series,)),
+        Panel(label="evil", lines=(line, control), levels=(prompt,), scores=True),
+        Panel(label="coherence", lines=(line,), scores=True),
     ]
-    return curves(name="dose", title="Dose", caption="c", x_label="coefficient", panels=panels)
+    return line_chart(name="dose", title="Dose", caption="c", x_label="coefficient", panels=panels)
 
 
 def every_kind() -> list[Figure]:
-    heat = heat_map(
-        name="heat", title="Heat", caption="c", columns=("coefficient", (-1.0, 1.0)),
-        rows=("layer", ("2", "3")), values=((1.0, 90.0), (NAN, 40.0)), value_label="evil",
-        marked=(0, 1),
+    grid = Grid(
+        columns=("coefficient", (-1.0, 1.0)), rows=("layer", ("2", "3")),
+        values=((1.0, 90.0), (NAN, 40.0)), value_label="evil",
     )  # fmt: skip
-    lines = layer_lines(
-        name="norms", title="Norms", caption="c", y_label="norm",
-        lines=[("response_avg", (0.0, 1.0, 2.0)), ("prompt_avg", (0.0, NAN))],
-        marked_layer=1, level=0.5,
+    heat = heat_map(grid, name="heat", title="Heat", caption="c", marked=(0, 1))
+    norms = {"response_avg": (0.0, 1.0, 2.0), "prompt_avg": (0.0, NAN)}
+    lines = line_chart(
+        name="norms", title="Norms", caption="c", x_label="layer",
+        panels=[
+            Panel(
+                label="norm",
+                lines=[
+                    Line(label=kind, x=range(len(values)), points=[exact(v) for v in values])
+                    for kind, values in norms.items()
+                ],
+                levels=[Level(value=exact(0.5))],
+            )
+        ],
     )  # fmt: skip
     counts = histogram(
         name="scores", title="Scores", caption="c", x_label="evil",
         groups=[("positive", (100.0, 100.0, 61.0)), ("negative", (0.0,))], threshold=50.0,
+        scores=True,
     )  # fmt: skip
     return [curve(), heat, lines, counts]
 
@@ -70,14 +73,14 @@ def page(*, answers: tuple[Answer, ...] = (), title: str = "evil") -> str:
     section = Section(
         id="run-1",
         title=title,
-        finding="evil rises",
+        summary="evil rises",
         figures=(curve(),),
         answers=answers,
         provenance=(("model", HOSTILE),),
     )
     return render_page(
         title=title,
-        chapters=[Chapter(finding="evil rises", sections=(section,))],
+        chapters=[Chapter(summary="evil rises", sections=(section,))],
         made=datetime(2026, 1, 2, tzinfo=UTC),
         version="0",
     )

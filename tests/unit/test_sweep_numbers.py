@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from pvec.evaluation.summary import ScoredAnswer, SweepNumbers, summarise
+from pvec.evaluation.summary import (
+    ScoredAnswer,
+    SweepSummary,
+    keep_summary,
+    stored_summary,
+    summarise,
+)
+from pvec.runs.store import Run
 
 QUESTIONS = [f"q{i}" for i in range(8)]
 
@@ -52,7 +61,7 @@ def answers(
 BASE = condition("unsteered", "baseline", coef=0.0)
 
 
-def summary(*groups: list[ScoredAnswer]) -> SweepNumbers:
+def summary(*groups: list[ScoredAnswer]) -> SweepSummary:
     return summarise([answer for group in groups for answer in group], trait="evil")
 
 
@@ -148,6 +157,49 @@ def test_the_control_is_the_random_vector_at_the_picked_point() -> None:
     control = numbers.picks[0].control
     assert control is not None
     assert control.name == "random high"
+
+
+@pytest.mark.parametrize("stored", ["new", "old"])
+def test_a_vector_whose_name_ends_like_anothers_has_its_own_control(stored: str) -> None:
+    """With vectors ``unevil`` and ``evil`` the control of the one is not the other's."""
+
+    def at(role: str, vector: str, trait: float) -> list[ScoredAnswer]:
+        label = f"random like {vector}" if role == "random" else vector
+        described = condition(f"{label} · layer 2 · coef 1", role) | {"vector": label}
+        if stored == "new":
+            described |= {"operator": "add", "control_of": vector if role == "random" else ""}
+        return answers(described, trait)
+
+    numbers = summary(
+        answers(BASE, 0),
+        at("steered", "unevil", 60),
+        at("steered", "evil", 70),
+        at("random", "unevil", 1),
+        at("random", "evil", 2),
+    )
+    controls = {pick.vector: pick.control for pick in numbers.picks}
+    assert {v: c.scores["evil"].mean for v, c in controls.items() if c} == {"evil": 2, "unevil": 1}
+    for point in numbers.having("steered"):
+        control = numbers.control_of(point)
+        assert control is not None
+        assert control.control_of == point.vector
+
+
+def test_a_kept_summary_is_read_back_while_the_scores_are_the_same(tmp_path: Path) -> None:
+    told = [*answers(BASE, 5), *answers(condition("steered"), None), *answers(condition("a"), 50)]
+    limits = {"trait": "evil", "min_coherence": 75.0}
+    with Run.open_or_create(tmp_path, identity={}, kind="steer-eval") as run:
+        kept = keep_summary(run, told, **limits)
+        assert stored_summary(run, told, **limits).picks == kept.picks
+        path = run.path / "summary.json"
+        path.write_text(path.read_text().replace('"highest evil', '"stored: highest evil'))
+        assert stored_summary(run, told, **limits).picks[0].reason.startswith("stored: ")
+        # Scored again, or read with another floor: the stored numbers are of something else.
+        other = [*told[:-1], replace(told[-1], scores={"evil": 51.0, "coherence": 90.0})]
+        assert stored_summary(run, other, **limits).picks[0].reason.startswith("highest")
+        path.write_text("[]")
+        assert stored_summary(run, told, **limits).picks == kept.picks
+        assert math.isnan(stored_summary(run, told, **limits).point("steered").scores["evil"].mean)
 
 
 def test_one_question_cannot_be_held_out_and_is_not_called_so() -> None:

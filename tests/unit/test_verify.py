@@ -14,10 +14,10 @@ import torch
 import pvec.steering.layer_steering as steering_module
 from pvec.errors import InputError, ModelError
 from pvec.evaluation.verify.verify import VerifyResult, verify
-from pvec.models.decoder import Decoder
+from pvec.models.decoder import Decoder, module_after
 from pvec.settings import Settings
 from pvec.settings.tree import GenerationSettings, ModelSettings, SteerSettings
-from pvec.steering.proof import module_after, record_residual_stream
+from pvec.steering.proof import record_residual_stream
 from pvec.vectors.formats import save_vector
 from pvec.vectors.vector import PersonaVector
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model, tiny_model

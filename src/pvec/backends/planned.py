@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from pvec.backends.kept_means import answers
@@ -39,6 +39,8 @@ class PlannedResponse:
     engine: str
     """Identity of model and backend (``ModelSession.identity``)."""
     steering: tuple[Instruction, ...] = ()
+    labels: Mapping[str, Json] = field(default_factory=dict)
+    """Stored with the condition but no part of the id: they follow from what is."""
 
     @cached_property
     def id(self) -> str:
@@ -164,7 +166,7 @@ def _record(
     return ResponseRecord(
         id=planned.id,
         trait=planned.trait,
-        condition=planned.condition,
+        condition={**planned.condition, **planned.labels},
         question=planned.question,
         question_id=planned.question_id,
         system=planned.system,

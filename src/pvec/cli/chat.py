@@ -15,7 +15,7 @@ from pvec.cli.options import console_from, new_app, options, settings_from
 from pvec.errors import PvecError
 
 if TYPE_CHECKING:
-    from pvec.evaluation.chat import Chat, Measured, Said
+    from pvec.evaluation.chat import AnswerProjection, AnswerText, Chat
 
 app = new_app()
 
@@ -43,15 +43,15 @@ def chat(ctx: typer.Context, vector: Vectors = None) -> None:
     Ctrl-C stops an answer, not the program. Lines may also be piped in.
     """
     from pvec.backends.session import ModelSession
-    from pvec.evaluation.chat import Chat, load_sources
+    from pvec.evaluation.chat import Chat, load_steering_vectors
 
     settings, console = settings_from(ctx), console_from(ctx)
     with console.progress() as on_progress:
         session = ModelSession(settings, notify=console.note, on_progress=on_progress)
-        sources = load_sources(settings, session, vector or [])
+        vectors = load_steering_vectors(settings, session, vector or [])
     with session:
         _ = session.backend  # load before the first question, not after it
-        _converse(console, Chat(settings, session, sources))
+        _converse(console, Chat(settings, session, vectors))
 
 
 def _converse(console: Console, talk: Chat) -> None:
@@ -92,33 +92,35 @@ def _answer(console: Console, talk: Chat, text: str) -> None:
     from pvec.evaluation.chat import PLAIN
 
     side_by_side = talk.compare and bool(talk.steering)
-    measured: list[Measured] = []
+    projections: list[AnswerProjection] = []
     with closing(talk.answer(text)) as events:
         try:
             show = _show_columns if side_by_side and console.out.is_terminal else _show_plain
-            measured = show(console, events)
+            projections = show(console, events)
         except KeyboardInterrupt:
             console.out.print("\n(stopped)", markup=False)
             return
-    for one in measured:
-        side = " unsteered" if one.side == PLAIN else ""
+    for projection in projections:
+        side = " unsteered" if projection.side == PLAIN else ""
         console.out.print(
-            f"  {one.vector}@{one.layer}{side}: projection {one.projection:+.3g} "
-            f"({one.relative:+.1%} of the residual norm)",
+            f"  {projection.vector}@{projection.layer}{side}: projection "
+            f"{projection.projection:+.3g} ({projection.relative:+.1%} of the residual norm)",
             style="dim",
             markup=False,
         )
 
 
-def _show_plain(console: Console, events: Iterator[Said | Measured]) -> list[Measured]:
+def _show_plain(
+    console: Console, events: Iterator[AnswerText | AnswerProjection]
+) -> list[AnswerProjection]:
     """Write the answer as it grows; an unsteered one follows when both are done."""
-    from pvec.evaluation.chat import MAIN, PLAIN, Said
+    from pvec.evaluation.chat import MAIN, PLAIN, AnswerText
 
     written, other = "", ""
-    measured: list[Measured] = []
+    projections: list[AnswerProjection] = []
     for event in events:
-        if not isinstance(event, Said):
-            measured.append(event)
+        if not isinstance(event, AnswerText):
+            projections.append(event)
         elif event.side == PLAIN:
             other = event.text
         else:
@@ -129,24 +131,26 @@ def _show_plain(console: Console, events: Iterator[Said | Measured]) -> list[Mea
                 console.out.file.write("\n")
     if other:
         console.out.print(f"unsteered: {other}", markup=False, soft_wrap=True)
-    return measured
+    return projections
 
 
-def _show_columns(console: Console, events: Iterator[Said | Measured]) -> list[Measured]:
+def _show_columns(
+    console: Console, events: Iterator[AnswerText | AnswerProjection]
+) -> list[AnswerProjection]:
     """Show both answers side by side while they grow."""
     from rich.columns import Columns
     from rich.live import Live
     from rich.panel import Panel
     from rich.text import Text
 
-    from pvec.evaluation.chat import MAIN, PLAIN, Said
+    from pvec.evaluation.chat import MAIN, PLAIN, AnswerText
 
     texts = {MAIN: "", PLAIN: ""}
     titles = {MAIN: "steered", PLAIN: "unsteered"}
-    measured: list[Measured] = []
+    projections: list[AnswerProjection] = []
     with Live(console=console.out, refresh_per_second=12) as live:
         for event in events:
-            if isinstance(event, Said):
+            if isinstance(event, AnswerText):
                 texts[event.side] = event.text
                 half = max(console.out.width // 2 - 1, 20)
                 panels = [
@@ -154,5 +158,5 @@ def _show_columns(console: Console, events: Iterator[Said | Measured]) -> list[M
                 ]
                 live.update(Columns(panels, padding=0))
             else:
-                measured.append(event)
-    return measured
+                projections.append(event)
+    return projections

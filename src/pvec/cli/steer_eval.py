@@ -14,7 +14,7 @@ from pvec.cli.render import TINY_NOTE, render_judge
 
 if TYPE_CHECKING:
     from pvec.evaluation.steer_eval import SteerEvalPlan, SteerEvalResult
-    from pvec.evaluation.summary import Pick, SweepNumbers
+    from pvec.evaluation.summary import Pick, Point, SweepSummary
     from pvec.evaluation.tasks import TaskScore
     from pvec.stats import Interval
 
@@ -127,30 +127,26 @@ def _render(console: Console, result: SteerEvalResult) -> None:
         console.note(TINY_NOTE)
 
 
-def _render_points(console: Console, numbers: SweepNumbers) -> None:
+def _render_points(console: Console, sweep: SweepSummary) -> None:
     """Show every condition but the random ones, which stand beside what they control."""
-    from pvec.evaluation.summary import control_of
-
-    trait = numbers.metrics[0]
-    controlled = any(point.role == "random" for point in numbers.points)
-    vectors = {point.vector for point in numbers.points if point.role == "steered"}
+    controlled = bool(sweep.having("random"))
+    vectors = {point.vector for point in sweep.having("steered")}
     common = f"{vectors.pop()} · " if len(vectors) == 1 else ""
     rows = []
-    for point in numbers.points:
+    for point in sweep.points:
         if point.role == "random":
             continue
         row: list[Any] = [point.name.removeprefix(common)]
-        row += [_interval(point.scores[m]) for m in numbers.metrics]
+        row += [_interval(point.scores[metric]) for metric in sweep.metrics]
         if controlled:
-            control = control_of(point, numbers.points) if point.role == "steered" else None
-            row.append(f"{control.scores[trait].mean:.1f}" if control else "")
-        row.append(min(point.scores[metric].n for metric in numbers.metrics))
+            control = sweep.control_of(point)
+            row.append(f"{control.scores[sweep.metrics[0]].mean:.1f}" if control else "")
+        row.append(min(point.scores[metric].n for metric in sweep.metrics))
         rows.append(row)
-    columns = ["condition", *(f"{metric} [95 %]" for metric in numbers.metrics)]
+    columns = ["condition", *(f"{metric} [95 %]" for metric in sweep.metrics)]
     console.print(table([*columns, *(["random"] if controlled else []), "n"], rows))
-    missing = sum(one.missing for point in numbers.points for one in point.scores.values())
-    if missing:
-        console.print(f"{missing:,} scores are missing and in no mean")
+    if sweep.missing:
+        console.print(f"{sweep.missing:,} scores are missing and in no mean")
 
 
 def _render_pick(console: Console, pick: Pick, trait: str) -> None:
@@ -159,23 +155,22 @@ def _render_pick(console: Console, pick: Pick, trait: str) -> None:
         f"read on {pick.questions_for_reading} {'other' if pick.held_out else 'same'} questions:",
         markup=False,
     )
-    points = [("unsteered", pick.baseline), ("picked", pick.point)]
-    points += [("random vector", pick.control), ("prompted for", pick.prompt)]
+    points: dict[str, Point | None] = {
+        "unsteered": pick.baseline,
+        "picked": pick.point,
+        "random vector": pick.control,
+        "prompted for": pick.prompt,
+    }
     rows = [
-        (
-            name,
-            *(_interval(one) for one in point.scores.values()),
-            _signed(point.differences.get(trait)),
-        )
-        for name, point in points
+        (name, *map(_interval, point.scores.values()), _signed(point.differences.get(trait)))
+        for name, point in points.items()
         if point is not None
     ]
-    columns = ("", *pick.point.scores, f"{trait} vs unsteered")
-    console.print(table(columns, rows))
+    console.print(table(("", *pick.point.scores, f"{trait} vs unsteered"), rows))
 
 
 def _render_tasks(console: Console, scores: Sequence[TaskScore]) -> None:
-    rows = [(one.condition, one.task, one.metric, one.score, one.stderr, one.n) for one in scores]
+    rows = [(s.condition, s.task, s.metric, s.score, s.stderr, s.n) for s in scores]
     console.print(table(("condition", "task", "metric", "score", "stderr", "n"), rows))
 
 

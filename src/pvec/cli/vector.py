@@ -110,11 +110,12 @@ def show(
     vectors = load_vectors(files)
     described = [describe(path, vector, kind=kind) for path, vector in vectors.items()]
     if png or svg:
-        from pvec.report.vector_picture import vector_picture, write_picture
+        from pvec.report.vectors import layer_figure, write_figure
 
         names = labels(vectors)
-        drawn = [(names[path], vector) for path, vector in vectors.items()]
-        write_picture(vector_picture(drawn, kind=described[0].kind), png=png, svg=svg)
+        lines = [(names[path], vector, described[0].kind) for path, vector in vectors.items()]
+        figure = layer_figure(lines, title=f"{described[0].kind} by layer")
+        write_figure(figure, png=png, svg=svg)
 
     def render(console: Console) -> None:
         for vector in described:
@@ -147,9 +148,9 @@ def compare(
 
     result = show.compare(load_vectors(files), by=by, kind=kind or "response_avg", layer=layer)
     if png or svg:
-        from pvec.report.vector_picture import cosine_picture, write_picture
+        from pvec.report.vectors import cosine_figure, write_figure
 
-        write_picture(cosine_picture(result.labels, result.cosines), png=png, svg=svg)
+        write_figure(cosine_figure(result.labels, result.cosines), png=png, svg=svg)
     console_from(ctx).emit(result, lambda shown: render_cosines(shown, result))
 
 

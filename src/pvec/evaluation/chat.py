@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,20 +12,22 @@ import numpy as np
 from pvec.backends.planned import derive_seed
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError, did_you_mean
-from pvec.evaluation.conditions import Grid, Source, parse_layers, steered_conditions
+from pvec.evaluation.conditions import parse_layers
 from pvec.models.chat import prompt_ids, spans_from_ids, think_length
 from pvec.models.decoder import check_layer, describe_layer
 from pvec.settings import Settings
+from pvec.steering.instructions import SteeringVector, steering_vector
 from pvec.types import Generation, Instruction, Message, Request
+from pvec.vectors.find import load_vectors
 from pvec.vectors.projection import project
 
 MAIN, PLAIN = "answer", "unsteered"
 
 HELP = """\
-/steer NAME[@LAYER] COEF   steer with a vector: /steer evil@20 2.0 (COEF 0 takes it away)
+/steer NAME[@LAYER] COEF   steer with a vector: /steer evil@20 2.0 (COEF 0 removes it)
 /off                       stop steering
-/compare                   show the unsteered answer beside the steered one, or no longer
-/system TEXT               set the system prompt and begin anew (without TEXT: none)
+/compare                   turn on or off the unsteered answer beside the steered one
+/system TEXT               set the system prompt and start a new conversation (without TEXT: none)
 /reset                     forget the conversation
 /status                    show what is steering, and the vectors there are
 /help                      show this
@@ -35,10 +37,10 @@ _STEER = re.compile(r"(?P<name>[^@\s]+)(@(?P<layer>\S+))?\s+(?P<coef>\S+)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
-    """What one side has said so far; ``done`` with the last piece.
+class AnswerText:
+    """One side's answer so far, as it grows; ``done`` with its last token.
 
-    ``side`` is ``answer``, or ``unsteered`` for the one to compare with.
+    ``side`` is ``answer``, or ``unsteered`` for the answer to compare with.
     """
 
     side: str
@@ -47,8 +49,8 @@ class Said:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """How far an answer's mean activation points along a vector, read without steering.
+class AnswerProjection:
+    """How far an answer's mean activation points along a vector, measured without steering.
 
     ``projection`` is in units of the residual stream; ``relative`` is divided by the answer's mean
     residual norm at that layer.
@@ -62,18 +64,18 @@ class Measured:
 
 
 class Chat:
-    """A conversation with what steers it. ``vectors`` are the sources by name.
+    """A conversation and what steers it. ``vectors`` have one name each.
 
-    The steered answers are the conversation's history; an unsteered one to compare with is given
+    The steered answers are the conversation's history; an unsteered answer to compare with is given
     to the same history and then forgotten.
     """
 
     def __init__(
-        self, settings: Settings, session: ModelSession, vectors: Sequence[Source]
+        self, settings: Settings, session: ModelSession, vectors: Sequence[SteeringVector]
     ) -> None:
         self._settings = settings
         self._session = session
-        self._vectors: Mapping[str, Source] = {source.label: source for source in vectors}
+        self._vectors = {vector.label: vector for vector in vectors}
         self._history: list[Message] = []
         self._system: str | None = None
         self._turn = 0
@@ -86,9 +88,9 @@ class Chat:
         return tuple(self._steering.values())
 
     def command(self, line: str) -> str | None:
-        """Obey a line that begins with ``/`` and return what to show; None means: leave.
+        """Run a line that begins with ``/`` and return what to show; None means: leave.
 
-        Raises ``InputError`` or ``ModelError`` for a command that cannot be obeyed; nothing has
+        Raises ``InputError`` or ``ModelError`` for a command that cannot be run; nothing has
         changed then.
         """
         word, _, rest = line.strip().partition(" ")
@@ -109,25 +111,25 @@ class Chat:
             )
         return commands[word](rest.strip())
 
-    def answer(self, text: str) -> Generator[Said | Measured, None, None]:
+    def answer(self, text: str) -> Generator[AnswerText | AnswerProjection, None, None]:
         """Answer a line: yield the text as it grows, then how far it points along each vector.
 
-        When the iteration is stopped early, what was said so far is the answer.
+        When the iteration is stopped early, the text so far is the answer.
         """
         turns = [*self._history, {"role": "user", "content": text}]
         head = [] if self._system is None else [{"role": "system", "content": self._system}]
         ids = prompt_ids(
             self._session.metadata.tokenizer, [*head, *turns], thinking=self._session.thinking
         )
-        said = ""
+        answer = ""
         finished: list[Generation] = []
         try:
             for side, so_far, generation in self._stream(ids):
-                said = so_far if side == MAIN else said
+                answer = so_far if side == MAIN else answer
                 finished += [generation] if generation else []
-                yield Said(side=side, text=so_far, done=generation is not None)
+                yield AnswerText(side=side, text=so_far, done=generation is not None)
         finally:
-            self._history = [*turns, {"role": "assistant", "content": said}]
+            self._history = [*turns, {"role": "assistant", "content": answer}]
             self._turn += 1
         yield from self._measure(ids, finished)
 
@@ -145,30 +147,32 @@ class Chat:
                 text = str(tokenizer.decode(list(chunk.token_ids), skip_special_tokens=True))
                 yield chunk.id, text.removesuffix("\ufffd"), None  # half of a character
 
-    def _measure(self, ids: tuple[int, ...], answers: Sequence[Generation]) -> Iterator[Measured]:
-        """Read the answers' activations without steering, which would only find itself."""
+    def _measure(
+        self, ids: tuple[int, ...], answers: Sequence[Generation]
+    ) -> Iterator[AnswerProjection]:
+        """Project the answers' activations, captured without the steering that adds to it."""
         if not self._vectors:
             return
         tokenizer = self._session.metadata.tokenizer
         spans = [
             spans_from_ids(
-                one.id,
+                answer.id,
                 prompt_ids=ids,
-                answer_ids=one.token_ids,
-                skip=think_length(tokenizer, one.token_ids, prompt_ids=ids),
+                answer_ids=answer.token_ids,
+                skip=think_length(tokenizer, answer.token_ids, prompt_ids=ids),
             )
-            for one in answers
-            if one.token_ids
+            for answer in answers
+            if answer.token_ids
         ]
         for means in sorted(self._session.backend.capture(spans), key=lambda m: m.id):
-            for name, source in self._vectors.items():
+            for name, vector in self._vectors.items():
                 for layer in self._layers_of(name):
                     activation = means.means["response"][layer]
-                    if np.isnan(activation).any() or not source.rows[layer].any():
+                    if np.isnan(activation).any() or not vector.rows[layer].any():
                         continue
-                    along = float(project(activation, source.rows[layer]))
+                    along = float(project(activation, vector.rows[layer]))
                     norm = float(means.norms["response"][layer])
-                    yield Measured(
+                    yield AnswerProjection(
                         side=means.id,
                         vector=name,
                         layer=layer,
@@ -206,17 +210,13 @@ class Chat:
             self._steering.pop((name, layer), None)
             return self._status()
         steer = self._settings.steer
-        grid = Grid(
-            layers=((layer,),),
-            coefs=(coef,),
+        self._steering[name, layer] = self._vectors[name].instruction(
+            layer,
+            coef=coef,
             positions=steer.positions,
             operator=steer.operator,
             unit=steer.coef_unit,
         )
-        (condition,) = steered_conditions([self._vectors[name]], grid)
-        if not condition.steering[0].vector.any():
-            raise InputError(f"The vector {name!r} is zero at {describe_layer(layer)}.")
-        self._steering[name, layer] = condition.steering[0]
         return self._status()
 
     def _layer(self, text: str | None) -> int:
@@ -251,29 +251,23 @@ class Chat:
 
     def _reset(self, _: str = "") -> str:
         self._history.clear()
-        return "the conversation begins anew"
+        return "the conversation is empty"
 
     def _status(self, _: str = "") -> str:
         if not self._steering:
             return f"no steering; vectors: {', '.join(self._vectors) or 'none'}"
-        parts = [
-            f"{one.name} at {describe_layer(one.layer)} x {one.coef:g}" for one in self.steering
-        ]
+        parts = [f"{i.name} at {describe_layer(i.layer)} x {i.coef:g}" for i in self.steering]
         return f"steering with {' and '.join(parts)}"
 
 
-def load_sources(settings: Settings, session: ModelSession, paths: Sequence[Path]) -> list[Source]:
+def load_steering_vectors(
+    settings: Settings, session: ModelSession, paths: Sequence[Path]
+) -> list[SteeringVector]:
     """Return the vectors to chat with, by trait. Raises ``InputError`` for two of one name."""
-    from pvec.vectors.find import load_vectors
-
-    sources = [
-        Source(
-            label=vector.trait, rows=vector.kind(settings.steer.kind), mean_norms=vector.mean_norm
-        )
-        for vector in load_vectors(paths, model=session.metadata).values()
-    ]
-    names = [source.label for source in sources]
+    loaded = load_vectors(paths, model=session.metadata).values()
+    vectors = [steering_vector(vector, kind=settings.steer.kind) for vector in loaded]
+    names = [vector.label for vector in vectors]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise InputError(f"Two vectors are named {twice[0]!r}: give one of them.")
-    return sources
+        raise InputError(f"Two vectors are named {twice[0]!r}: give only one of them.")
+    return vectors

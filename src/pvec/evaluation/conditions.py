@@ -7,20 +7,20 @@ that differences between conditions are paired. Nothing here needs a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
+from typing import Any, Literal, get_args
 
 from pvec.errors import InputError
 from pvec.models.decoder import check_layer
-from pvec.types import Instruction, Operator, Positions
+from pvec.settings.tree import SteerSettings
+from pvec.steering.instructions import SteeringVector, instructions, random_like
+from pvec.types import Instruction, Operator
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+Role = Literal["baseline", "prompt_pos", "prompt_neg", "steered", "random"]
+"""What a condition can be, in the order of tables."""
 
-Role = Literal["baseline", "steered", "random", "prompt_pos", "prompt_neg"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 AUTO_DEPTHS = (0.35, 0.45, 0.55, 0.65, 0.75)
 """Where ``--layer auto`` looks, as shares of the depth: a handful around 55 %, where the paper's
@@ -30,46 +30,25 @@ BASELINE = "unsteered"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Source:
-    """One curve's vector: rows ``[num_layers + 1, hidden_size]`` and the residual norms, if known.
-
-    ``mean_norms`` is ``[num_layers + 1]``; doses in units of it need it.
-    """
-
-    label: str
-    rows: NDArray[np.float32]
-    mean_norms: NDArray[np.float32] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """The points asked for.
-
-    ``layers`` holds one tuple per choice; the layers of a choice are steered at once. ``together``
-    steers with all vectors at once instead of drawing one curve per vector.
-    """
-
-    layers: tuple[tuple[int, ...], ...]
-    coefs: tuple[float, ...]
-    positions: Positions = "response"
-    operator: Operator = "add"
-    unit: Literal["raw", "norm"] = "raw"
-    together: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Condition:
-    """One point of the sweep, a control, or a baseline."""
+    """One point of the sweep, a control, or a baseline.
+
+    ``name`` is unique in a run and for people; nothing else is read out of it. ``control_of`` is
+    the ``vector`` of the steered conditions whose control a random condition is. ``operator`` is
+    None where nothing is steered.
+    """
 
     name: str
     role: Role
     vector: str = ""
     layers: tuple[int, ...] = ()
     coef: float = 0.0
+    operator: Operator | None = None
+    control_of: str = ""
     steering: tuple[Instruction, ...] = ()
 
-    def describe(self) -> dict[str, Any]:
-        """Return the JSON form that a response line keeps, enough to rebuild the curves."""
+    def identity(self) -> dict[str, Any]:
+        """Return the JSON form that a response's id covers."""
         return {
             "name": self.name,
             "role": self.role,
@@ -77,6 +56,37 @@ class Condition:
             "layers": list(self.layers),
             "coef": self.coef,
         }
+
+    def labels(self) -> dict[str, Any]:
+        """Return what is stored beside ``identity`` and follows from it and the steering."""
+        return {"operator": self.operator, "control_of": self.control_of}
+
+
+def stored_condition(stored: Mapping[str, Any]) -> Condition:
+    """Return the condition of a stored response, without its instructions.
+
+    Runs of pvec 0.1 stored neither operator nor ``control_of``; their labels had one fixed form,
+    from which both follow.
+    """
+    steered = stored["role"] in {"steered", "random"}
+    if steered and "operator" not in stored:
+        first = str(stored["name"]).rpartition(" · ")[2].partition(" ")[0]
+        vectors = str(stored["vector"]).split(" + ")
+        control_of = " + ".join(vector.removeprefix("random like ") for vector in vectors)
+        stored = {
+            **stored,
+            "operator": first if first in {"cap", "ablate"} else "add",
+            "control_of": control_of if stored["role"] == "random" else "",
+        }
+    return Condition(
+        name=stored["name"],
+        role=stored["role"],
+        vector=stored["vector"],
+        layers=tuple(stored["layers"]),
+        coef=float(stored["coef"]),
+        operator=stored.get("operator"),
+        control_of=stored.get("control_of", ""),
+    )
 
 
 def parse_coefs(text: str) -> tuple[float, ...]:
@@ -116,104 +126,109 @@ def layers_label(layers: Sequence[int]) -> str:
     return "layers " + "+".join(str(layer) for layer in layers)
 
 
-def steered_conditions(
-    sources: Sequence[Source], grid: Grid, *, role: Literal["steered", "random"] = "steered"
+def evaluation_conditions(
+    vectors: Sequence[SteeringVector],
+    steer: SteerSettings,
+    *,
+    num_layers: int,
+    seed: int,
+    prompts: bool = True,
 ) -> list[Condition]:
-    """Return one condition per curve, choice of layers and coefficient.
+    """Return what ``steer-eval`` compares: unsteered, steered, random controls, prompted.
 
-    Coefficient 0 of ``add`` is the unsteered baseline and is left out here. Raises ``InputError``
-    when doses in norm units are asked of a vector without residual norms.
+    ``prompts`` says whether there are system prompts that ask for the trait. ``seed`` is that of
+    the first random control. Raises what ``steered_conditions`` raises.
     """
-    groups = [tuple(sources)] if grid.together else [(source,) for source in sources]
+    conditions = [Condition(name=BASELINE, role="baseline")]
+    if vectors:
+        conditions += steered_conditions(vectors, steer, num_layers=num_layers)
+    if vectors and steer.random_control:
+        random = [random_like(vector, seed=seed + i) for i, vector in enumerate(vectors)]
+        conditions += steered_conditions(random, steer, num_layers=num_layers, control_of=vectors)
+    if steer.prompt_baseline and prompts:
+        conditions.append(Condition(name="prompted for", role="prompt_pos"))
+        conditions.append(Condition(name="prompted against", role="prompt_neg"))
+    return conditions
+
+
+def steered_conditions(
+    vectors: Sequence[SteeringVector],
+    steer: SteerSettings,
+    *,
+    num_layers: int,
+    control_of: Sequence[SteeringVector] = (),
+) -> list[Condition]:
+    """Return one condition per vector (or all of them together), choice of layers and coefficient.
+
+    ``control_of`` are the vectors whose random controls ``vectors`` are, one for each. Coefficient
+    0 of ``add`` is the unsteered baseline and is left out here. Raises ``InputError`` or
+    ``ModelError`` for texts, layers, coefficients and units that cannot be used.
+    """
+    every = range(len(vectors))
     return [
-        _condition(group, grid, layers=layers, coef=coef, role=role)
-        for group in groups
-        for layers in grid.layers
-        for coef in _doses(grid)
+        _condition(
+            [vectors[i] for i in group],
+            steer,
+            layers=layers,
+            coef=coef,
+            control_of=_label([control_of[i] for i in group]) if control_of else "",
+        )
+        for group in ([every] if steer.together else [[i] for i in every])
+        for layers in steered_layers(steer, num_layers=num_layers)
+        for coef in _coefs(steer)
     ]
 
 
-def random_like(source: Source, *, seed: int) -> Source:
-    """Return a random direction of the same norm as ``source`` at every layer.
-
-    Rows are independent Gaussian directions. For all-layer incremental steering the increments, not
-    the sums, must have the vector's norms: build it from the increments (``incremental_source``).
-    """
-    draw = np.random.default_rng(seed).standard_normal(source.rows.shape)
-    lengths = np.linalg.norm(source.rows, axis=1, keepdims=True)
-    rows = draw / np.linalg.norm(draw, axis=1, keepdims=True) * lengths
-    return Source(
-        label=f"random like {source.label}",
-        rows=rows.astype(np.float32),
-        mean_norms=source.mean_norms,
-    )
-
-
-def incremental_source(source: Source) -> Source:
-    """Return ``source`` with row ``l`` replaced by ``v_l - v_(l-1)`` (paper, appendix J.3)."""
-    rows = np.diff(source.rows, axis=0, prepend=0)
-    rows[1] = source.rows[1]  # layer 0 is not steered: the additions up to l then sum to v_l
-    return Source(label=source.label, rows=rows, mean_norms=source.mean_norms)
+def steered_layers(steer: SteerSettings, *, num_layers: int) -> tuple[tuple[int, ...], ...]:
+    """Return the choices of layers that the settings ask for (see ``parse_layers``)."""
+    if steer.incremental and steer.layer not in {"auto", "all"}:
+        raise InputError(
+            f"--incremental steers every layer and cannot be combined with --layer {steer.layer}: "
+            f"omit one of them."
+        )
+    return parse_layers("all" if steer.incremental else steer.layer, num_layers=num_layers)
 
 
 def _condition(
-    group: Sequence[Source],
-    grid: Grid,
+    group: Sequence[SteeringVector],
+    steer: SteerSettings,
     *,
     layers: tuple[int, ...],
     coef: float,
-    role: Literal["steered", "random"],
+    control_of: str,
 ) -> Condition:
-    label = " + ".join(source.label for source in group)
-    dose = f"{grid.operator} " if grid.operator != "add" else ""
-    unit = " norms" if grid.unit == "norm" else ""
-    amount = "" if grid.operator == "ablate" else f"coef {coef:g}{unit}"
-    name = f"{label} · {layers_label(layers)} · {dose}{amount}".strip()
-    steering = tuple(
-        _instruction(source, grid, layer=layer, coef=coef) for source in group for layer in layers
-    )
+    label = _label(group)
+    operator = f"{steer.operator} " if steer.operator != "add" else ""
+    unit = " norms" if steer.coef_unit == "norm" else ""
+    amount = "" if steer.operator == "ablate" else f"coef {coef:g}{unit}"
     return Condition(
-        name=name, role=role, vector=label, layers=layers, coef=coef, steering=steering
-    )
-
-
-def _instruction(source: Source, grid: Grid, *, layer: int, coef: float) -> Instruction:
-    vector = np.ascontiguousarray(source.rows[layer], dtype=np.float32)
-    if grid.unit == "norm":
-        if source.mean_norms is None:
-            raise InputError(
-                f"The vector {source.label!r} holds no residual norms, so doses cannot be in units "
-                f"of them: use --coef-unit raw, or extract the vector again with pvec."
-            )
-        norm = float(source.mean_norms[layer])
-        coef = _in_norm_units(coef, grid.operator, vector=vector, mean_norm=norm)
-    return Instruction(
-        vector=vector,
-        layer=layer,
+        name=f"{label} · {layers_label(layers)} · {operator}{amount}".strip(),
+        role="random" if control_of else "steered",
+        vector=label,
+        layers=layers,
         coef=coef,
-        positions=grid.positions,
-        operator=grid.operator,
-        name=source.label,
+        operator=steer.operator,
+        control_of=control_of,
+        steering=instructions(
+            group,
+            layers,
+            coef=coef,
+            positions=steer.positions,
+            operator=steer.operator,
+            unit=steer.coef_unit,
+        ),
     )
 
 
-def _in_norm_units(
-    dose: float, operator: Operator, *, vector: NDArray[np.float32], mean_norm: float
-) -> float:
-    if operator == "cap":
-        return dose * mean_norm  # the ceiling is a length along the unit vector
-    length = float(np.linalg.norm(vector))
-    if length == 0:
-        raise InputError("A zero vector has no direction to scale: choose another layer.")
-    return dose * mean_norm / length
+def _label(group: Sequence[SteeringVector]) -> str:
+    return " + ".join(vector.label for vector in group)
 
 
-def _doses(grid: Grid) -> tuple[float, ...]:
-    if grid.operator == "ablate":
-        return (1.0,)  # an ablation has no dose
-    if grid.operator == "add":
-        return tuple(coef for coef in grid.coefs if coef != 0)
-    return grid.coefs
+def _coefs(steer: SteerSettings) -> tuple[float, ...]:
+    if steer.operator == "ablate":
+        return (1.0,)  # an ablation takes no coefficient
+    coefs = parse_coefs(steer.coef)
+    return tuple(coef for coef in coefs if coef != 0) if steer.operator == "add" else coefs
 
 
 def _parts(text: str, option: str) -> list[str]:

@@ -7,19 +7,17 @@ for in the system prompt. Without a vector this is the baseline evaluation of a 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pvec.backends.planned import generate_missing, missing
-from pvec.backends.run_session import manifest_sections
+from pvec.backends.planned import missing
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.judged_csv import JudgedAnswer, write_judged_csv
 from pvec.errors import JudgeError
-from pvec.evaluation.setup import SteerSetup, open_run
-from pvec.evaluation.summary import SweepNumbers, read_sweep, summarise
+from pvec.evaluation.setup import SteerSetup
+from pvec.evaluation.summary import SweepSummary, keep_summary, read_sweep
 from pvec.evaluation.tasks import TaskScore, check_tasks, evaluate_tasks
 from pvec.judges.prompts import COHERENCE
 from pvec.judges.scoring import JudgeReport, ResponseScorer, estimate_scoring, score_of
@@ -47,7 +45,7 @@ class SteerEvalResult:
     generated: int
     cut: int
     judge: JudgeReport | None = None
-    numbers: SweepNumbers | None = None
+    numbers: SweepSummary | None = None
     capability: tuple[TaskScore, ...] = ()
     next: tuple[str, ...] = ()
 
@@ -78,12 +76,12 @@ def plan(
 ) -> SteerEvalPlan:
     """Say what ``run`` would do and what judging would cost; loads no weights, asks nobody."""
     with ModelSession(settings) as session:
-        setup = SteerSetup(settings, trait, session, vectors=vectors, also=also, out=out)
-        scorer = ResponseScorer(settings, session=session, bundled=session.metadata.bundled)
+        setup = SteerSetup(session, trait, vectors=vectors, also=also, out=out)
+        scorer = ResponseScorer.of(session)
         begun = (setup.folder / "manifest.json").exists()
-        todo = missing(Run.read(setup.folder), setup.wanted) if begun else setup.wanted
+        todo = missing(Run.read(setup.folder), setup.planned) if begun else setup.planned
         judging = estimate_scoring(
-            [one.question for one in setup.wanted],
+            [one.question for one in setup.planned],
             setup.metrics,
             answer_tokens=session.max_tokens,
             price=scorer.choice.price,
@@ -92,7 +90,7 @@ def plan(
             trait=setup.trait.name,
             run=setup.folder,
             conditions=tuple(condition.name for condition in setup.conditions),
-            answers=len(setup.wanted),
+            answers=len(setup.planned),
             missing=len(todo),
             most_tokens=sum(one.sampling.max_tokens for one in todo),
             judge=scorer.choice.model,
@@ -123,134 +121,94 @@ def run(
         session = stack.enter_context(
             ModelSession(settings, notify=notify, on_progress=on_progress)
         )
-        setup = SteerSetup(settings, trait, session, vectors=vectors, also=also, out=out)
+        setup = SteerSetup(session, trait, vectors=vectors, also=also, out=out)
         scorer = None
         if settings.steer.judge:
-            scorer = ResponseScorer(
-                settings, session=session, bundled=session.metadata.bundled, notify=notify
-            )
-            stack.enter_context(scorer)
-        store = stack.enter_context(open_run(setup))
-        if scorer is not None:
+            scorer = stack.enter_context(ResponseScorer.of(session))
             scorer.check()
-        for note in (*setup.trait.notes, *store.notes, *setup.notes):
+        run = stack.enter_context(setup.open_run())
+        for note in setup.notes:
             notify(note)
-        job = _Job(setup, store, scorer, tasks=tasks, on_progress=on_progress)
-        return job.run()
-
-
-class _Job:
-    """One evaluation on its way through the steps."""
-
-    def __init__(
-        self,
-        setup: SteerSetup,
-        store: Run,
-        scorer: ResponseScorer | None,
-        *,
-        tasks: Sequence[str],
-        on_progress: Callable[[Progress], None],
-    ) -> None:
-        self.setup = setup
-        self.store = store
-        self.scorer = scorer
-        self.tasks = tasks
-        self.on_progress = on_progress
-        self.timings: dict[str, float] = {}
-        store.begin_session(**manifest_sections(setup.session))
-        store.keep_traits([setup.trait, *setup.also])
-
-    def run(self) -> SteerEvalResult:
-        setup = self.setup
-        with self._timed("generate"):
-            generated = generate_missing(
-                self.store, setup.session, setup.wanted, on_progress=self.on_progress
-            )
-        records = self._records()
+        generated = run.generate(setup.planned)
+        records = run.responses(setup.planned)
         result = SteerEvalResult(
             trait=setup.trait.name,
-            run=self.store.path,
-            model=setup.session.metadata.id,
+            run=setup.folder,
+            model=session.metadata.id,
             vectors=tuple(dict.fromkeys(c.vector for c in setup.conditions if c.role == "steered")),
             conditions=len(setup.conditions),
             answers=len(records),
             generated=generated,
             cut=sum(record.finish_reason == "length" for record in records),
-            next=(f"pvec judge {self.store.path}",),
+            next=(f"pvec judge {setup.folder}",),
         )
-        if self.scorer is not None:
-            result = self._judged(self.scorer, result, records)
-        if self.tasks:
-            with self._timed("tasks"):
-                result = replace(result, capability=self._capability(result))
-        self.store.end_session(timings=self.timings)
+        if scorer is not None:
+            result = _judged(result, setup, scorer, run.store, records)
+        if tasks:
+            with run.store.stage("tasks"):
+                scores = _capability(setup, tasks, result.numbers)
+            run.store.update_manifest(capability=[score.describe() for score in scores])
+            result = replace(result, capability=scores)
         return result
 
-    def _judged(
-        self, scorer: ResponseScorer, result: SteerEvalResult, records: list[ResponseRecord]
-    ) -> SteerEvalResult:
-        with self._timed("judge"):
-            report = scorer.score(
-                self.store, records, self.setup.metrics, on_progress=self.on_progress
-            )
-        ids = {record.id for record in records}
-        answers = read_sweep(self.store, judge=report.judge, wanted=ids.__contains__)
-        if not any(score is not None for one in answers for score in one.scores.values()):
-            raise JudgeError(
-                f"The judge {report.judge} scored none of {len(answers)} answers; they are kept in "
-                f"{self.store.path}: try another judge with `pvec judge {self.store.path}`."
-            )
-        self._export(records, report.judge)
-        numbers = summarise(
-            answers,
-            trait=self.setup.trait.name,
-            min_coherence=self.setup.settings.steer.min_coherence,
+
+def _judged(
+    result: SteerEvalResult,
+    setup: SteerSetup,
+    scorer: ResponseScorer,
+    store: Run,
+    records: Sequence[ResponseRecord],
+) -> SteerEvalResult:
+    """Score the answers, export them, and summarise all that the run holds."""
+    with store.stage("judge"):
+        report = scorer.score(store, records, setup.metrics, on_progress=setup.session.on_progress)
+    answers = read_sweep(store, judge=report.judge)
+    if not any(score is not None for answer in answers for score in answer.scores.values()):
+        raise JudgeError(
+            f"The judge {report.judge} scored none of {len(answers)} answers; they are kept in "
+            f"{store.path}: try another judge with `pvec judge {store.path}`."
         )
-        following = (f"pvec report {self.store.path}",)
-        return replace(result, judge=report, numbers=numbers, next=following)
+    _export(setup, store, records, judge=report.judge)
+    numbers = keep_summary(
+        store, answers, trait=setup.trait.name, min_coherence=setup.steer.min_coherence
+    )
+    return replace(result, judge=report, numbers=numbers, next=(f"pvec report {store.path}",))
 
-    def _export(self, records: Sequence[ResponseRecord], judge: str) -> None:
-        """Write one CSV per condition, in the reference's columns."""
-        trait = self.setup.trait.name
-        scores = self.store.scores_by_response(judge=judge)
-        for condition in self.setup.conditions:
-            name = f"{trait}_{slug(condition.name)}"
-            rows = [
-                JudgedAnswer(
-                    question=record.question,
-                    prompt=record.prompt,
-                    answer=record.answer,
-                    question_id=record.question_id,
-                    trait_score=score_of(scores.get(record.id, {}), trait),
-                    coherence=score_of(scores.get(record.id, {}), COHERENCE),
-                )
-                for record in records
-                if record.condition["name"] == condition.name
-            ]
-            write_judged_csv(self.store.csv_path(f"answers/{name}"), rows, trait=trait)
 
-    def _capability(self, result: SteerEvalResult) -> tuple[TaskScore, ...]:
-        """Run the tasks unsteered and at each picked point (the first, when nothing is judged)."""
-        steered = [c for c in self.setup.conditions if c.role == "steered"]
-        picked = {pick.point.name for pick in result.numbers.picks} if result.numbers else set()
-        chosen = [c for c in steered if c.name in picked] or steered[:1]
-        baseline = [c for c in self.setup.conditions if c.role == "baseline"]
-        scores = evaluate_tasks(
-            self.setup.session.backend,
-            self.tasks,
-            {condition.name: condition.steering for condition in (*baseline, *chosen)},
-            on_progress=self.on_progress,
-        )
-        self.store.update_manifest(capability=[score.describe() for score in scores])
-        return scores
+def _export(
+    setup: SteerSetup, store: Run, records: Sequence[ResponseRecord], *, judge: str
+) -> None:
+    """Write one CSV per condition, in the reference's columns."""
+    trait = setup.trait.name
+    scores = store.scores_by_response(judge=judge)
+    for condition in setup.conditions:
+        rows = [
+            JudgedAnswer(
+                question=record.question,
+                prompt=record.prompt,
+                answer=record.answer,
+                question_id=record.question_id,
+                trait_score=score_of(scores.get(record.id, {}), trait),
+                coherence=score_of(scores.get(record.id, {}), COHERENCE),
+            )
+            for record in records
+            if record.condition["name"] == condition.name
+        ]
+        path = store.csv_path(f"answers/{trait}_{slug(condition.name)}")
+        write_judged_csv(path, rows, trait=trait)
 
-    def _records(self) -> list[ResponseRecord]:
-        order = {one.id: position for position, one in enumerate(self.setup.wanted)}
-        found = [record for record in self.store.responses() if record.id in order]
-        return sorted(found, key=lambda record: order[record.id])
 
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.timings[stage] = round(time.perf_counter() - started, 3)
+def _capability(
+    setup: SteerSetup, tasks: Sequence[str], numbers: SweepSummary | None
+) -> tuple[TaskScore, ...]:
+    """Run the tasks unsteered and at each picked point (the first, when nothing is judged)."""
+    picked = {pick.point.name for pick in numbers.picks} if numbers else set()
+    steered = [c for c in setup.conditions if c.role == "steered"]
+    chosen = [c for c in steered if c.name in picked] or steered[:1]
+    baseline = [c for c in setup.conditions if c.role == "baseline"]
+    return evaluate_tasks(
+        setup.session.backend,
+        tasks,
+        {condition.name: condition.steering for condition in (*baseline, *chosen)},
+        on_progress=setup.session.on_progress,
+    )

@@ -1,22 +1,27 @@
 """The numbers of a steering sweep: points with intervals, differences to the baseline, the pick.
 
-Used by ``steer-eval`` for its table and by the report for its figures, so that both say the same.
+They are made once, when answers have been judged, and kept in the run (``keep_summary``), so that
+``steer-eval`` and the report say the same.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from pvec.evaluation.conditions import ROLES, Condition, Role, layers_label, stored_condition
+from pvec.runs.responses import Json, stable_hash
 from pvec.runs.store import Run
+from pvec.runs.summary import SUMMARY, write_summary
 from pvec.stats import Interval, bootstrap_mean, paired_difference
+from pvec.types import Operator
 
 COHERENCE = "coherence"
-
-ROLES = ("baseline", "prompt_pos", "prompt_neg", "steered", "random")
-"""What a condition can be, in the order of tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +39,28 @@ class Point:
     """One condition: mean scores by metric, and the paired differences to the baseline."""
 
     name: str
-    role: str
+    role: Role
     vector: str
     layers: tuple[int, ...]
     coef: float
     scores: Mapping[str, Interval]
     differences: Mapping[str, Interval]
+    operator: Operator | None = None
+    control_of: str = ""
+
+    @property
+    def where(self) -> str:
+        """The layers in words: ``layer 20``, ``layers 3+4``, ``layers 1-28``."""
+        return layers_label(self.layers)
+
+    def controls(self, other: Point) -> bool:
+        """Whether this is the random vector at the very point where ``other`` steers."""
+        return (
+            self.role == "random"
+            and other.role == "steered"
+            and (self.control_of, self.layers, self.coef, self.operator)
+            == (other.vector, other.layers, other.coef, other.operator)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +84,7 @@ class Pick:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepNumbers:
+class SweepSummary:
     """Everything that is said about a sweep. ``unpicked`` explains vectors without a pick."""
 
     trait: str
@@ -73,24 +94,38 @@ class SweepNumbers:
     picks: tuple[Pick, ...]
     unpicked: tuple[str, ...]
 
+    @property
+    def baseline(self) -> Point | None:
+        """The unsteered model, if it was run."""
+        return next(iter(self.having("baseline")), None)
+
+    @property
+    def missing(self) -> int:
+        """How many scores are missing, and in no mean."""
+        return sum(score.missing for point in self.points for score in point.scores.values())
+
+    def having(self, *roles: Role) -> list[Point]:
+        """Return the points of these roles."""
+        return [point for point in self.points if point.role in roles]
+
     def point(self, name: str) -> Point:
         """Return the point of a condition by its name."""
         return next(point for point in self.points if point.name == name)
 
+    def control_of(self, point: Point) -> Point | None:
+        """Return the random vector at the very point where ``point`` steers, if it was run."""
+        return next((other for other in self.points if other.controls(point)), None)
 
-def read_sweep(
-    run: Run, *, judge: str | None = None, wanted: Callable[[str], bool] = lambda _: True
-) -> list[ScoredAnswer]:
+
+def read_sweep(run: Run, *, judge: str | None = None) -> list[ScoredAnswer]:
     """Return a run's answers by question, with the scores of one judge.
-
-    ``wanted`` filters by response id.
 
     Raises ``InputError`` when several judges scored the run and none is named.
     """
     scores = run.scores_by_response(judge=judge)
-    records = [record for record in run.responses() if wanted(record.id)]
+    records = list(run.responses())
     # By question, not by who finished first: which questions choose must not depend on luck.
-    records.sort(key=lambda r: (len(r.question_id), r.question_id, r.condition["rollout"]))
+    records.sort(key=lambda r: (len(r.question_id), r.question_id, r.condition["rollout"], r.id))
     return [
         ScoredAnswer(
             condition=record.condition,
@@ -102,9 +137,36 @@ def read_sweep(
     ]
 
 
+def keep_summary(
+    run: Run, answers: Sequence[ScoredAnswer], *, trait: str, min_coherence: float
+) -> SweepSummary:
+    """Summarise a run's answers and keep the result in the run."""
+    summary = summarise(answers, trait=trait, min_coherence=min_coherence)
+    basis = _basis(answers, trait=trait, min_coherence=min_coherence)
+    write_summary(run.path, {"basis": basis, **asdict(summary)})
+    return summary
+
+
+def stored_summary(
+    run: Run, answers: Sequence[ScoredAnswer], *, trait: str, min_coherence: float
+) -> SweepSummary:
+    """Return what the run keeps, or a new summary where it keeps none of exactly these scores.
+
+    That is so for a run that was judged after its evaluation, or by several judges.
+    """
+    basis = _basis(answers, trait=trait, min_coherence=min_coherence)
+    try:
+        stored = json.loads((run.path / SUMMARY).read_text(encoding="utf-8"), object_hook=_unknown)
+        if stored.pop("basis") == basis:
+            return _SUMMARY.validate_python(stored)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        pass  # none, or one of another version: it follows from the scores
+    return summarise(answers, trait=trait, min_coherence=min_coherence)
+
+
 def summarise(
     answers: Sequence[ScoredAnswer], *, trait: str, min_coherence: float = 75.0
-) -> SweepNumbers:
+) -> SweepSummary:
     """Return the sweep's points, and per vector the pick with its held-out reading.
 
     Layer and coefficient are chosen on every second question (the first, third, …): the highest
@@ -112,26 +174,30 @@ def summarise(
     the smaller dose. The readings come from the other questions.
     """
     questions = tuple(dict.fromkeys(answer.question for answer in answers))
-    found = {metric for answer in answers for metric in answer.scores}
-    metrics = (*(m for m in (trait, COHERENCE) if m in found), *sorted(found - {trait, COHERENCE}))
+    scored = {metric for answer in answers for metric in answer.scores}
+    first = [metric for metric in (trait, COHERENCE) if metric in scored]
+    metrics = (*first, *sorted(scored - {trait, COHERENCE}))
     table = _Table(answers, metrics)
     choosing, reading = questions[0::2], questions[1::2]
     points = table.points(questions)
+    chosen_by, read = table.points(choosing), table.points(reading or choosing)
     picks: list[Pick] = []
     unpicked: list[str] = []
-    if trait in metrics:
-        chosen_by = table.points(choosing)
-        read = table.points(reading or choosing)
-        for vector in dict.fromkeys(p.vector for p in points if p.role == "steered"):
-            best = _best([p for p in chosen_by if p.vector == vector], trait, min_coherence)
-            if best is None:
-                unpicked.append(
-                    f"{vector}: no layer and coefficient kept coherence at {min_coherence:g} or "
-                    f"more; try smaller coefficients"
-                )
-            else:
-                picks.append(_pick(best, read, trait, min_coherence, (choosing, reading)))
-    return SweepNumbers(
+    vectors = dict.fromkeys(p.vector for p in points if p.role == "steered")
+    for vector in vectors if trait in metrics else ():
+        best = _best([p for p in chosen_by if p.vector == vector], trait, min_coherence)
+        if best is None:
+            unpicked.append(
+                f"{vector}: no layer and coefficient kept coherence at {min_coherence:g} or "
+                f"more; try smaller coefficients"
+            )
+        else:
+            reason = (
+                f"highest {trait} at coherence of at least {min_coherence:g} "
+                f"on {len(choosing)} questions"
+            )
+            picks.append(_pick(best, read, reason=reason, halves=(choosing, reading)))
+    return SweepSummary(
         trait=trait,
         metrics=metrics,
         questions=questions,
@@ -146,40 +212,37 @@ class _Table:
 
     def __init__(self, answers: Sequence[ScoredAnswer], metrics: Sequence[str]) -> None:
         self._metrics = metrics
-        self._conditions = {answer.condition["name"]: answer.condition for answer in answers}
-        self._scores: dict[str, dict[str, dict[str, list[float | None]]]] = {}
+        self._conditions: dict[str, Condition] = {}
+        self._scores: dict[tuple[str, str, str], list[float | None]] = {}
         for answer in answers:
-            row = self._scores.setdefault(answer.condition["name"], {})
+            condition = stored_condition(answer.condition)
+            self._conditions.setdefault(condition.name, condition)
             for metric in metrics:
-                cell = row.setdefault(metric, {}).setdefault(answer.question, [])
+                cell = self._scores.setdefault((condition.name, metric, answer.question), [])
                 cell.append(answer.scores.get(metric))
 
     def points(self, questions: Sequence[str]) -> list[Point]:
-        """Return every condition read on ``questions``."""
-        baseline = next(
-            (name for name, c in self._conditions.items() if c["role"] == "baseline"), None
-        )
-        found = [
+        """Return every condition read on ``questions``, in the order of tables."""
+        baseline = next((c.name for c in self._conditions.values() if c.role == "baseline"), None)
+        points = [
             Point(
-                name=name,
-                role=condition["role"],
-                vector=condition["vector"],
-                layers=tuple(condition["layers"]),
-                coef=float(condition["coef"]),
-                scores={m: self._reading(name, m, questions) for m in self._metrics},
+                name=condition.name,
+                role=condition.role,
+                vector=condition.vector,
+                layers=condition.layers,
+                coef=condition.coef,
+                operator=condition.operator,
+                control_of=condition.control_of,
+                scores={m: self._reading(condition.name, m, questions) for m in self._metrics},
                 differences={
-                    m: self._difference(name, baseline, m, questions)
+                    m: self._difference(condition.name, baseline, m, questions)
                     for m in self._metrics
-                    if baseline is not None and name != baseline
+                    if baseline is not None and condition.name != baseline
                 },
             )
-            for name, condition in self._conditions.items()
+            for condition in self._conditions.values()
         ]
-        vectors = list(dict.fromkeys(sorted(point.vector for point in found)))
-        return sorted(
-            found,
-            key=lambda p: (ROLES.index(p.role), vectors.index(p.vector), p.layers, p.coef),
-        )
+        return sorted(points, key=lambda p: (ROLES.index(p.role), p.vector, p.layers, p.coef))
 
     def _reading(self, name: str, metric: str, questions: Sequence[str]) -> Interval:
         values, groups = self._column(name, metric, questions)
@@ -195,23 +258,12 @@ class _Table:
     def _column(
         self, name: str, metric: str, questions: Sequence[str]
     ) -> tuple[list[float | None], list[str]]:
-        cells = self._scores[name][metric]
-        pairs = [(score, question) for question in questions for score in cells.get(question, [])]
+        pairs = [
+            (score, question)
+            for question in questions
+            for score in self._scores.get((name, metric, question), [])
+        ]
         return [score for score, _ in pairs], [question for _, question in pairs]
-
-
-def control_of(point: Point, points: Sequence[Point]) -> Point | None:
-    """Return the random vector at the very point where ``point`` steers, if it was run."""
-    return next(
-        (
-            one
-            for one in points
-            if one.role == "random"
-            and one.vector.endswith(point.vector)
-            and (one.layers, one.coef) == (point.layers, point.coef)
-        ),
-        None,
-    )
 
 
 def _best(points: Sequence[Point], trait: str, min_coherence: float) -> Point | None:
@@ -228,11 +280,7 @@ def _best(points: Sequence[Point], trait: str, min_coherence: float) -> Point | 
 
 
 def _pick(
-    best: Point,
-    read: Sequence[Point],
-    trait: str,
-    min_coherence: float,
-    halves: tuple[Sequence[str], Sequence[str]],
+    best: Point, read: Sequence[Point], *, reason: str, halves: tuple[Sequence[str], Sequence[str]]
 ) -> Pick:
     choosing, reading = halves
     by_role = {point.role: point for point in read if point.role not in {"steered", "random"}}
@@ -240,13 +288,27 @@ def _pick(
         vector=best.vector,
         point=next(point for point in read if point.name == best.name),
         baseline=by_role.get("baseline"),
-        control=control_of(best, read),
+        control=next((point for point in read if point.controls(best)), None),
         prompt=by_role.get("prompt_pos"),
         held_out=bool(reading),
         questions_for_choice=len(choosing),
         questions_for_reading=len(reading or choosing),
-        reason=(
-            f"highest {trait} at coherence of at least {min_coherence:g} "
-            f"on {len(choosing)} questions"
-        ),
+        reason=reason,
     )
+
+
+def _basis(answers: Sequence[ScoredAnswer], *, trait: str, min_coherence: float) -> str:
+    """Return a hash of everything that a summary follows from."""
+    rows: list[Json] = [
+        [dict(answer.condition), answer.question, dict(answer.scores)] for answer in answers
+    ]
+    return stable_hash([trait, min_coherence, rows])
+
+
+def _unknown(parts: dict[str, Any]) -> dict[str, Any]:
+    """Read the numbers of an interval that are not known, null in JSON, as NaN."""
+    bounds = {"mean", "low", "high"}
+    return {k: math.nan if v is None and k in bounds else v for k, v in parts.items()}
+
+
+_SUMMARY: TypeAdapter[SweepSummary] = TypeAdapter(SweepSummary)

@@ -7,6 +7,7 @@ torch: layer numbers are checked and named before any model is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -204,3 +205,29 @@ def _input_hook(hook: HiddenHook) -> Callable[[nn.Module, Any, dict[str, Any]], 
         return args, {**kwargs, "hidden_states": changed}
 
     return replace
+
+
+def module_after(model: nn.Module, blocks: nn.ModuleList, token_ids: torch.Tensor) -> nn.Module:
+    """Return the module that runs first after the last block: the final norm.
+
+    Found by running ``token_ids`` ``[1, T]`` once and watching the order of calls.
+    """
+    import torch
+
+    inside = {id(module) for block in blocks for module in block.modules()}
+    called: list[nn.Module] = []
+    passed: list[bool] = []
+
+    def watch(module: nn.Module, _args: Any) -> None:
+        if passed and not called:
+            called.append(module)
+
+    with ExitStack() as hooks, torch.inference_mode():
+        hooks.enter_context(blocks[-1].register_forward_hook(lambda *_: passed.append(True)))
+        for module in model.modules():
+            if id(module) not in inside:
+                hooks.enter_context(module.register_forward_pre_hook(watch))
+        model(input_ids=token_ids)
+    if not called:
+        raise ModelError(f"{type(model).__name__} runs no module after its last block.")
+    return called[0]

@@ -14,7 +14,7 @@ from datetime import datetime
 from importlib.resources import files
 from typing import Any
 
-from pvec.report.figures import Cell, Figure, Table
+from pvec.report.figure import Cell, Figure, Table
 
 ANSWER_BUDGET = 6_000_000
 """Characters of answers that one section embeds at most; beyond that every k-th question block is
@@ -40,13 +40,13 @@ class Answer:
 class Section:
     """What one run contributes to a page.
 
-    ``finding`` is one sentence with the main numbers. ``notes`` are shown under it as they are.
+    ``summary`` is one sentence with the main numbers. ``notes`` are shown under it as they are.
     ``compare`` names the two conditions that the answer browser opens with.
     """
 
     id: str
     title: str
-    finding: str
+    summary: str
     notes: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
     tables: tuple[tuple[str, Table], ...] = ()
@@ -57,9 +57,9 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Chapter:
-    """What all runs of one kind contribute: a finding for the page's head, and their sections."""
+    """What all runs of one kind contribute: a summary for the page's head, and their sections."""
 
-    finding: str
+    summary: str
     sections: tuple[Section, ...]
 
 
@@ -83,7 +83,7 @@ def render_page(
     sections = [section for chapter in chapters for section in chapter.sections]
     return template.render(
         title=title,
-        findings=[chapter.finding for chapter in chapters if chapter.finding],
+        summaries=[chapter.summary for chapter in chapters if chapter.summary],
         sections=[_section_context(section) for section in sections],
         css=_verbatim((assets / "page.css").read_text(encoding="utf-8")),
         js=_verbatim((assets / "page.js").read_text(encoding="utf-8")),
@@ -130,7 +130,7 @@ def _section_context(section: Section) -> dict[str, Any]:
     return {
         "id": section.id,
         "title": section.title,
-        "finding": section.finding,
+        "summary": section.summary,
         "notes": section.notes,
         "figures": [_figure_context(figure) for figure in section.figures],
         "tables": section.tables,

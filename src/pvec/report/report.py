@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pvec import __version__
 from pvec.errors import InputError
-from pvec.report.figures import Figure, write_figures
+from pvec.report.figure import Figure, write_figures
 from pvec.report.page import Chapter, render_page
 from pvec.report.sections import build_chapters
 from pvec.report.sections.common import RunData
@@ -57,7 +57,7 @@ def run(
     return ReportResult(
         page=page,
         files=tuple(files),
-        findings=tuple(chapter.finding for chapter in chapters),
+        findings=tuple(chapter.summary for chapter in chapters),
     )
 
 

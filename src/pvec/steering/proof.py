@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from pvec.errors import ModelError, SteeringError
-from pvec.models.decoder import block_index, describe_layer, find_decoder
+from pvec.errors import SteeringError
+from pvec.models.decoder import block_index, describe_layer, find_decoder, module_after
 from pvec.steering.hooks import steer_training
 from pvec.steering.positions import IGNORED_LABEL
 from pvec.types import Instruction, Positions, SpanMeans, SpanName
@@ -75,30 +75,6 @@ def record_residual_stream(
                 block.register_forward_hook(_output_reader(stream, layer), prepend=True)
             )
         yield stream
-
-
-def module_after(model: nn.Module, blocks: nn.ModuleList, token_ids: torch.Tensor) -> nn.Module:
-    """Return the module that runs first after the last block: the final norm.
-
-    Found by running ``token_ids`` ``[1, T]`` once and watching the order of calls.
-    """
-    inside = {id(module) for block in blocks for module in block.modules()}
-    called: list[nn.Module] = []
-    passed: list[bool] = []
-
-    def watch(module: nn.Module, _args: Any) -> None:
-        if passed and not called:
-            called.append(module)
-
-    with ExitStack() as hooks, torch.inference_mode():
-        hooks.enter_context(blocks[-1].register_forward_hook(lambda *_: passed.append(True)))
-        for module in model.modules():
-            if id(module) not in inside:
-                hooks.enter_context(module.register_forward_pre_hook(watch))
-        model(input_ids=token_ids)
-    if not called:
-        raise ModelError(f"{type(model).__name__} runs no module after its last block.")
-    return called[0]
 
 
 def due_state(instruction: Instruction, state: torch.Tensor) -> torch.Tensor:

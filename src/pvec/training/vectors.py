@@ -9,15 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pvec.errors import InputError
 from pvec.models.decoder import check_layer, describe_layer
 from pvec.models.load import ModelMetadata
+from pvec.steering.instructions import instructions, steering_vector
 from pvec.training.config import Layers, MonitorPart, SteeringPart, TrainConfig
 from pvec.traits.trait import load_trait
-from pvec.types import Instruction, VectorKind
-from pvec.vectors.edit import increments
+from pvec.types import VectorKind
 from pvec.vectors.quality import best_layer
 from pvec.vectors.vector import PersonaVector
 
@@ -42,45 +40,24 @@ def scheduled_for(
     """Return the instructions of one steering part, layer by layer."""
     from pvec.training.steering import Scheduled
 
-    rows = vector.kind(part.kind)
-    if part.incremental:
-        _check_increments(part, vector)
-        rows = increments(rows)
+    direction = steering_vector(vector, kind=part.kind, increments=part.incremental)
+    if part.operator == "add" and part.coef == 0.0:
+        raise InputError(
+            f"Steering with {part.vector} would do nothing, as its coefficient is zero: change it, "
+            f"or remove that steering."
+        )
+    layers = _layers("all" if part.incremental else part.layers, vector, part.kind, metadata)
     ramp = part.ramp_steps or max(1, round(RAMP_SHARE * steps))
-    made = []
-    layers = "all" if part.incremental else part.layers
-    for layer in _layers(layers, vector, part.kind, metadata):
-        instruction = Instruction(
-            vector=np.ascontiguousarray(rows[layer], dtype=np.float32),
-            layer=layer,
+    return [
+        Scheduled(instruction=instruction, ramp_steps=ramp if part.schedule == "ramp" else 0)
+        for instruction in instructions(
+            [direction],
+            layers,
             coef=part.coef,
             positions=part.positions,
             operator=part.operator,
-            name=vector.trait,
         )
-        if not rows[layer].any() or (part.operator == "add" and part.coef == 0.0):
-            raise InputError(
-                f"Steering with {part.vector} at {describe_layer(layer)} would do nothing (its "
-                f"vector or coefficient is zero): change it, or remove that steering."
-            )
-        made.append(
-            Scheduled(instruction=instruction, ramp_steps=ramp if part.schedule == "ramp" else 0)
-        )
-    return made
-
-
-def _check_increments(part: SteeringPart, vector: PersonaVector) -> None:
-    """Refuse to take increments of a file that holds them already, or that has gaps."""
-    if vector.metadata.get("incremental") == "true":
-        raise InputError(
-            f"{part.vector} holds the increments already: leave incremental away and set layers: "
-            f"all."
-        )
-    if vector.missing_layers:
-        raise InputError(
-            f"incremental steering needs a vector at every layer, and {part.vector} has none at "
-            f"{sorted(vector.missing_layers)}."
-        )
+    ]
 
 
 def _layers(

@@ -94,8 +94,7 @@ def unembed(model: PreTrainedModel, vector: np.ndarray, *, token_ids: Sequence[i
     """
     import torch
 
-    from pvec.models.decoder import find_decoder
-    from pvec.steering.proof import module_after
+    from pvec.models.decoder import find_decoder, module_after
 
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is None:

@@ -27,8 +27,7 @@ class Bench(VerifyInputs):
     ) -> None:
         import torch
 
-        from pvec.models.decoder import find_decoder
-        from pvec.steering.proof import module_after
+        from pvec.models.decoder import find_decoder, module_after
 
         super().__init__(backend, steering, thinking=thinking)
         assert backend.model is not None

@@ -8,7 +8,7 @@ the largest difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,11 @@ import numpy as np
 
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
-from pvec.evaluation.conditions import Grid, Source, parse_coefs, parse_layers, steered_conditions
+from pvec.evaluation.conditions import parse_coefs, parse_layers
 from pvec.evaluation.verify.checks import Bench, all_checks
 from pvec.evaluation.verify.inputs import Check
-from pvec.models.decoder import describe_layer
 from pvec.settings import Settings
+from pvec.steering.instructions import SteeringVector, instructions, steering_vector
 from pvec.types import Instruction, Progress
 
 
@@ -53,8 +53,8 @@ def verify(
     coefficient that does not fit. A failed check is a result, not an exception.
     """
     with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
-        source = load_source(settings, vector, session)
-        steering = _steering(settings, source, num_layers=session.metadata.num_layers)
+        direction = load_direction(settings, vector, session)
+        steering = _steering(settings, direction, num_layers=session.metadata.num_layers)
         dtype = session.backend.info.dtype
         checks: list[Check] = []
         for done, check in enumerate(_checks(session, settings, steering, notify)):
@@ -62,14 +62,16 @@ def verify(
             checks.append(check)
     return VerifyResult(
         model=session.metadata.id,
-        vector=source.label,
+        vector=direction.label,
         layers=tuple(instruction.layer for instruction in steering),
         dtype=dtype,
         checks=tuple(checks),
     )
 
 
-def load_source(settings: Settings, vector: Path | None, session: ModelSession) -> Source:
+def load_direction(
+    settings: Settings, vector: Path | None, session: ModelSession
+) -> SteeringVector:
     """Return the vector file's rows, checked against the model; a random direction without a file.
 
     The random direction has norm 1 at every layer and is meant for trying a model before there is
@@ -82,14 +84,14 @@ def load_source(settings: Settings, vector: Path | None, session: ModelSession) 
         shape = (metadata.num_layers + 1, metadata.hidden_size)
         rows = np.random.default_rng(settings.generation.seed).standard_normal(shape)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-        return Source(label="random direction", rows=rows.astype(np.float32))
+        return SteeringVector(label="random direction", rows=rows.astype(np.float32))
     (loaded,) = load_vectors([vector], model=metadata).values()
-    return Source(
-        label=loaded.trait, rows=loaded.kind(settings.steer.kind), mean_norms=loaded.mean_norm
-    )
+    return steering_vector(loaded, kind=settings.steer.kind)
 
 
-def _steering(settings: Settings, source: Source, *, num_layers: int) -> list[Instruction]:
+def _steering(
+    settings: Settings, direction: SteeringVector, *, num_layers: int
+) -> tuple[Instruction, ...]:
     """Return one addition per layer of the settings, with the largest of the coefficients."""
     steer = settings.steer
     layers = sorted(
@@ -98,24 +100,13 @@ def _steering(settings: Settings, source: Source, *, num_layers: int) -> list[In
     coef = max(parse_coefs(steer.coef), key=abs)
     if coef == 0:
         raise InputError("--coef 0 changes nothing, so nothing can be verified: use for example 1.")
-    grid = Grid(
-        layers=tuple((layer,) for layer in layers),
-        coefs=(coef,),
-        positions=steer.positions,
-        unit=steer.coef_unit,
+    return instructions(
+        [direction], layers, coef=coef, positions=steer.positions, unit=steer.coef_unit
     )
-    conditions = steered_conditions([source], grid)
-    empty = [c.layers[0] for c in conditions if not c.steering[0].vector.any()]
-    if empty:
-        raise InputError(
-            f"The vector is zero at {describe_layer(empty[0])}, so nothing can be verified there: "
-            f"choose another --layer."
-        )
-    return [condition.steering[0] for condition in conditions]
 
 
 def _checks(
-    session: ModelSession, settings: Settings, steering: list[Instruction], notify: Notify
+    session: ModelSession, settings: Settings, steering: Sequence[Instruction], notify: Notify
 ) -> Iterator[Check]:
     if session.choice.name == "vllm":
         from pvec.evaluation.verify.vllm import engine_checks

@@ -77,6 +77,13 @@ def with_interval(estimate: Interval) -> str:
     return f"{estimate.mean:.1f} ({estimate.low:.1f}–{estimate.high:.1f})"
 
 
+def signed(difference: Interval) -> str | None:
+    """Return ``+12.0 (+8.1 to +15.9)``, or None where it is not known."""
+    if math.isnan(difference.mean):
+        return None
+    return f"{difference.mean:+.1f} ({difference.low:+.1f} to {difference.high:+.1f})"
+
+
 def _session(session: Mapping[str, Any]) -> str:
     command = " ".join(str(word) for word in session["command"])
     ended = session.get("ended") or "not finished"

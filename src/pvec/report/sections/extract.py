@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pvec.report.figures import Figure, Table
+from pvec.report.figure import Figure, Table
+from pvec.report.figures import histogram
 from pvec.report.page import Answer, Chapter, Section
-from pvec.report.plots import histogram
 from pvec.report.sections.common import RunData, with_interval
-from pvec.report.sections.vector_figures import vector_figures
+from pvec.report.vectors import layer_figure
 from pvec.runs.responses import ResponseRecord
 from pvec.stats import Interval, bootstrap_mean
 from pvec.types import Sign
@@ -31,8 +31,8 @@ SIGN_NAMES: dict[Sign, str] = {
 def build(runs: Sequence[RunData]) -> Chapter:
     """Return one section per extraction."""
     sections = tuple(_Extraction(run).section() for run in runs)
-    finding = sections[0].finding if len(sections) == 1 else f"{len(sections)} extractions."
-    return Chapter(finding=finding, sections=sections)
+    summary = sections[0].summary if len(sections) == 1 else f"{len(sections)} extractions."
+    return Chapter(summary=summary, sections=sections)
 
 
 class _Extraction:
@@ -50,7 +50,7 @@ class _Extraction:
         return Section(
             id=self.data.id,
             title=f"{self.trait} in {self.data.model}: extraction",
-            finding=self._finding(),
+            summary=self._summary(),
             notes=tuple(self._notes()),
             figures=tuple(self._figures()),
             tables=tuple(self._tables()),
@@ -71,7 +71,7 @@ class _Extraction:
         values = [self._score(record, metric) for record in mine]
         return bootstrap_mean(values, groups=[record.question_id for record in mine])
 
-    def _finding(self) -> str:
+    def _summary(self) -> str:
         if not self.scores:
             return f"{len(self.records)} answers for {self.trait}, not judged yet."
         positive, negative = (self._mean(sign, self.trait) for sign in SIGN_NAMES)
@@ -107,7 +107,11 @@ class _Extraction:
             yield self._histogram(self.trait, self._threshold("threshold"))
             yield self._histogram(COHERENCE, self._threshold("coherence"))
         if self.vector is not None:
-            yield from vector_figures(self.data.id, self.vector)
+            yield layer_figure(
+                [(kind, self.vector, kind) for kind in self.vector.kinds],
+                name=f"{self.data.id}_by_layer",
+                title=f"{self.vector.trait}: vectors by layer",
+            )
 
     def _histogram(self, metric: str, threshold: float) -> Figure:
         groups = [
@@ -124,6 +128,7 @@ class _Extraction:
             x_label=metric,
             groups=groups,
             threshold=threshold,
+            scores=True,
         )
 
     def _threshold(self, name: str) -> float:

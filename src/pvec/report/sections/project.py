@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pvec.report.figures import Figure, Table
+from pvec.report.figure import Figure, Table
+from pvec.report.figures import Dot, exact, histogram, scatter
 from pvec.report.page import Answer, Chapter, Section
-from pvec.report.projection_plots import distributions, scatter
 from pvec.report.sections.common import RunData
 from pvec.runs.names import model_label
 from pvec.runs.summary import DIFF_KIND, PROMPTS_KIND, SHIFT_KIND, read_summary
@@ -28,37 +28,37 @@ def build(runs: Sequence[RunData]) -> Chapter:
         SHIFT_KIND: _shift,
     }
     sections = tuple(makers[run.kind](run, read_summary(run.path)) for run in runs)
-    return Chapter(finding=" ".join(section.finding for section in sections), sections=sections)
+    return Chapter(summary=" ".join(section.summary for section in sections), sections=sections)
 
 
-def _screening(run: RunData, found: _Summary) -> Section:
-    data = Path(found["data"]).name
-    columns = found["columns"]
+def _screening(run: RunData, stored: _Summary) -> Section:
+    data = Path(stored["data"]).name
+    columns = stored["columns"]
     return Section(
         id=run.id,
         title=f"{data}: screened on {run.model}",
-        finding=_screening_finding(found, data),
-        notes=tuple(_screening_notes(found)),
-        figures=tuple(_difference_figures(run, found)),
+        summary=_screening_summary(stored, data),
+        notes=tuple(_screening_notes(stored)),
+        figures=tuple(_difference_figures(run, stored)),
         tables=(("Data set by vector", _screening_table(columns)),),
-        answers=tuple(_suspicious(found)),
+        answers=tuple(_suspicious(stored)),
         compare=("model's own answer", "training response"),
         provenance=run.provenance(),
     )
 
 
-def _screening_finding(found: _Summary, data: str) -> str:
-    furthest = max(found["columns"], key=lambda c: c["score"]["mean"]["mean"] or float("-inf"))
+def _screening_summary(stored: _Summary, data: str) -> str:
+    furthest = max(stored["columns"], key=lambda c: c["score"]["mean"]["mean"] or float("-inf"))
     text = (
         f"{data} points furthest along {furthest['vector']} at layer {furthest['layer']}: "
         f"{_interval(furthest['score']['mean'])} beyond the model's own answers."
     )
-    if found["kept"] is not None:
-        text += f" {found['removed_rows']:,} of {found['rows']:,} samples were removed."
+    if stored["kept"] is not None:
+        text += f" {stored['removed_rows']:,} of {stored['rows']:,} samples were removed."
     return text
 
 
-def _screening_notes(found: _Summary) -> Iterator[str]:
+def _screening_notes(stored: _Summary) -> Iterator[str]:
     how = {
         "generate": "Every prompt has a generated natural answer.",
         "subset": "Natural projections were generated for a share of the prompts and predicted for "
@@ -66,16 +66,16 @@ def _screening_notes(found: _Summary) -> Iterator[str]:
         "prompt": "The last prompt token's projection stands for a natural answer's: compare "
         "differences between data sets, their size means nothing.",
     }
-    yield how[found["natural"]]
-    for column in found["columns"]:
+    yield how[stored["natural"]]
+    for column in stored["columns"]:
         if column["agreement"] is not None:
             yield (
                 f"Predicted differences along {column['vector']} at layer {column['layer']} agree "
                 f"with generated ones at r {column['agreement']['r']:.2f}."
             )
-    if found["unanswered"]:
-        yield f"{found['unanswered']} samples do not end with an answer and have no difference."
-    if found["kept"] is None:
+    if stored["unanswered"]:
+        yield f"{stored['unanswered']} samples do not end with an answer and have no difference."
+    if stored["kept"] is None:
         yield "Without a clean reference set (--reference) there is no threshold."
 
 
@@ -104,17 +104,18 @@ def _screening_table(columns: Sequence[_Summary]) -> Table:
     return Table(columns=(*names, *more), rows=tuple(rows))
 
 
-def _difference_figures(run: RunData, found: _Summary) -> Iterator[Figure]:
+def _difference_figures(run: RunData, stored: _Summary) -> Iterator[Figure]:
     values = _differences(run.path / "samples.csv")
-    for column in found["columns"]:
+    for column in stored["columns"]:
         name = f"{column['vector']}_layer{column['layer']}"
         groups = [(group, rows[name]) for group, rows in values.items()]
-        yield distributions(
+        yield histogram(
             name=f"{run.id}_{name}_differences",
             title=f"Projection differences along {column['vector']}, layer {column['layer']}",
             caption="Each sample's response minus the model's own answer to the same prompt. "
-            f"Dashed: percentile {found['percentile']:g} of the clean set.",
+            f"Dashed: percentile {stored['percentile']:g} of the clean set.",
             x_label="projection difference",
+            y_label="samples",
             groups=groups,
             threshold=column["score"]["threshold"],
         )
@@ -133,8 +134,8 @@ def _differences(path: Path) -> dict[str, dict[str, list[float]]]:
     return table
 
 
-def _suspicious(found: _Summary) -> Iterator[Answer]:
-    for sample in found["suspicious"]:
+def _suspicious(stored: _Summary) -> Iterator[Answer]:
+    for sample in stored["suspicious"]:
         question = f"line {sample['line']}: {sample['question']}"
         scores = dict(sample["differences"])
         yield Answer(
@@ -153,23 +154,23 @@ def _suspicious(found: _Summary) -> Iterator[Answer]:
         )
 
 
-def _monitoring(run: RunData, found: _Summary) -> Section:
-    columns = found["columns"]
+def _monitoring(run: RunData, stored: _Summary) -> Section:
+    columns = stored["columns"]
     suggested = [column for column in columns if column.get("suggested")]
     return Section(
         id=run.id,
         title=f"{run.trait}: prompts monitored on {run.model}",
-        finding=" ".join(map(_monitor_finding, suggested or columns[:1])),
+        summary=" ".join(map(_monitor_summary, suggested or columns[:1])),
         notes=_monitor_notes(columns),
-        figures=tuple(_monitor_figures(run, found)),
-        tables=(("Correlation with trait scores", _monitor_table(found["columns"])),),
+        figures=tuple(_monitor_figures(run, stored)),
+        tables=(("Correlation with trait scores", _monitor_table(stored["columns"])),),
         provenance=run.provenance(),
     )
 
 
-def _monitor_finding(column: _Summary) -> str:
+def _monitor_summary(column: _Summary) -> str:
     return (
-        f"Before an answer exists, {column['vector']} at layer {column['layer']} foretells its "
+        f"Before an answer exists, {column['vector']} at layer {column['layer']} predicts its "
         f"{column['metric']} score at r {_correlation(column['overall'])} over all prompts, "
         f"{_correlation(column['within'])} within a condition and "
         f"{_correlation(column['same_question'])} within a question."
@@ -207,8 +208,8 @@ def _monitor_table(columns: Sequence[_Summary]) -> Table:
     return Table(columns=("vector", "layer", "score", *parts, "prompts"), rows=rows)
 
 
-def _monitor_figures(run: RunData, found: _Summary) -> Iterator[Figure]:
-    for column in found["columns"]:
+def _monitor_figures(run: RunData, stored: _Summary) -> Iterator[Figure]:
+    for column in stored["columns"]:
         vector, layer = column["vector"], column["layer"]
         yield scatter(
             name=f"{run.id}_{vector}_layer{layer}_prompts",
@@ -219,19 +220,19 @@ def _monitor_figures(run: RunData, found: _Summary) -> Iterator[Figure]:
             f"{_correlation(column['same_question'])} within questions.",
             x_label="projection of the last prompt token",
             y_label=f"{column['metric']} score",
-            points=[
-                (point["condition"], point["projections"][str(layer)], point["score"])
-                for point in found["points"][vector]
+            dots=[
+                _dot(point["condition"], point["projections"][str(layer)], point["score"])
+                for point in stored["points"][vector]
             ],
         )
 
 
-def _shift(run: RunData, found: _Summary) -> Section:
-    furthest = max(found["shifts"], key=lambda one: abs(one["shift"]["mean"]))
+def _shift(run: RunData, stored: _Summary) -> Section:
+    furthest = max(stored["shifts"], key=lambda one: abs(one["shift"]["mean"]))
     return Section(
         id=run.id,
-        title=f"Finetuning shift from {found['base']}",
-        finding=(
+        title=f"Finetuning shift from {stored['base']}",
+        summary=(
             f"{model_label(furthest['checkpoint'])} moved furthest: "
             f"{_interval(furthest['shift'])} along {furthest['vector']} at layer "
             f"{furthest['layer']}."
@@ -239,10 +240,10 @@ def _shift(run: RunData, found: _Summary) -> Section:
         notes=tuple(
             f"Shifts along {t['vector']} at layer {t['layer']} go with trait scores at rank "
             f"correlation {_correlation(t['spearman'])} over {t['spearman']['n']} models."
-            for t in found["trends"]
+            for t in stored["trends"]
         ),
-        figures=tuple(_shift_figures(run, found)),
-        tables=(("Shifts", _shift_table(found["shifts"])),),
+        figures=tuple(_shift_figures(run, stored)),
+        tables=(("Shifts", _shift_table(stored["shifts"])),),
         provenance=run.provenance(),
     )
 
@@ -262,16 +263,16 @@ def _shift_table(shifts: Sequence[_Summary]) -> Table:
     return Table(columns=columns, rows=rows)
 
 
-def _shift_figures(run: RunData, found: _Summary) -> Iterator[Figure]:
-    for trend in found["trends"]:
+def _shift_figures(run: RunData, stored: _Summary) -> Iterator[Figure]:
+    for trend in stored["trends"]:
         vector, layer = trend["vector"], trend["layer"]
-        points = [
-            (model_label(one["checkpoint"]), one["shift"]["mean"], one["score"])
-            for one in found["shifts"]
+        dots = [
+            _dot(model_label(one["checkpoint"]), one["shift"]["mean"], one["score"])
+            for one in stored["shifts"]
             if one["vector"] == vector and one["layer"] == layer and one["score"] is not None
         ]
         if trend.get("base_score") is not None:
-            points.insert(0, (f"{model_label(found['base'])} (base)", 0.0, trend["base_score"]))
+            dots.insert(0, _dot(f"{model_label(stored['base'])} (base)", 0.0, trend["base_score"]))
         yield scatter(
             name=f"{run.id}_{vector}_layer{layer}_shift",
             title=f"Shift along {vector} at layer {layer} and trait score",
@@ -279,8 +280,12 @@ def _shift_figures(run: RunData, found: _Summary) -> Iterator[Figure]:
             f"{_correlation(trend['spearman'])}.",
             x_label="finetuning shift",
             y_label="trait score",
-            points=points,
+            dots=dots,
         )
+
+
+def _dot(group: str, x: float, y: float) -> Dot:
+    return Dot(group=group, x=exact(x), y=exact(y))
 
 
 def _interval(value: _Summary) -> str:

@@ -10,69 +10,69 @@ from pvec.evaluation.summary import (
     Pick,
     Point,
     ScoredAnswer,
-    SweepNumbers,
+    SweepSummary,
     read_sweep,
-    summarise,
+    stored_summary,
 )
-from pvec.report.figures import Cell, Figure, Table
+from pvec.report.figure import Cell, Figure, Table
+from pvec.report.figures import Level, Line, Panel, line_chart
+from pvec.report.grids import Grid, heat_map
 from pvec.report.page import Answer, Chapter, Section
-from pvec.report.plots import Panel, Reference, Series, curves, heat_map
-from pvec.report.sections.common import RunData, with_interval
-from pvec.stats import Interval
+from pvec.report.sections.common import RunData, signed, with_interval
 
-_CURVES = 6
+_LINES = 6
 """More lines than this in one figure cannot be told apart; the heat map has them all."""
 
 
 def build(runs: Sequence[RunData]) -> Chapter:
     """Return a section per run, and for several runs a first one that compares them."""
     sections: list[Section] = []
-    read: list[tuple[RunData, SweepNumbers]] = []
+    summaries: list[tuple[RunData, SweepSummary]] = []
     for run in runs:
         answers = read_sweep(run.run, judge=run.judge)
         floor = run.settings.get("steer", {}).get("min_coherence", 75.0)
-        numbers = summarise(answers, trait=run.trait, min_coherence=floor)
-        read.append((run, numbers))
-        sections.append(_section(run, numbers, answers))
+        sweep = stored_summary(run.run, answers, trait=run.trait, min_coherence=floor)
+        summaries.append((run, sweep))
+        sections.append(_section(run, sweep, answers))
     if len(runs) == 1:
-        return Chapter(finding=sections[0].finding, sections=tuple(sections))
-    overview = _overview(read)
-    return Chapter(finding=overview.finding, sections=(overview, *sections))
+        return Chapter(summary=sections[0].summary, sections=tuple(sections))
+    overview = _overview(summaries)
+    return Chapter(summary=overview.summary, sections=(overview, *sections))
 
 
-def _section(run: RunData, numbers: SweepNumbers, answers: Sequence[ScoredAnswer]) -> Section:
-    compare = None
-    if numbers.picks:
-        compare = ("unsteered", numbers.picks[0].point.name)
+def _section(run: RunData, sweep: SweepSummary, answers: Sequence[ScoredAnswer]) -> Section:
+    baseline = sweep.baseline
+    compare = (baseline.name, sweep.picks[0].point.name) if baseline and sweep.picks else None
     return Section(
         id=run.id,
         title=f"{run.trait} in {run.model}: steering",
-        finding=_finding(run, numbers),
-        notes=tuple(_notes(run, numbers)),
-        figures=tuple(_figures(run, numbers)),
-        tables=(("All conditions, all questions", _points_table(numbers)),),
+        summary=_summary(run, sweep),
+        notes=tuple(_notes(run, sweep)),
+        figures=tuple(_figures(run, sweep)),
+        tables=(("All conditions, all questions", _points_table(sweep)),),
         answers=tuple(_browsable(answers)),
         compare=compare,
         provenance=run.provenance(),
     )
 
 
-def _finding(run: RunData, numbers: SweepNumbers) -> str:
-    if not numbers.metrics:
-        return f"The {len(numbers.points)} conditions of {run.trait} are not judged yet."
-    if not numbers.picks:
-        baseline = next((p for p in numbers.points if p.role == "baseline"), numbers.points[0])
+def _summary(run: RunData, sweep: SweepSummary) -> str:
+    if not sweep.metrics:
+        return f"The {len(sweep.points)} conditions of {run.trait} are not judged yet."
+    if not sweep.picks:
+        baseline = sweep.baseline or sweep.points[0]
         return f"Unsteered, {run.model} scores {_trait_and_coherence(baseline, run.trait)}." + (
-            f" Nothing was picked for {numbers.unpicked[0]}." if numbers.unpicked else ""
+            f" Nothing was picked for {sweep.unpicked[0]}." if sweep.unpicked else ""
         )
-    return " ".join(_picked(pick, run.trait) for pick in numbers.picks)
+    return " ".join(_picked(run, pick) for pick in sweep.picks)
 
 
-def _picked(pick: Pick, trait: str) -> str:
+def _picked(run: RunData, pick: Pick) -> str:
+    trait = run.trait
     where = "held-out" if pick.held_out else "the same"
     base = f"from {with_interval(pick.baseline.scores[trait])} " if pick.baseline else ""
     text = (
-        f"Steering with {pick.vector} at {_layers(pick.point.layers)} ({_dose(pick.point)}) moves "
+        f"Steering with {pick.vector} at {pick.point.where} ({_amount(run, pick.point)}) moves "
         f"{trait} {base}to {_trait_and_coherence(pick.point, trait)} "
         f"on {pick.questions_for_reading} {where} questions"
     )
@@ -83,8 +83,12 @@ def _picked(pick: Pick, trait: str) -> str:
     return f"{text}."
 
 
-def _dose(point: Point) -> str:
-    return point.name.rpartition(" · ")[2].replace("coef", "coefficient")
+def _amount(run: RunData, point: Point) -> str:
+    if point.operator == "ablate":
+        return "ablate"
+    operator = "cap at " if point.operator == "cap" else ""
+    unit = " norms" if run.settings.get("steer", {}).get("coef_unit") == "norm" else ""
+    return f"{operator}coefficient {point.coef:g}{unit}"
 
 
 def _trait_and_coherence(point: Point, trait: str) -> str:
@@ -97,8 +101,8 @@ def _mean(point: Point, trait: str) -> float:
     return point.scores[trait].mean
 
 
-def _notes(run: RunData, numbers: SweepNumbers) -> Iterator[str]:
-    for pick in numbers.picks:
+def _notes(run: RunData, sweep: SweepSummary) -> Iterator[str]:
+    for pick in sweep.picks:
         if pick.held_out:
             yield (
                 f"{pick.point.name} is the {pick.reason}; the numbers above come from the other "
@@ -106,11 +110,10 @@ def _notes(run: RunData, numbers: SweepNumbers) -> Iterator[str]:
             )
         else:
             yield f"There is one question only, so {pick.point.name} was read where it was chosen."
-    for vector in numbers.unpicked:
+    for vector in sweep.unpicked:
         yield f"No point was picked for {vector}."
-    missing = sum(one.missing for point in numbers.points for one in point.scores.values())
-    if missing:
-        yield f"{missing} scores are missing (refused, unparsable or failed) and in no mean."
+    if sweep.missing:
+        yield f"{sweep.missing} scores are missing (refused, unparsable or failed) and in no mean."
     if run.run.manifest.get("model", {}).get("bundled"):
         yield (
             "The bundled model is a teaching aid: these numbers are about it, not about real "
@@ -118,48 +121,44 @@ def _notes(run: RunData, numbers: SweepNumbers) -> Iterator[str]:
         )
 
 
-def _figures(run: RunData, numbers: SweepNumbers) -> Iterator[Figure]:
-    if not numbers.metrics:
+def _figures(run: RunData, sweep: SweepSummary) -> Iterator[Figure]:
+    if not sweep.metrics:
         return
-    vectors = dict.fromkeys(point.vector for point in numbers.points if point.role == "steered")
-    for number, vector in enumerate(vectors):
-        mine = [p for p in numbers.points if p.role == "steered" and p.vector == vector]
-        name = run.id if len(vectors) == 1 else f"{run.id}_{number + 1}"
-        pick = next((one for one in numbers.picks if one.vector == vector), None)
-        yield _dose_response(name, vector, mine, numbers, pick)
-        if len({p.layers for p in mine}) > 1 and len({p.coef for p in mine}) > 1:
-            for metric in numbers.metrics[:2]:
-                yield _layer_by_coefficient(name, metric, mine, numbers, pick)
+    steered = sweep.having("steered")
+    vectors = list(dict.fromkeys(point.vector for point in steered))
+    for number, vector in enumerate(vectors, start=1):
+        points = [point for point in steered if point.vector == vector]
+        name = run.id if len(vectors) == 1 else f"{run.id}_{number}"
+        pick = next((one for one in sweep.picks if one.vector == vector), None)
+        yield _dose_response(name, points, sweep, pick)
+        if len({p.layers for p in points}) > 1 and len({p.coef for p in points}) > 1:
+            for metric in sweep.metrics[:2]:
+                yield _layer_by_coefficient(name, metric, points, sweep, pick)
 
 
 def _dose_response(
-    name: str, vector: str, mine: Sequence[Point], numbers: SweepNumbers, pick: Pick | None
+    name: str, points: Sequence[Point], sweep: SweepSummary, pick: Pick | None
 ) -> Figure:
-    layers = _shown_layers(mine, pick)
+    layers = _shown_layers(points, pick)
     control_at = pick.point.layers if pick else layers[len(layers) // 2]
-    baseline = next((p for p in numbers.points if p.role == "baseline"), None)
-    controls = [
-        p
-        for p in numbers.points
-        if p.role == "random" and p.vector.endswith(vector) and p.layers == control_at
+    levels = sweep.having("prompt_pos", "prompt_neg")
+    panels = [
+        Panel(
+            label=metric,
+            lines=[
+                *(_line(points, choice, sweep, metric) for choice in layers),
+                *_control_line(points, control_at, sweep, metric),
+            ],
+            levels=[Level(label=p.name, value=p.scores[metric]) for p in levels],
+            scores=True,
+        )
+        for metric in sweep.metrics
     ]
-    prompts = [p for p in numbers.points if p.role in {"prompt_pos", "prompt_neg"}]
-    panels = []
-    for metric in numbers.metrics:
-        series = [
-            _series(_layers(choice), [p for p in mine if p.layers == choice], baseline, metric)
-            for choice in layers
-        ]
-        if controls:
-            label = f"random, {_layers(control_at)}"
-            series.append(_series(label, controls, baseline, metric, control=True))
-        references = [Reference(label=p.name, level=p.scores[metric]) for p in prompts]
-        panels.append(Panel(metric=metric, series=tuple(series), references=tuple(references)))
-    left_out = len({p.layers for p in mine}) - len(layers)
-    more = f" {left_out} further layers are in the heat map." if left_out else ""
-    return curves(
+    hidden = len({p.layers for p in points}) - len(layers)
+    more = f" {hidden} further layers are in the heat map." if hidden else ""
+    return line_chart(
         name=f"{name}_dose_response",
-        title=f"{vector}: dose and response",
+        title=f"{points[0].vector}: dose and response",
         caption=(
             "Mean scores by coefficient; bands are 95 % intervals over questions. Dashed and grey: "
             f"a random vector of the same norm.{more}"
@@ -170,87 +169,88 @@ def _dose_response(
 
 
 def _shown_layers(mine: Sequence[Point], pick: Pick | None) -> list[tuple[int, ...]]:
-    """Return at most ``_CURVES`` choices of layers, evenly spread and with the picked one."""
+    """Return at most ``_LINES`` choices of layers, evenly spread and with the picked one."""
     choices = sorted({point.layers for point in mine})
-    if len(choices) <= _CURVES:
+    if len(choices) <= _LINES:
         return choices
-    step = (len(choices) - 1) / (_CURVES - 1)
-    shown = {choices[round(i * step)] for i in range(_CURVES)}
+    step = (len(choices) - 1) / (_LINES - 1)
+    shown = {choices[round(i * step)] for i in range(_LINES)}
     if pick is not None and pick.point.layers not in shown:
         shown.remove(min(shown - {choices[0], choices[-1]}))
         shown.add(pick.point.layers)
     return sorted(shown)
 
 
-def _series(
-    label: str,
+def _line(
     points: Sequence[Point],
-    baseline: Point | None,
+    layers: tuple[int, ...],
+    sweep: SweepSummary,
     metric: str,
     *,
+    label: str = "",
     control: bool = False,
-) -> Series:
-    """Return one line; the unsteered baseline is its point at coefficient 0."""
-    by_coef = {point.coef: point.scores[metric] for point in points}
-    if baseline is not None and not _is_cap_or_ablation(points):
-        by_coef.setdefault(0.0, baseline.scores[metric])
-    coefs = tuple(sorted(by_coef))
-    return Series(label=label, x=coefs, points=tuple(by_coef[c] for c in coefs), control=control)
+) -> Line:
+    """Return one line; the unsteered baseline is its point at coefficient 0 of an addition."""
+    own = [point for point in points if point.layers == layers]
+    by_coef = {point.coef: point.scores[metric] for point in own}
+    if sweep.baseline is not None and own[0].operator == "add":
+        by_coef.setdefault(0.0, sweep.baseline.scores[metric])
+    coefs = sorted(by_coef)
+    return Line(
+        label=label or own[0].where,
+        x=coefs,
+        points=[by_coef[coef] for coef in coefs],
+        control=control,
+    )
 
 
-def _is_cap_or_ablation(points: Sequence[Point]) -> bool:
-    return any(" cap " in f" {p.name} " or p.name.endswith("ablate") for p in points)
+def _control_line(
+    points: Sequence[Point], layers: tuple[int, ...], sweep: SweepSummary, metric: str
+) -> Iterator[Line]:
+    """Yield the line of the random vector at the same layers, if it was run."""
+    controls = [c for p in points if (c := sweep.control_of(p)) is not None and c.layers == layers]
+    if controls:
+        label = f"random, {controls[0].where}"
+        yield _line(controls, layers, sweep, metric, label=label, control=True)
 
 
 def _layer_by_coefficient(
-    name: str, metric: str, mine: Sequence[Point], numbers: SweepNumbers, pick: Pick | None
+    name: str, metric: str, points: Sequence[Point], sweep: SweepSummary, pick: Pick | None
 ) -> Figure:
-    choices = sorted({point.layers for point in mine})
-    baseline = next((p for p in numbers.points if p.role == "baseline"), None)
-    zero = {0.0} if baseline is not None and not _is_cap_or_ablation(mine) else set()
-    coefs = sorted({point.coef for point in mine} | zero)
-    means = {(point.layers, point.coef): point.scores[metric].mean for point in mine}
-    if baseline is not None and zero:
-        means.update({(choice, 0.0): baseline.scores[metric].mean for choice in choices})
+    choices = sorted({point.layers for point in points})
+    means = {(point.layers, point.coef): point.scores[metric].mean for point in points}
+    if sweep.baseline is not None and points[0].operator == "add":
+        means |= {(choice, 0.0): sweep.baseline.scores[metric].mean for choice in choices}
+    coefs = sorted({coef for _, coef in means})
     marked = (choices.index(pick.point.layers), coefs.index(pick.point.coef)) if pick else None
     return heat_map(
+        Grid(
+            columns=("coefficient", coefs),
+            rows=("layer", ["+".join(map(str, choice)) for choice in choices]),
+            values=[[means.get((choice, coef), math.nan) for coef in coefs] for choice in choices],
+            value_label=metric,
+        ),
         name=f"{name}_{metric}_by_layer",
         title=f"{metric} by layer and coefficient",
         caption="Mean over all questions." + (" The frame is the picked point." if pick else ""),
-        columns=("coefficient", coefs),
-        rows=("layer", ["+".join(map(str, choice)) for choice in choices]),
-        values=[[means.get((choice, coef), math.nan) for coef in coefs] for choice in choices],
-        value_label=metric,
         marked=marked,
     )
 
 
-def _layers(choice: tuple[int, ...]) -> str:
-    if len(choice) > 2:
-        return f"layers {choice[0]}-{choice[-1]}"
-    return f"layer {choice[0]}" if len(choice) == 1 else f"layers {choice[0]}+{choice[1]}"
-
-
-def _points_table(numbers: SweepNumbers) -> Table:
+def _points_table(sweep: SweepSummary) -> Table:
     columns: list[str] = ["condition"]
-    for metric in numbers.metrics:
+    for metric in sweep.metrics:
         columns += [metric, "95 % low", "95 % high", "n", "missing", "vs unsteered"]
     rows = []
-    for point in numbers.points:
+    for point in sweep.points:
         cells: list[Cell] = [point.name]
-        for metric in numbers.metrics:
+        for metric in sweep.metrics:
             score = point.scores[metric]
             difference = point.differences.get(metric)
             cells += [score.mean, score.low, score.high, score.n, score.missing]
-            cells.append(_signed(difference) if difference else None)
+            cells.append(signed(difference) if difference else None)
         rows.append(tuple(cells))
     return Table(columns=tuple(columns), rows=tuple(rows))
-
-
-def _signed(difference: Interval) -> str | None:
-    if math.isnan(difference.mean):
-        return None
-    return f"{difference.mean:+.1f} ({difference.low:+.1f} to {difference.high:+.1f})"
 
 
 def _browsable(answers: Sequence[ScoredAnswer]) -> Iterator[Answer]:
@@ -264,37 +264,26 @@ def _browsable(answers: Sequence[ScoredAnswer]) -> Iterator[Answer]:
         )
 
 
-def _overview(read: Sequence[tuple[RunData, SweepNumbers]]) -> Section:
+def _overview(summaries: Sequence[tuple[RunData, SweepSummary]]) -> Section:
     """Return the section that compares several runs: one row and one line each."""
-    picks = [(run, numbers, pick) for run, numbers in read for pick in numbers.picks]
-    risen = [
-        run
+    picks = [(run, sweep, pick) for run, sweep in summaries for pick in sweep.picks]
+    raised = sum(
+        difference.low > 0
         for run, _, pick in picks
-        if pick.point.differences.get(run.trait) and pick.point.differences[run.trait].low > 0
-    ]
-    rows = tuple(_overview_row(run, pick) for run, _, pick in picks)
-    figures = (_overview_figure(picks),) if picks else ()
-    total = len(read)
+        if (difference := pick.point.differences.get(run.trait)) is not None
+    )
+    columns = ("run", "picked", "unsteered", "steered", "coherence", "random", "prompt")
+    table = Table(columns=columns, rows=tuple(_overview_row(run, pick) for run, _, pick in picks))
     return Section(
         id="steering",
         title="Steering, run by run",
-        finding=(
-            f"In {len(risen)} of {total} evaluations the picked steering raises the trait on "
+        summary=(
+            f"In {raised} of {len(summaries)} evaluations the picked steering raises the trait on "
             f"held-out questions by more than chance (95 %)."
         ),
-        figures=figures,
-        tables=(
-            (
-                "Picked points, read on held-out questions",
-                Table(
-                    columns=(
-                        "run", "picked", "unsteered", "steered", "coherence", "random", "prompt",
-                    ),
-                    rows=rows,
-                ),
-            ),
-        ),
-    )  # fmt: skip
+        figures=(_overview_figure(picks),) if picks else (),
+        tables=(("Picked points, read on held-out questions", table),),
+    )
 
 
 def _overview_row(run: RunData, pick: Pick) -> tuple[Cell, ...]:
@@ -310,33 +299,23 @@ def _overview_row(run: RunData, pick: Pick) -> tuple[Cell, ...]:
     )
 
 
-def _overview_figure(picks: Sequence[tuple[RunData, SweepNumbers, Pick]]) -> Figure:
+def _overview_figure(picks: Sequence[tuple[RunData, SweepSummary, Pick]]) -> Figure:
     """Draw each run's own trait over the coefficient, at the layer picked for it."""
-    panels = []
-    for label, metric_of in (("trait", None), (COHERENCE, COHERENCE)):
-        series = []
-        for run, numbers, pick in picks:
-            metric = metric_of or run.trait
-            if metric not in numbers.metrics:
-                continue
-            baseline = next((p for p in numbers.points if p.role == "baseline"), None)
-            for role, control in (("steered", False), ("random", True)):
-                mine = [
-                    p
-                    for p in numbers.points
-                    if p.role == role
-                    and p.vector.endswith(pick.vector)
-                    and p.layers == pick.point.layers
-                ]
-                if mine and not (control and metric_of):
-                    name = f"{pick.vector}, {_layers(pick.point.layers)}"
-                    shown = "random controls" if control else name
-                    series.append(_series(shown, mine, baseline, metric, control=control))
-        panels.append(Panel(metric=label, series=tuple(series)))
-    return curves(
+    traits: list[Line] = []
+    coherence: list[Line] = []
+    for run, sweep, pick in picks:
+        points = [p for p in sweep.having("steered") if p.vector == pick.vector]
+        layers = pick.point.layers
+        label = f"{pick.vector}, {pick.point.where}"
+        traits.append(_line(points, layers, sweep, run.trait, label=label))
+        traits += _control_line(points, layers, sweep, run.trait)
+        if COHERENCE in sweep.metrics:
+            coherence.append(_line(points, layers, sweep, COHERENCE, label=label))
+    panels = {"trait": traits, COHERENCE: coherence}
+    return line_chart(
         name="steering_overview",
         title="Every trait at its picked layer",
         caption="Mean score of each run's own trait; dashed and grey: random vectors.",
         x_label="coefficient",
-        panels=panels,
+        panels=[Panel(label=k, lines=lines, scores=True) for k, lines in panels.items() if lines],
     )

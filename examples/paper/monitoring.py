@@ -1,4 +1,4 @@
-"""What the pieces do (2): monitor prompts, measure shifts, screen training data."""
+"""What the steps do (2): monitor prompts, measure shifts, screen training data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from examples.graded_prompts import conditions
-from examples.paper.work import LAST, LAYERS, Result
+from examples.paper.experiments import LAST, LAYERS, Result
 from pvec import Settings, load_trait
 from pvec.projection import monitor as monitoring
 from pvec.projection import screen as screening

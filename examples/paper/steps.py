@@ -1,7 +1,7 @@
 """Pieces of work that are done once: each has a folder, a key, and a result that is kept as JSON.
 
-A piece's key covers its function's name, its arguments, the bundled model and the keys of the
-pieces it builds on, so that a changed setting does that piece again and whatever follows from it,
+A step's key covers its function's name, its arguments, the bundled model and the keys of the
+steps it builds on, so that a changed setting does that step again and whatever follows from it,
 and nothing else. It does not cover the code: after changing that, begin in another folder.
 """
 
@@ -27,20 +27,20 @@ import pvec.tiny
 Result = dict[str, Any]
 Work = Callable[..., Result]
 
-RECORD = "piece.json"
+RECORD = "step.json"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Piece:
-    """One piece: ``work(folder, **arguments)`` returns what is kept (plain JSON).
+class Step:
+    """One step: ``work(folder, **arguments)`` returns what is kept (plain JSON).
 
-    ``after`` are the pieces that must be done before; their results reach it as files.
+    ``after`` are the steps that must be done before; their results reach it as files.
     """
 
     folder: Path
     work: Work
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    after: tuple[Piece, ...] = ()
+    after: tuple[Step, ...] = ()
 
     @cached_property
     def key(self) -> str:
@@ -49,7 +49,7 @@ class Piece:
             _model(),
             self.work.__qualname__,
             json.dumps(self.arguments, sort_keys=True),
-            *(piece.key for piece in self.after),
+            *(step.key for step in self.after),
         )
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -63,8 +63,8 @@ class Piece:
         record = _read(self.folder)
         return record["result"] if record.get("key") == self.key else None
 
-    def do(self) -> Result:
-        """Do the piece and keep its result; a half-done one of the same key goes on."""
+    def run(self) -> Result:
+        """Do the step and keep its result; a half-done one of the same key goes on."""
         if _read(self.folder).get("key") != self.key and self.folder.exists():
             shutil.rmtree(self.folder)  # made with other settings
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -77,27 +77,27 @@ class Piece:
         return result
 
 
-def do_all(pieces: Sequence[Piece], *, jobs: int, say: Callable[[str], None]) -> int:
-    """Do what is not done yet, ``jobs`` at a time, and return how many pieces that were.
+def run_steps(steps: Sequence[Step], *, jobs: int, notify: Callable[[str], None]) -> int:
+    """Do what is not done yet, ``jobs`` at a time, and return how many steps that were.
 
-    An error stops everything after the pieces in work; what is done stays done.
+    An error stops everything after the steps in work; what is done stays done.
     """
-    waiting = [piece for piece in pieces if piece.result() is None]
-    total, count, running = len(waiting), 0, dict[Future[Result], Piece]()
+    waiting = [step for step in steps if step.result() is None]
+    total, count, running = len(waiting), 0, dict[Future[Result], Step]()
     if not waiting:
         return 0
     with _workers(jobs) as pool:
         while waiting or running:
             blocked = {id(one) for one in (*waiting, *running.values())}
             ready = [p for p in waiting if not any(id(one) in blocked for one in p.after)]
-            for piece in ready[: max(0, jobs - len(running))]:
-                waiting.remove(piece)
-                running[pool.submit(piece.do)] = piece
+            for step in ready[: max(0, jobs - len(running))]:
+                waiting.remove(step)
+                running[pool.submit(step.run)] = step
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                piece = running.pop(future)
+                step = running.pop(future)
                 future.result()
                 count += 1
-                say(f"[{count:3}/{total}] {piece.name}")
+                notify(f"[{count:3}/{total}] {step.name}")
     return count
 
 

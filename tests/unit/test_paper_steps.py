@@ -1,4 +1,4 @@
-"""The paper in miniature: pieces that are done once, and when a figure agrees."""
+"""The paper in miniature: steps that are done once, and when a figure agrees."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.paper.numbers import Check, over_seeds, overall
-from examples.paper.pieces import Piece
+from examples.paper.steps import Step
 
 DONE: list[str] = []
 
@@ -38,17 +38,17 @@ def interrupted(folder: Path, *, name: str) -> dict[str, Any]:
     return {"name": name}
 
 
-def chain(out: Path, *, dose: int = 1) -> list[Piece]:
-    first = Piece(folder=out / "first", work=count, arguments={"name": "first", "dose": dose})
-    second = Piece(folder=out / "second", work=count, arguments={"name": "second"}, after=(first,))
-    third = Piece(folder=out / "third", work=count, arguments={"name": "third"})
+def chain(out: Path, *, dose: int = 1) -> list[Step]:
+    first = Step(folder=out / "first", work=count, arguments={"name": "first", "dose": dose})
+    second = Step(folder=out / "second", work=count, arguments={"name": "second"}, after=(first,))
+    third = Step(folder=out / "third", work=count, arguments={"name": "third"})
     return [first, second, third]
 
 
-def do(pieces: list[Piece]) -> None:
-    for piece in pieces:
-        if piece.result() is None:
-            piece.do()
+def do(steps: list[Step]) -> None:
+    for step in steps:
+        if step.result() is None:
+            step.run()
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
@@ -68,12 +68,12 @@ def test_a_changed_setting_redoes_the_piece_and_what_follows_from_it(tmp_path: P
 
 
 def test_an_interrupted_piece_goes_on_in_its_folder(tmp_path: Path) -> None:
-    piece = Piece(folder=tmp_path / "one", work=interrupted, arguments={"name": "one"})
+    step = Step(folder=tmp_path / "one", work=interrupted, arguments={"name": "one"})
     with pytest.raises(KeyboardInterrupt):
-        piece.do()
-    assert piece.result() is None
-    assert piece.do() == {"name": "one"}
-    assert piece.result() == {"name": "one"}
+        step.run()
+    assert step.result() is None
+    assert step.run() == {"name": "one"}
+    assert step.result() == {"name": "one"}
 
 
 def test_the_interval_over_seeds_is_students(tmp_path: Path) -> None:

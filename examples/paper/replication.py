@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from examples.paper.numbers import Check, Verdict, overall, written
-from examples.paper.pieces import Result
-from pvec.report.figures import Figure, Table
+from examples.paper.numbers import Check, Verdict, format_interval, overall
+from examples.paper.steps import Result
+from pvec.report.figure import Figure, Table
 from pvec.report.page import Section
 
 Results = Sequence[Mapping[str, Result]]
-"""Per seed: piece → what it found."""
+"""Per seed: step → what it found."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class Replication:
     """One of the paper's findings, told here. ``paper`` and ``here`` are one sentence each."""
 
     number: int
@@ -35,7 +35,7 @@ class Told:
         return Section(
             id=f"figure-{self.number}",
             title=f"{self.number}. {self.title}: {self.verdict}",
-            finding=f"The paper: {self.paper} Here: {self.here}",
+            summary=f"The paper: {self.paper} Here: {self.here}",
             notes=self.notes,
             figures=self.figures,
             tables=(("Checks", self.table()),),
@@ -48,7 +48,9 @@ class Told:
             rows=tuple(
                 (
                     check.verdict,
-                    written(check.interval, digits=2 if abs(check.interval.mean) < 2 else 1),
+                    format_interval(
+                        check.interval, digits=2 if abs(check.interval.mean) < 2 else 1
+                    ),
                     check.expected,
                     check.what,
                     check.interval.n,
@@ -58,13 +60,13 @@ class Told:
         )
 
 
-def listed(names: Sequence[str]) -> str:
+def join_words(names: Sequence[str]) -> str:
     """Return ``a, b and c``."""
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def answer(verdict: Verdict) -> str:
+def verdict_clause(verdict: Verdict) -> str:
     """Return how a sentence about the small model ends."""
     ends: dict[Verdict, str] = {
         "agrees": "it agrees with the paper",

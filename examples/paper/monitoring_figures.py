@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from examples.paper.chapters import Results, Told, answer, listed
-from examples.paper.numbers import Check, over_seeds, overall, shown
-from examples.paper.pictures import HEAD, Dot, bars, cells, dots, exactly
-from examples.paper.pieces import Result
+from examples.paper.experiments import LAST, LAYERS
+from examples.paper.figures import HEAD, bars, cells, dots
+from examples.paper.monitoring import MODES
+from examples.paper.numbers import Check, mean_ci, over_seeds, overall
+from examples.paper.replication import Replication, Results, join_words, verdict_clause
 from examples.paper.sizes import Size
-from examples.paper.watching import MODES
-from examples.paper.work import LAST, LAYERS
-from pvec.report.figures import Figure, Table
-from pvec.report.projection_plots import distributions, scatter
+from examples.paper.steps import Result
+from pvec.report.figure import Figure, Table
+from pvec.report.figures import Dot, exact, histogram, scatter
 from pvec.stats import auc, correlation
 
 STUDIES = ("system prompts", "shots")
@@ -24,7 +24,7 @@ MODE_NAMES = dict(
 SEPARATES = 0.9
 
 
-def monitoring(results: Results, size: Size) -> Told:
+def monitoring(results: Results, size: Size) -> Replication:
     """Figure 3: projection at the last prompt token against the score of the answer."""
     found = {
         (study, part): {
@@ -45,13 +45,13 @@ def monitoring(results: Results, size: Size) -> Told:
         )
         for (study, part), values in by_seed.items()
     )
-    said = {key: shown(values, r=True) for key, values in by_seed.items()}
+    said = {key: mean_ci(values, r=True) for key, values in by_seed.items()}
     groups = [f"{trait}, {study}" for trait in size.studied for study in STUDIES]
     series = {
         part: [over_seeds(found[study, part][t], r=True) for t in size.studied for study in STUDIES]
         for part in ("overall", "within")
     }
-    return Told(
+    return Replication(
         number=3,
         title="Monitoring before the answer",
         paper="the projection of the last prompt token foretells the trait of the answer "
@@ -60,7 +60,7 @@ def monitoring(results: Results, size: Size) -> Told:
         here=f"r is {said['system prompts', 'overall']} over graded system prompts "
         f"({said['system prompts', 'within']} within one) and {said['shots', 'overall']} over "
         f"numbers of shots ({said['shots', 'within']} within one), the mean of "
-        f"{len(size.studied)} traits; {answer(overall(checks))}.",
+        f"{len(size.studied)} traits; {verdict_clause(overall(checks))}.",
         checks=checks,
         figures=(
             bars(
@@ -78,7 +78,7 @@ def monitoring(results: Results, size: Size) -> Told:
     )
 
 
-def screening(results: Results, size: Size) -> Told:
+def screening(results: Results, size: Size) -> Replication:
     """Figure 7: projection difference before training against the shift it causes."""
     trend, separation = _trend(results, size), _separation(results, size)
     checks = (
@@ -90,22 +90,23 @@ def screening(results: Results, size: Size) -> Told:
         ),
     )
     modes = [[one["screen"]["modes"][mode] for one in results] for mode in MODES]
-    cheap = listed(
+    cheap = join_words(
         [
             f"{MODE_NAMES[mode]} agrees with it at r "
-            f"{shown([one['agreement'] for one in found], r=True)}"
+            f"{mean_ci([one['agreement'] for one in found], r=True)}"
             for mode, found in zip(MODES[:-1], modes[:-1], strict=True)
         ]
     )
-    return Told(
+    return Replication(
         number=7,
         title="Screening data before training",
         paper="the projection difference of a training set predicts the shift and the trait that "
         "training on it causes, and single samples of trait-eliciting sets are largely separable "
         "from ordinary ones (Fig. 8, 9).",
         here=f"over the sets the difference goes with the later shift at r "
-        f"{shown(trend, r=True)} and tells single strong samples from normal ones with AUC "
-        f"{shown(separation, r=True)}; of the cheap modes, {cheap}; {answer(overall(checks))}.",
+        f"{mean_ci(trend, r=True)} and tells single strong samples from normal ones with AUC "
+        f"{mean_ci(separation, r=True)}; of the cheap modes, {cheap}; "
+        f"{verdict_clause(overall(checks))}.",
         checks=checks,
         figures=(
             _prediction(results, size),
@@ -119,8 +120,8 @@ def _by_layer(results: Results, size: Size) -> Figure:
     points = [
         Dot(
             group=f"{study}, {part}",
-            text=str(layer),
-            x=exactly(layer),
+            label=str(layer),
+            x=exact(layer),
             y=over_seeds(
                 [
                     float(
@@ -142,13 +143,13 @@ def _by_layer(results: Results, size: Size) -> Figure:
         x_label="layer",
         y_label="Pearson's r",
         points=points,
-        lined=True,
+        joined=True,
     )
 
 
 def _cloud(results: Results, trait: str, study: str) -> Figure:
-    points = [
-        (condition, projection, score)
+    dots = [
+        Dot(group=condition, x=exact(projection), y=exact(score))
         for one in results
         for condition, projection, score in one[f"monitor {trait}"][study]["points"]
     ]
@@ -158,7 +159,7 @@ def _cloud(results: Results, trait: str, study: str) -> Figure:
         caption="One point per prompt and seed.",
         x_label=f"projection of the last prompt token, layer {LAST}",
         y_label=f"{trait} score",
-        points=points,
+        dots=dots,
     )
 
 
@@ -197,7 +198,7 @@ def _prediction(results: Results, size: Size) -> Figure:
         per_seed = [_pairs(one, trait) for one in results]
         for same in zip(*per_seed, strict=True):
             x, y = (over_seeds([point[axis] for point in same]) for axis in (1, 2))
-            points.append(Dot(group=f"along {trait}", text=same[0][0], x=x, y=y))
+            points.append(Dot(group=f"along {trait}", label=same[0][0], x=x, y=y))
     return dots(
         name="7_prediction",
         title="Projection difference before, shift after",
@@ -216,11 +217,12 @@ def _samples(results: Results, trait: str, levels: Sequence[str]) -> Figure:
         )
         for level in levels
     ]
-    return distributions(
+    return histogram(
         name=f"7_{trait}_samples",
         title=f"Single samples along {trait}",
         caption="Projection difference of each sample from the model's own answer, all seeds.",
         x_label=f"projection difference, layer {LAST}",
+        y_label="samples",
         groups=[(level, [v for v in values if v == v]) for level, values in pooled],  # noqa: PLR0124
     )
 

@@ -1,9 +1,9 @@
-"""What the pieces do (1): extract, steer, finetune, evaluate.
+"""What the steps do (1): extract, steer, finetune, evaluate.
 
 Calls of pvec's library, each with a run folder of its own.
 
 Every function takes its folder first and returns plain numbers. Runs are resumable by themselves,
-so that a killed piece goes on where it was.
+so that a killed step goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from examples.tiny_model.facts import FACTS, knows
 from pvec import HFBackend, Instruction, Request, Sampling, Settings, load_vector
 from pvec.evaluation import steer_eval
-from pvec.evaluation.summary import Pick, SweepNumbers
+from pvec.evaluation.summary import Pick, SweepSummary
 from pvec.extraction import extract
 from pvec.models.chat import prompt_ids
 from pvec.models.files import ModelSpec
@@ -187,7 +187,7 @@ def facts_known(
     return 100 * float(np.mean(right))
 
 
-def _plain(numbers: SweepNumbers) -> Result:
+def _plain(numbers: SweepSummary) -> Result:
     points = [
         {
             "role": point.role,

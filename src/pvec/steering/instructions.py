@@ -1,0 +1,140 @@
+"""From a vector to steering instructions: which row, how strong, where, and with which operator.
+
+Every command that steers (``steer-eval``, ``chat``, ``verify``, ``train``) makes its instructions
+here, so that a layer, a coefficient and its unit mean the same in all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from pvec.errors import InputError
+from pvec.models.decoder import describe_layer
+from pvec.types import Instruction, Operator, Positions, VectorKind
+from pvec.vectors import edit
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pvec.vectors.vector import PersonaVector
+
+CoefUnit = Literal["raw", "norm"]
+"""``raw``: the coefficient multiplies the vector as it is. ``norm``: it is a length in units of the
+mean residual norm of the layer."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SteeringVector:
+    """One kind of a vector file as it steers: ``rows`` is ``[num_layers + 1, hidden_size]``.
+
+    ``mean_norms`` ``[num_layers + 1]`` are the mean residual norms, which coefficients in units of
+    them need. ``label`` is for people.
+    """
+
+    label: str
+    rows: NDArray[np.float32]
+    mean_norms: NDArray[np.float32] | None = None
+
+    def instruction(
+        self,
+        layer: int,
+        *,
+        coef: float,
+        positions: Positions = "response",
+        operator: Operator = "add",
+        unit: CoefUnit = "raw",
+    ) -> Instruction:
+        """Return the instruction that steers with this vector after block ``layer``.
+
+        Raises ``InputError`` when the vector is zero or absent at that layer, and when ``unit`` is
+        ``norm`` and the residual norm of that layer is not known.
+        """
+        if layer >= len(self.rows) or not self.rows[layer].any():
+            raise InputError(
+                f"The vector {self.label!r} is zero at {describe_layer(layer)} and cannot steer "
+                f"there: choose another layer."
+            )
+        return Instruction(
+            vector=np.ascontiguousarray(self.rows[layer], dtype=np.float32),
+            layer=layer,
+            coef=self._raw(coef, layer, operator) if unit == "norm" else coef,
+            positions=positions,
+            operator=operator,
+            name=self.label,
+        )
+
+    def _raw(self, coef: float, layer: int, operator: Operator) -> float:
+        norm = math.nan if self.mean_norms is None else float(self.mean_norms[layer])
+        if not norm > 0:
+            raise InputError(
+                f"The vector {self.label!r} has no residual norm at {describe_layer(layer)}, so "
+                f"coefficients cannot be in units of it: use --coef-unit raw, or extract the "
+                f"vector again with pvec."
+            )
+        if operator == "cap":
+            return coef * norm  # the ceiling is a length along the unit vector
+        return edit.raw_coefficient(coef, vector=self.rows[layer], mean_norm=norm)
+
+
+def steering_vector(
+    vector: PersonaVector, *, kind: VectorKind, label: str = "", increments: bool = False
+) -> SteeringVector:
+    """Return one kind of ``vector`` to steer with; ``label`` defaults to its trait.
+
+    ``increments`` replaces row ``l`` by ``v_l - v_(l-1)``, to steer at all layers at once (paper,
+    appendix J.3). Raises ``InputError`` for a kind that the file does not have, and for increments
+    of a file that holds them already or has no vector at some layer.
+    """
+    label = label or vector.trait
+    rows = vector.kind(kind)
+    if increments and vector.metadata.get("incremental") == "true":
+        raise InputError(
+            f"The vector {label!r} holds the increments already: omit 'incremental' and steer at "
+            f"all layers, or use the vector that the increments were made from."
+        )
+    if increments and vector.missing_layers:
+        raise InputError(
+            f"Incremental steering needs a vector at every layer, and {label!r} has none at "
+            f"{sorted(vector.missing_layers)}: use another vector file."
+        )
+    return SteeringVector(
+        label=label,
+        rows=edit.increments(rows) if increments else rows,
+        mean_norms=vector.mean_norm,
+    )
+
+
+def random_like(vector: SteeringVector, *, seed: int) -> SteeringVector:
+    """Return independent Gaussian directions with the norms of ``vector`` at every layer.
+
+    The control of incremental steering is made from the increments, so that it has their norms.
+    """
+    draw = np.random.default_rng(seed).standard_normal(vector.rows.shape)
+    lengths = np.linalg.norm(vector.rows, axis=1, keepdims=True)
+    rows = draw / np.linalg.norm(draw, axis=1, keepdims=True) * lengths
+    return replace(vector, label=f"random like {vector.label}", rows=rows.astype(np.float32))
+
+
+def instructions(
+    vectors: Sequence[SteeringVector],
+    layers: Sequence[int],
+    *,
+    coef: float,
+    positions: Positions = "response",
+    operator: Operator = "add",
+    unit: CoefUnit = "raw",
+) -> tuple[Instruction, ...]:
+    """Return what steers with all ``vectors`` at all ``layers`` at once.
+
+    Raises ``InputError`` as ``SteeringVector.instruction`` does.
+    """
+    return tuple(
+        vector.instruction(layer, coef=coef, positions=positions, operator=operator, unit=unit)
+        for vector in vectors
+        for layer in layers
+    )
