@@ -23,6 +23,8 @@ _METADATA = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 _SAFE_WEIGHTS = ["*.safetensors"]
 _PICKLED_WEIGHTS = ["*.bin"]
 _CODE = ["*.py"]
+_OTHER_COPIES = ["*/*.safetensors", "*/*.bin", "consolidated*", "original/*"]
+"""The same weights in another format; transformers reads those at the top level."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,12 +146,25 @@ def _base_of(spec: ModelSpec, adapter: ModelFiles, *, weights: bool) -> ModelFil
         )
     try:
         # A revision names a commit of the adapter's repository, not of its base.
-        return _locate(replace(spec, revision=None), str(base), weights=weights)
+        return _locate(replace(spec, revision=None), _near(base, adapter.folder), weights=weights)
     except ModelError as error:
         raise ModelError(
-            f"The base model {base!r} of the adapter {adapter.id!r} was not found: give its place "
-            f"as the model and the adapter with --adapter."
+            f"The base model {base!r} of the adapter {adapter.id!r} was not found: give it as the "
+            f"model, and the adapter with --adapter."
         ) from error
+
+
+def _near(base: str, adapter: Path) -> str:
+    """Return the path of a base model, relative to the adapter or a folder around it if need be.
+
+    An adapter records the path from the folder in which it was trained, which is usually one of
+    those around it.
+    """
+    if Path(base).is_absolute() or Path(base).is_dir():
+        return base
+    around = adapter.resolve()
+    places = (folder / base for folder in (around, *around.parents))
+    return next((str(place) for place in places if (place / "config.json").exists()), base)
 
 
 def _with_adapter(base: ModelFiles, adapter: ModelFiles) -> ModelFiles:
@@ -179,7 +194,13 @@ def _download(spec: ModelSpec, name: str, *, weights: bool) -> Path:
     patterns += _PICKLED_WEIGHTS if weights and spec.allow_pickle else []
     patterns += _CODE if spec.trust_remote_code else []
     try:
-        return Path(snapshot_download(name, revision=spec.revision, allow_patterns=patterns))
+        folder = snapshot_download(
+            name,
+            revision=spec.revision,
+            allow_patterns=patterns,
+            ignore_patterns=_OTHER_COPIES,
+        )
+        return Path(folder)
     except GatedRepoError as error:
         raise ModelError(
             f"The model {name!r} is gated: accept its terms on the hub and log in with "

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from pvec.errors import ModelError
 from pvec.models.files import ModelFiles, read_config
+from pvec.models.weights import read_header
 
 _SAMPLE = 256
 """Bytes read at the start, the middle and the end of a tensor."""
@@ -79,16 +80,8 @@ def _add_weights(digest: hashlib._Hash, folder: Path) -> None:
 
 def _tensor_samples(path: Path) -> dict[str, bytes]:
     """Return type, shape and three samples of the bytes of each tensor in a safetensors file."""
+    header, start = read_header(path)
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError, MemoryError) as error:
-            raise ModelError(
-                f"{path} is not a complete safetensors file: fetch or save the model again."
-            ) from error
-        header.pop("__metadata__", None)
-        start = 8 + length
         return {name: _sample(file, start, entry) for name, entry in header.items()}
 
 

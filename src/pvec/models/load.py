@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvec.errors import InputError, ModelError
+from pvec.models.adapters import attach_adapter
 from pvec.models.chat import chat_format
 from pvec.models.files import ModelFiles, ModelSpec, locate_model, read_config
 from pvec.models.fingerprint import chat_fingerprint, model_fingerprint
+from pvec.models.weights import explained, load_weights, quiet_transformers
 from pvec.types import ModelInfo
 
 _TOKENIZER_FILES = ("tokenizer*.json", "*.model", "vocab.*", "tokenizer*.py", "*.tiktoken")
@@ -92,13 +92,29 @@ def load_model(spec: ModelSpec, *, metadata: ModelMetadata | None = None) -> Loa
     dtype, dtype_note = choose_dtype(spec.dtype, device)
     placement = _device_map(spec, metadata.files, device)
     notes = [*metadata.notes, f"{str(dtype).removeprefix('torch.')}: {dtype_note}"]
-    with _quiet_transformers():
-        model = _load_weights(spec, metadata.files, dtype=dtype, device_map=placement)
-        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-            model.set_attn_implementation("eager")
-            notes.append("eager attention: faster kernels leave out this model's logit caps")
-        if metadata.files.adapter_folder is not None:
-            model = _load_adapter(model, metadata.files.adapter_folder, merge=spec.merge_adapter)
+    if not spec.allow_pickle and not any(metadata.files.folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{spec.model!r} has no safetensors weights, and .bin weights can run code when "
+            f"loaded: convert them, or use --allow-pickle if you trust them."
+        )
+    model: Any
+    model, weight_notes = load_weights(
+        metadata.files.folder,
+        name=spec.model,
+        pickle=spec.allow_pickle,
+        dtype=dtype,
+        device_map=placement,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    notes += weight_notes
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
+        notes.append("eager attention: faster kernels leave out this model's logit caps")
+    if metadata.files.adapter_folder is not None:
+        model, adapter_notes = attach_adapter(model, metadata.files.adapter_folder)
+        notes += adapter_notes
+        if spec.merge_adapter:
+            model = model.merge_and_unload()
     if placement is None:
         model.to(device)
     else:
@@ -163,16 +179,14 @@ def load_tokenizer(spec: ModelSpec, files: ModelFiles) -> PreTrainedTokenizerBas
             f"The model {spec.model!r} has no tokenizer in {str(files.tokenizer_folder)!r}: save "
             f"its tokenizer there too."
         )
-    try:
-        with _quiet_transformers():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+    with quiet_transformers():
+        tokenizer: PreTrainedTokenizerBase = explained(
+            lambda: AutoTokenizer.from_pretrained(
                 files.tokenizer_folder, trust_remote_code=spec.trust_remote_code
-            )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"The tokenizer of {spec.model!r} cannot be loaded ({_first_line(error)}): the folder "
-            f"must hold a transformers tokenizer."
-        ) from error
+            ),
+            problem=f"The tokenizer of {spec.model!r} cannot be loaded",
+            remedy="the folder must hold a transformers tokenizer",
+        )
     if spec.chat_template is not None:
         try:
             tokenizer.chat_template = Path(spec.chat_template).read_text(encoding="utf-8")
@@ -191,61 +205,12 @@ def _load_config(spec: ModelSpec, files: ModelFiles) -> PretrainedConfig:
         raise ModelError(
             f"{spec.model!r} brings its own code: read it, then use --trust-remote-code."
         )
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            files.folder, trust_remote_code=spec.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"The configuration of {spec.model!r} cannot be used ({_first_line(error)}): it may "
-            f"need a newer transformers or --trust-remote-code."
-        ) from error
+    config: PretrainedConfig = explained(
+        lambda: AutoConfig.from_pretrained(files.folder, trust_remote_code=spec.trust_remote_code),
+        problem=f"The configuration of {spec.model!r} cannot be used",
+        remedy="it may need a newer transformers or --trust-remote-code",
+    )
     return config
-
-
-def _load_weights(
-    spec: ModelSpec, files: ModelFiles, *, dtype: torch.dtype, device_map: str | None
-) -> Any:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    if not any(files.folder.glob("*.safetensors")) and not spec.allow_pickle:
-        raise ModelError(
-            f"{spec.model!r} has no safetensors weights, and .bin weights can run code when "
-            f"loaded: convert them, or use --allow-pickle if you trust them."
-        )
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            files.folder,
-            dtype=dtype,
-            device_map=device_map,
-            use_safetensors=None if spec.allow_pickle else True,
-            trust_remote_code=spec.trust_remote_code,
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(
-            f"The weights of {spec.model!r} cannot be loaded ({_first_line(error)}): fetch or save "
-            f"the model again."
-        ) from error
-
-
-def _load_adapter(model: Any, folder: Path, *, merge: bool) -> Any:
-    from peft import PeftConfig, PeftModel
-
-    config = PeftConfig.from_pretrained(str(folder))
-    if config.is_prompt_learning:
-        raise ModelError(
-            f"The adapter {str(folder)!r} is a {config.peft_type} adapter, which adds virtual "
-            f"tokens: only adapters that change weights (LoRA and its kin) can be used."
-        )
-    try:
-        adapted = PeftModel.from_pretrained(model, str(folder), config=config)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(
-            f"The adapter {str(folder)!r} does not fit its base model ({_first_line(error)}): give "
-            f"the model it was trained on."
-        ) from error
-    return adapted.merge_and_unload() if merge else adapted
 
 
 def _device_map(spec: ModelSpec, files: ModelFiles, device: str) -> str | None:
@@ -259,23 +224,3 @@ def _device_map(spec: ModelSpec, files: ModelFiles, device: str) -> str | None:
     weights = sum(path.stat().st_size for path in files.folder.glob("*.safetensors"))
     free, _ = torch.cuda.mem_get_info(0)
     return "auto" if weights * 1.3 > free else None
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own progress bars and advice off the terminal while loading."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", maxsplit=1)[0][:200]

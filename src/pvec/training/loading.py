@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pvec.errors import InputError, ModelError, install_command
+from pvec.errors import InputError, install_command
+from pvec.models.weights import load_weights
 from pvec.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -69,12 +69,15 @@ def check_train_packages() -> None:
 
 
 def load_for_training(
-    config: TrainConfig, folder: Path, *, dtype: torch.dtype, device: str
+    config: TrainConfig,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> PreTrainedModel:
-    """Load the frozen model from ``folder``. Raises ``ModelError`` when it cannot be."""
+    """Load the frozen model from ``folder``. Raises ``ModelError`` as ``load_weights`` does."""
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     if config.memory.unsloth:
         return _through_unsloth(config, folder, dtype=dtype)
@@ -83,33 +86,12 @@ def load_for_training(
         options["attn_implementation"] = config.model.attention
     if config.model.quantize:
         options |= {"quantization_config": _quantisation(config, dtype), "device_map": device}
-    try:
-        with _no_bars():
-            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        first = str(error).strip().split("\n", maxsplit=1)[0][:200]
-        raise ModelError(
-            f"The model {config.model.id!r} cannot be loaded for training ({first}): check the "
-            f"model part of the configuration."
-        ) from error
+    model, notes = load_weights(folder, name=config.model.id, **options)
+    for note in notes:
+        notify(note)
     if not config.model.quantize:
         torch.nn.Module.to(model, device)
-    loaded: PreTrainedModel = model.requires_grad_(False)
-    return loaded
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep transformers' own progress bars off the terminal."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    return model.requires_grad_(False)
 
 
 def _quantisation(config: TrainConfig, dtype: torch.dtype) -> Any:

@@ -168,7 +168,11 @@ def _train(
     config = prepared.config
     notify(f"loading {prepared.metadata.id} on {prepared.device}")
     model = load_for_training(
-        config, prepared.metadata.files.folder, dtype=prepared.dtype, device=prepared.device
+        config,
+        prepared.metadata.files.folder,
+        dtype=prepared.dtype,
+        device=prepared.device,
+        notify=notify,
     )
     shift = _callback(prepared, notify)
     with ExitStack() as stack:

@@ -1,0 +1,208 @@
+"""Load the weights of a checkpoint, and check that exactly those of the model were loaded.
+
+transformers replaces a tensor that a checkpoint lacks with random numbers and ignores a tensor that
+the model lacks; both are only log messages. Here they are errors that name the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pvec.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Loaded = TypeVar("Loaded")
+
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)(_orig_mod\.)+")
+"""Prefixes that DistributedDataParallel and torch.compile put before the names of tensors."""
+
+_HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias|\.attention\.bias)$")
+"""Constants that older checkpoints hold and models compute themselves."""
+
+_OTHER_PARTS = re.compile(
+    r"(^|\.)(mtp|vision\w*|visual|image\w*|audio\w*|speech\w*|embed_vision|embed_audio|mm_projector"
+    r"|multi_modal_projector|connector|resampler)(\.|$)"
+)
+"""Parts of a multimodal model besides its language model, and heads for multi-token prediction."""
+
+_MOST_SHOWN = 3
+
+
+def load_weights(
+    folder: Path, *, name: str, pickle: bool = False, **options: Any
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Load a causal language model from ``folder`` and return it with notes for the user.
+
+    ``name`` is the model's name in messages; ``options`` go to ``from_pretrained``. Without
+    ``pickle`` only safetensors are read. Raises ``ModelError`` when the weights cannot be loaded,
+    or when tensors are missing, left over or of another size; known prefixes of wrappers
+    (``_orig_mod.``, ``module.``) are removed from tensor names with a note.
+    """
+    from transformers import AutoModelForCausalLM
+
+    prefixes = _wrapped(folder)
+    if prefixes:
+        options["key_mapping"] = {WRAPPERS.pattern: ""}
+    with quiet_transformers():
+        loaded: Any = explained(
+            lambda: AutoModelForCausalLM.from_pretrained(
+                folder,
+                use_safetensors=None if pickle else True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **options,
+            ),
+            problem=f"The weights of {name!r} cannot be loaded",
+            remedy="fetch or save the model again",
+        )
+    model, info = loaded
+    notes = check_tensors(
+        name,
+        missing=info["missing_keys"],
+        left_over=[key for key in info["unexpected_keys"] if not _HARMLESS.search(key)],
+        sizes={key: (found, needed) for key, found, needed in info["mismatched_keys"]},
+        remedy="fetch or save the model again, or correct its config.json",
+    )
+    if prefixes:
+        notes = (f"removed {', '.join(sorted(prefixes))} from tensor names", *notes)
+    return model, notes
+
+
+def check_checkpoint(folder: Path, *, name: str, pickle: bool = False) -> None:
+    """Raise ``ModelError`` when a checkpoint does not hold exactly the tensors of its model.
+
+    For engines that load the weights themselves; no memory is taken for them. Quantised
+    checkpoints and architectures that transformers has no causal model of are left to the engine.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    known = config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not known or "quantization_config" in config:
+        return
+    load_weights(folder, name=name, pickle=pickle, device_map="meta")
+    if _wrapped(folder):
+        raise ModelError(
+            f"The tensor names of {name!r} have a prefix of torch.compile or "
+            f"DistributedDataParallel: load and save the model with transformers, or use "
+            f"--backend hf."
+        )
+
+
+def check_tensors(
+    name: str,
+    *,
+    missing: Collection[str] = (),
+    left_over: Collection[str] = (),
+    sizes: Mapping[str, tuple[Collection[int], Collection[int]]] | None = None,
+    remedy: str,
+) -> tuple[str, ...]:
+    """Raise ``ModelError`` that names tensors which do not fit; return notes about harmless ones.
+
+    ``sizes`` maps tensors to their shape in the file and the shape that the model needs.
+    """
+    others = [key for key in left_over if _OTHER_PARTS.search(key)]
+    foreign = sorted(set(left_over) - set(others))
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} tensors are missing ({_names(missing)})")
+    if foreign:
+        faults.append(f"{len(foreign)} tensors do not belong to the model ({_names(foreign)})")
+    if sizes:
+        key, (stored, needed) = min(sizes.items())
+        faults.append(
+            f"{len(sizes)} tensors have another size ({key} is {_shape(stored)} in the file and "
+            f"{_shape(needed)} in the model)"
+        )
+    if faults:
+        raise ModelError(f"The weights of {name!r} are wrong: {'; '.join(faults)}: {remedy}.")
+    return (f"{len(others)} tensors of other parts of the model are not used",) if others else ()
+
+
+def explained(load: Callable[[], Loaded], *, problem: str, remedy: str) -> Loaded:
+    """Return ``load()``; what the libraries raise becomes one sentence (``ModelError``)."""
+    from safetensors import SafetensorError
+
+    from pvec.models.memory import is_out_of_memory
+
+    try:
+        return load()
+    except (
+        *(OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, ImportError),
+        *(RuntimeError, MemoryError, SafetensorError),
+    ) as error:
+        if is_out_of_memory(error):
+            remedy = "there is not enough memory; use a smaller model or dtype"
+        first = str(error).strip().split("\n", maxsplit=1)[0][:200]
+        raise ModelError(f"{problem} ({first or type(error).__name__}): {remedy}.") from error
+
+
+def tensor_shapes(folder: Path, pattern: str = "*.safetensors") -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor in a folder's safetensors files; no tensor is read."""
+    return {
+        name: tuple(entry["shape"])
+        for path in sorted(folder.glob(pattern))
+        for name, entry in read_header(path)[0].items()
+    }
+
+
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Return the entries of a safetensors file by tensor, and where the tensors' bytes begin.
+
+    Raises ``ModelError`` for a file that is not whole.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            if length > size:
+                raise ValueError
+            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            if 8 + length + end > size:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(
+                f"{path} is not a complete safetensors file: fetch or save the model again."
+            ) from error
+    return header, 8 + length
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hide transformers' own progress bars and advice while loading."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _wrapped(folder: Path) -> set[str]:
+    """Return the prefixes of wrappers that occur in a checkpoint."""
+    return {match[0] for name in tensor_shapes(folder) if (match := WRAPPERS.search(name))}
+
+
+def _names(tensors: Collection[str]) -> str:
+    first = ", ".join(sorted(tensors)[:_MOST_SHOWN])
+    more = len(tensors) - _MOST_SHOWN
+    return f"{first} and {more} more" if more > 0 else first
+
+
+def _shape(shape: Collection[int]) -> str:
+    return "×".join(map(str, shape)) if math.prod(shape) else "empty"

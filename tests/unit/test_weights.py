@@ -1,0 +1,291 @@
+"""What was loaded is what was asked for: every tensor, of the model and of the adapter."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import save_adapter, save_model, saved_model, tiny_model, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pvec.errors import ModelError
+from pvec.models import files as modelfiles
+from pvec.models.adapters import adapted
+from pvec.models.files import ModelSpec, locate_model
+from pvec.models.load import inspect_model, load_model
+from pvec.models.weights import check_checkpoint, load_weights
+
+Tensors = dict[str, torch.Tensor]
+IDS = torch.tensor([[5, 60, 300, 7]])
+
+
+def rewritten(
+    folder: Path, change: Callable[[Tensors], Tensors], *, file: str = "model.safetensors"
+) -> Path:
+    """Return ``folder`` after ``change`` was applied to the tensors of one of its files."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / file).items()}
+    save_file(change(tensors), folder / file, metadata={"format": "pt"})
+    return folder
+
+
+def copy_of(architecture: str, folder: Path) -> Path:
+    return Path(shutil.copytree(saved_model(architecture), folder))
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    result: torch.Tensor = model(ids).logits
+    return result
+
+
+def without_block(tensors: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if ".1." not in name}
+
+
+def with_a_fourth_block(tensors: Tensors) -> Tensors:
+    return tensors | {n.replace(".2.", ".3."): t.clone() for n, t in tensors.items() if ".2." in n}
+
+
+def narrower(tensors: Tensors) -> Tensors:
+    return {n: t[:-1] if t.shape[0] == 400 else t for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (without_block, r"\d+ tensors are missing \(\S+\.1\.\S+"),
+        (with_a_fourth_block, r"\d+ tensors do not belong to the model \(\S+\.3\.\S+"),
+        (narrower, r"another size \(\S+ is 399×32 in the file and 400×32 in the model\)"),
+    ],
+)
+def test_a_checkpoint_of_other_tensors_is_refused_with_their_names(
+    architecture: str, change: Callable[[Tensors], Tensors], complaint: str, tmp_path: Path
+) -> None:
+    folder = rewritten(copy_of(architecture, tmp_path / "model"), change)
+    for refuse in (
+        lambda: load_model(ModelSpec(model=str(folder))),
+        lambda: check_checkpoint(folder, name=str(folder)),
+    ):
+        with pytest.raises(ModelError, match=complaint) as caught:
+            refuse()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_prefix_of_a_wrapper_is_removed_with_a_note(
+    prefix: str, architecture: str, tmp_path: Path
+) -> None:
+    folder = rewritten(
+        copy_of(architecture, tmp_path / "model"),
+        lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()},
+    )
+    loaded = load_model(ModelSpec(model=str(folder)))
+    whole = load_model(ModelSpec(model=str(saved_model(architecture))))
+    assert torch.equal(logits(loaded.model), logits(whole.model))
+    assert any("from tensor names" in note for note in loaded.info.notes)
+    assert not any("from tensor names" in note for note in whole.info.notes)
+    with pytest.raises(ModelError, match=r"prefix of torch\.compile"):
+        check_checkpoint(folder, name="model")  # an engine of its own would not remove it
+
+
+def test_a_compiled_part_of_a_model_is_found_too(tmp_path: Path) -> None:
+    folder = rewritten(
+        copy_of("llama", tmp_path / "model"),
+        lambda tensors: {n.replace("model.", "model._orig_mod."): t for n, t in tensors.items()},
+    )
+    whole = load_model(ModelSpec(model=str(saved_model("llama"))))
+    loaded = load_model(ModelSpec(model=str(folder)))
+    assert torch.equal(logits(loaded.model), logits(whole.model))
+
+
+def test_tied_weights_and_constants_of_old_checkpoints_are_no_fault(tmp_path: Path) -> None:
+    tied = save_model(tiny_model("llama", tie_word_embeddings=True), tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tied / "model.safetensors")
+    rewritten(
+        tied,
+        lambda tensors: (
+            tensors
+            | {
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+                "mtp.0.w": torch.ones(2),
+            }
+        ),
+    )
+    model, notes = load_weights(tied, name="tied")
+    assert torch.equal(logits(model), logits(tiny_model("llama", tie_word_embeddings=True)))
+    assert notes == ("1 tensors of other parts of the model are not used",)
+    rewritten(tied, lambda tensors: {n: t for n, t in tensors.items() if "embed" not in n})
+    with pytest.raises(ModelError, match="tensors are missing"):
+        load_weights(tied, name="tied")
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    folder = copy_of("llama", tmp_path / "model")
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelError, match="not a complete safetensors file"):
+        inspect_model(ModelSpec(model=str(folder)))
+
+
+# adapters
+
+
+def renamed(folder: Path, old: str, new: str) -> Path:
+    return rewritten(
+        folder,
+        lambda tensors: {n.replace(old, new): t for n, t in tensors.items()},
+        file="adapter_model.safetensors",
+    )
+
+
+def test_an_adapter_whose_tensors_match_nothing_is_refused(tmp_path: Path) -> None:
+    base = saved_model("llama")
+    adapter = renamed(save_adapter(base, tmp_path / "ad"), "model.layers", "model.language.layers")
+    with pytest.raises(ModelError, match=r"12 tensors are missing .*12 tensors do not belong"):
+        load_model(ModelSpec(model=str(base), adapter=str(adapter)))
+    with (
+        pytest.raises(ModelError, match="do not belong to the model"),
+        adapted(tiny_model("llama"), locate_model(ModelSpec(model=str(adapter)))),
+    ):
+        pass
+
+
+def test_an_adapter_for_more_layers_is_refused(tmp_path: Path) -> None:
+    deep = save_model(tiny_model("llama", num_layers=4), tmp_path / "deep")
+    adapter = save_adapter(deep, tmp_path / "ad")
+    with pytest.raises(ModelError, match=r"4 tensors do not belong .*layers\.3\."):
+        load_model(ModelSpec(model=str(saved_model("llama")), adapter=str(adapter)))
+
+
+def test_an_adapter_of_a_compiled_model_is_loaded(tmp_path: Path) -> None:
+    base = saved_model("llama")
+    plain = load_model(ModelSpec(model=str(save_adapter(base, tmp_path / "ad"))))
+    adapter = renamed(tmp_path / "ad", "base_model.model.", "base_model.model._orig_mod.")
+    loaded = load_model(ModelSpec(model=str(adapter)))
+    assert torch.equal(logits(loaded.model), logits(plain.model))
+    assert any("prefix" in note for note in loaded.info.notes)
+
+
+@pytest.mark.parametrize("damage", ["no weights", "half", "unknown type", "not JSON"])
+def test_a_damaged_adapter_is_one_sentence(damage: str, tmp_path: Path) -> None:
+    base = saved_model("llama")
+    adapter = save_adapter(base, tmp_path / "ad")
+    weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    if damage == "no weights":
+        weights.unlink()
+    elif damage == "half":
+        weights.write_bytes(weights.read_bytes()[:300])
+    elif damage == "unknown type":
+        config.write_text(config.read_text().replace('"LORA"', '"SOMETHING"'))
+    else:
+        config.write_text("{")
+    with pytest.raises(ModelError) as caught:
+        load_model(ModelSpec(model=str(base), adapter=str(adapter)))
+    assert "\n" not in str(caught.value)
+
+
+def trained(base: Path, folder: Path, *, tokens: int = 400, **options: Any) -> tuple[Any, Path]:
+    """Save an adapter with random weights in all that it trains; return its model and folder."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if tokens != 400:
+        model.resize_token_embeddings(tokens)
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    wrapped = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft says that it saves resized embeddings
+        wrapped.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return wrapped.eval(), folder
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "DoRA": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "a whole norm": {"modules_to_save": ["norm"]},
+    "whole embeddings": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "added tokens": {"tokens": 403, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "fewer tokens": {"tokens": 390, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "trained token": {"tokens": 401, "trainable_token_indices": [400]},
+    "old trained tokens": {"trainable_token_indices": [7, 300]},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_kind_of_adapter_computes_what_peft_trained(kind: str, tmp_path: Path) -> None:
+    base = saved_model("llama")
+    expected, folder = trained(base, tmp_path / "ad", **ADAPTERS[kind])
+    loaded = load_model(ModelSpec(model=str(base), adapter=str(folder)))
+    torch.testing.assert_close(logits(loaded.model), logits(expected))
+    plain = tiny_model("llama")
+    before = logits(plain)
+    with adapted(plain, locate_model(ModelSpec(model=str(base), adapter=str(folder)))) as wrapped:
+        torch.testing.assert_close(logits(wrapped), logits(expected))
+    assert torch.equal(logits(plain), before), "the base is what it was"
+    assert plain.config.vocab_size == 400
+    rows = ADAPTERS[kind].get("tokens", 400)
+    resized = [note for note in loaded.info.notes if "resized the embeddings" in note]
+    assert bool(resized) == (rows != 400)
+
+
+def test_added_tokens_that_the_adapter_does_not_hold_are_refused(tmp_path: Path) -> None:
+    base = saved_model("llama")
+    _, folder = trained(base, tmp_path / "ad", tokens=403, trainable_token_indices=[402])
+    rewritten(
+        folder,
+        lambda tensors: {n: t for n, t in tensors.items() if "lora" in n or "delta" in n},
+        file="adapter_model.safetensors",
+    )
+    with pytest.raises(ModelError, match="an embedding of 403 tokens, the model has 400"):
+        load_model(ModelSpec(model=str(base), adapter=str(folder)))
+
+
+def test_a_relative_base_is_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_of("llama", tmp_path / "models" / "base")
+    adapter = save_adapter(saved_model("llama"), tmp_path / "runs" / "train" / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "models/base"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    files = locate_model(ModelSpec(model="../runs/train/adapter"))
+    assert files.folder.resolve() == tmp_path / "models" / "base"
+
+
+def test_only_one_copy_of_the_weights_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    listing = [
+        *("config.json", "tokenizer.json", "model.safetensors.index.json", "chat_template.jinja"),
+        *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+        *("consolidated.safetensors", "original/model.safetensors", "metal/model.bin"),
+        *("pytorch_model.bin", "onnx/model.onnx"),
+    ]
+    taken: list[str] = []
+
+    def snapshot_download(_name: str, *, revision: Any, **patterns: Any) -> str:
+        assert revision is None
+        taken.extend(filter_repo_objects(listing, **patterns))
+        return "folder"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    modelfiles._download(ModelSpec(model="org/model"), "org/model", weights=True)
+    assert [name for name in taken if re.search(r"safetensors$|bin$", name)] == listing[4:6]
+    assert set(listing[:4]) <= set(taken)
