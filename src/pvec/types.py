@@ -11,7 +11,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from pvec.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,8 +71,12 @@ class Instruction:
     """One steering instruction: what is done to the residual stream after block ``layer``.
 
     ``vector`` is a float32 array ``[hidden_size]``, used raw (unnormalised) by ``add`` and
-    normalised by ``ablate`` and ``cap``. ``coef`` multiplies the vector for ``add`` and is the
-    ceiling tau for ``cap``; ``ablate`` ignores it. ``name`` is for people; identity is content.
+    normalised by ``ablate`` and ``cap``; a torch tensor or a list of numbers is converted.
+    ``coef`` multiplies the vector for ``add`` and is the ceiling tau for ``cap``; ``ablate``
+    ignores it. ``name`` is for people; identity is content.
+
+    Raises ``InputError`` for an unknown operator or position and for a vector that is not a single
+    row of numbers.
     """
 
     vector: np.ndarray
@@ -79,6 +85,14 @@ class Instruction:
     positions: Positions = "response"
     operator: Operator = "add"
     name: str = "vector"
+
+    def __post_init__(self) -> None:
+        """Check the fields and convert the vector."""
+        _check_choice("operator", self.operator, get_args(Operator))
+        _check_choice("positions", self.positions, get_args(Positions))
+        if isinstance(self.layer, bool) or not hasattr(self.layer, "__index__"):
+            raise InputError(f"The layer {self.layer!r} is not a whole number: use for example 20.")
+        object.__setattr__(self, "vector", _as_row(self.vector))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -97,6 +111,34 @@ class Instruction:
             "operator": self.operator,
             "fingerprint": self.fingerprint,
         }
+
+
+def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(
+            f"Steering has no {field} {value!r}: use {', '.join(choices[:-1])} or {choices[-1]}."
+        )
+
+
+def _as_row(vector: Any) -> np.ndarray:
+    """Return a vector of any array type as a float32 array ``[hidden_size]``."""
+    import numpy as np
+
+    if hasattr(vector, "detach"):  # a torch tensor, of any dtype and on any device
+        vector = vector.detach().float().cpu().numpy()
+    try:
+        row = np.asarray(vector, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"A steering vector must be an array of numbers, not {type(vector).__name__}: take "
+            f"one layer's row of a persona vector."
+        ) from None
+    if row.ndim != 1:
+        raise InputError(
+            f"A steering vector must be a single row [hidden_size], and this has the shape "
+            f"{list(row.shape)}: take one layer's row, such as vectors[20]."
+        )
+    return row
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from pvec.errors import ModelError, SteeringError
+from pvec.errors import InputError, ModelError, SteeringError
 from pvec.models.decoder import find_decoder
 from pvec.steering.hooks import Steerer, steer, steer_training
 from pvec.steering.positions import (
@@ -25,7 +26,7 @@ from pvec.steering.positions import (
     roles_from_labels,
 )
 from pvec.types import Instruction
-from tests.helpers.models import HIDDEN_SIZE, tiny_model
+from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, tiny_model
 
 IDS = torch.randint(5, 300, (3, 9), generator=torch.Generator().manual_seed(1))
 
@@ -335,3 +336,37 @@ def test_one_vector_under_two_names_is_one_plan_and_two_coefficients_are_two() -
     )
     assert len(steerer._plans) == 2
     assert [plan[0].coef for plan in steerer.plans] == [1.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"operator": "multiply"}, "no operator 'multiply': use add, ablate or cap"),
+        ({"positions": "answer"}, "no positions 'answer': use all, prompt or response"),
+        ({"vector": torch.zeros(4, HIDDEN_SIZE)}, "single row"),
+        ({"vector": "evil"}, "array of numbers, not str"),
+        ({"vector": None}, "single row|array of numbers"),
+        ({"layer": 2.5}, "not a whole number"),
+    ],
+)
+def test_an_instruction_that_means_nothing_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        Instruction(**({"vector": np.ones(HIDDEN_SIZE, dtype=np.float32), "layer": 2} | changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_row_of_a_torch_file_steers_as_its_numbers_do(tmp_path: Path, dtype: torch.dtype) -> None:
+    rows = torch.randn(NUM_LAYERS + 1, HIDDEN_SIZE, generator=torch.Generator().manual_seed(5))
+    torch.save(rows.to(dtype).requires_grad_(), tmp_path / "evil.pt")
+    row = torch.load(tmp_path / "evil.pt")[2]
+    instruction = Instruction(vector=row, layer=2, positions="all")
+    assert instruction.vector.dtype == np.float32
+    model = tiny_model("llama")
+    ids = torch.tensor([[5, 6, 7]])
+    plain = model(input_ids=ids, output_hidden_states=True).hidden_states[2]
+    with steer(model, [instruction]):
+        steered = model(input_ids=ids, output_hidden_states=True).hidden_states[2]
+    due = row.detach().float().expand_as(plain)
+    torch.testing.assert_close(steered - plain, due, atol=1e-5, rtol=1e-4)

@@ -128,7 +128,7 @@ def test_answers_that_the_context_cuts_are_announced(
     said: list[str] = []
     monkeypatch.setattr(backend, "on_note", said.append)
     list(backend.generate([_request(0, tokens=50, prompt=250), _request(1)]))
-    assert said == ["1 answers may be shorter than asked: the engine's context is 256 tokens"]
+    assert said == ["1 answers may be shorter than requested: the engine's context is 256 tokens"]
 
 
 def test_requests_are_drawn_as_there_is_room(backend: VLLMBackend) -> None:
@@ -327,7 +327,7 @@ def test_an_engine_whose_layers_are_not_steered_does_not_start(
     from pvec.backends.vllm import probe
     from pvec.settings.tree import VLLMSettings
 
-    monkeypatch.setattr(probe.Probe, "_change", lambda _self, _row, hidden, _residual: 0 * hidden)
+    monkeypatch.setattr(probe, "steering_change", lambda _row, hidden, *_, **_table: 0 * hidden)
     options = VLLMSettings(
         enforce_eager=True, kv_cache_memory_bytes=2**20, block_size=32, max_num_seqs=4, captures=4
     )
