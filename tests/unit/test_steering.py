@@ -365,8 +365,10 @@ def test_a_row_of_a_torch_file_steers_as_its_numbers_do(tmp_path: Path, dtype: t
     assert instruction.vector.dtype == np.float32
     model = tiny_model("llama")
     ids = torch.tensor([[5, 6, 7]])
-    plain = model(input_ids=ids, output_hidden_states=True).hidden_states[2]
+    seen: list[torch.Tensor] = []
+    model.model.layers[2].register_forward_pre_hook(lambda _block, args: seen.append(args[0]))
+    model(input_ids=ids)
     with steer(model, [instruction]):
-        steered = model(input_ids=ids, output_hidden_states=True).hidden_states[2]
-    due = row.detach().float().expand_as(plain)
-    torch.testing.assert_close(steered - plain, due, atol=1e-5, rtol=1e-4)
+        model(input_ids=ids)
+    due = row.detach().float().expand_as(seen[0])
+    torch.testing.assert_close(seen[1] - seen[0], due, atol=1e-5, rtol=1e-4)
