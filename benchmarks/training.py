@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import pvec
-from pvec.training import trainer as training
+from pvec.training import train
 from pvec.training.batches import CPU_PASS_COST, PASS_COST, Layout, plan_batches
-from pvec.training.config import TrainConfig
-from pvec.training.dataset import TrainingData, prepare_data
-from pvec.training.scoring import learnt_tokens_only
+from pvec.training.forward import score_loss_tokens_only
+from pvec.training.plan import TrainPlan
 from pvec.training.shift import PersonaShiftCallback, Probe
-from pvec.training.steering import Scheduled
+from pvec.training.steering import ScheduledInstruction
+from pvec.training.trainer import PlannedTrainer
 from pvec.types import Instruction
 
 TINY = Path(pvec.__file__).parent / "tiny"
@@ -108,39 +108,33 @@ def build_model(shape: str, device: str) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def job(
-    variant: Variant, config: TrainConfig, data: TrainingData, *, shape: str, device: str, out: Path
-) -> Any:
+def trainer_of(variant: Variant, plan: TrainPlan, *, shape: str) -> PlannedTrainer:
     """Return the trainer of a variant, ready to take steps."""
-    config = config.model_copy(
-        update={"batch": config.batch.model_copy(update={"layout": variant.layout})}
-    )
+    batch = plan.config.batch.model_copy(update={"layout": variant.layout})
     batches = plan_batches(
-        data.train.lengths,
-        size=config.batch.size,
+        plan.data.train.lengths,
+        size=batch.size,
         layout=Layout(
             by_length=variant.layout != "random",
             padded=variant.layout != "packed",
             micro=variant.micro,
-            most_tokens=config.batch.tokens,
+            most_tokens=batch.tokens,
         ),
-        pass_cost=PASS_COST if device.startswith("cuda") else CPU_PASS_COST,
+        pass_cost=PASS_COST if plan.device.startswith("cuda") else CPU_PASS_COST,
     )
-    model = build_model(shape, device).requires_grad_(False)
+    model = build_model(shape, plan.device).requires_grad_(False)
     hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
     vector = np.random.default_rng(0).normal(size=hidden).astype(np.float32)
-    one = Instruction(vector=vector, layer=max(1, layers // 2), positions="all")
-    made = training.TrainJob(
-        config=config,
-        model=model,
-        tokenizer=AutoTokenizer.from_pretrained(TINY),
-        data=data,
-        batches=batches,
-        folder=out,
-        scheduled=[Scheduled(instruction=one)] if variant.steered else [],
-    )
+    instruction = Instruction(vector=vector, layer=max(1, layers // 2), positions="all")
+    steering = (ScheduledInstruction(instruction=instruction),) if variant.steered else ()
     print(f"{variant.name}: {batches.passes} passes a step, {batches.padding:.0%} padding")
-    return training.trainer_of(made)
+    changed = replace(
+        plan,
+        config=plan.config.model_copy(update={"batch": batch}),
+        batches=batches,
+        steering=steering,
+    )
+    return PlannedTrainer(changed, model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +146,7 @@ class Step:
 
 
 def steps(trainer: Any, *, ours: bool) -> Iterator[Step]:
-    """Take one optimiser step at a time; with ``ours`` only what is learnt is scored."""
+    """Take one optimiser step at a time; with ``ours`` only tokens with loss are scored."""
     loader = iter(trainer.get_train_dataloader())
     trainer.create_optimizer_and_scheduler(num_training_steps=1000)
     model, optimizer = trainer.model, trainer.optimizer
@@ -165,11 +159,11 @@ def steps(trainer: Any, *, ours: bool) -> Iterator[Step]:
         started = _now()
         if trainer.steering is not None:
             trainer.steering.at_step(number)
-        learnt = sum(int((one["labels"][:, 1:] != -100).sum()) for one in batches)
+        loss_tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         loss = 0.0
-        with learnt_tokens_only(trainer.args.device.type) if ours else nullcontext():
-            for one in batches:
-                loss += float(trainer.training_step(model, one, num_items_in_batch=learnt))
+        with score_loss_tokens_only(trainer.args.device.type) if ours else nullcontext():
+            for batch in batches:
+                loss += float(trainer.training_step(model, batch, num_items_in_batch=loss_tokens))
         torch.nn.utils.clip_grad_norm_(trainable(model), 1.0)
         optimizer.step()
         model.zero_grad()
@@ -224,37 +218,43 @@ def main() -> None:
 def measure(options: argparse.Namespace, folder: Path) -> None:
     """Take the variants' steps in turns and compare."""
     rows = chats(folder / "chats.jsonl", rows=16 * (options.steps + 3))
-    config = TrainConfig.model_validate({"data": {"train": str(rows)}, "optim": {"lr": 1e-4}})
-    data = prepare_data(config.data, AutoTokenizer.from_pretrained(TINY), seed=0, context=2048)
-    tokens_per_step = data.train.tokens / len(data.train.rows) * config.batch.size
+    path = folder / "config.json"
+    path.write_text(
+        json.dumps(
+            {
+                "model": {"id": "tiny", "device": options.device.partition(":")[0]},
+                "data": {"train": str(rows)},
+                "optim": {"lr": 1e-4},
+            }
+        )
+    )
+    plan = train.check(path, out=folder / "run")
+    tokens_per_step = plan.data.train.tokens / len(plan.data.train.rows) * plan.batches.size
     variants = [REFERENCE, PLAIN, STEERED, *([PACKED] if options.packed else [])]
-    trainers = {
-        v: job(v, config, data, shape=options.shape, device=options.device, out=folder / str(n))
-        for n, v in enumerate(variants)
-    }
-    running = {v: steps(one, ours=v is not REFERENCE) for v, one in trainers.items()}
+    trainers = {v: trainer_of(v, plan, shape=options.shape) for v in variants}
+    running = {v: steps(trainers[v], ours=v is not REFERENCE) for v in variants}
     taken: dict[Variant, list[Step]] = {v: [] for v in variants}
     for number in range(options.steps + 2):
         for v in variants if number % 2 else reversed(variants):
-            one = next(running[v])
+            step = next(running[v])
             if number >= 2:  # the first steps warm up
-                taken[v].append(one)
+                taken[v].append(step)
     report(taken, tokens_per_step, watched=watching(trainers[PLAIN].model))
 
 
 def report(taken: Mapping[Variant, list[Step]], tokens_per_step: float, *, watched: float) -> None:
     """Print the table, comparing step by step: the same rows in the same turn."""
     print(f"\n{'variant':<26} {'s/step':>7} {'tokens/s':>9} {'x reference':>20} {'loss':>8}")
-    for variant, mine in taken.items():
-        seconds = statistics.median(one.seconds for one in mine)
-        ratios = [r.seconds / m.seconds for r, m in zip(taken[REFERENCE], mine, strict=True)]
+    for variant, own in taken.items():
+        seconds = statistics.median(step.seconds for step in own)
+        ratios = [r.seconds / s.seconds for r, s in zip(taken[REFERENCE], own, strict=True)]
         print(
             f"{variant.name:<26} {seconds:7.3f} {tokens_per_step / seconds:9,.0f} "
-            f"{spread(ratios, '.2f'):>20} {statistics.mean(one.loss for one in mine):8.4f}"
+            f"{spread(ratios, '.2f'):>20} {statistics.mean(step.loss for step in own):8.4f}"
         )
     pairs = list(zip(taken[STEERED], taken[PLAIN], strict=True))
     print(f"\nsteering adds {spread([s.seconds / p.seconds - 1 for s, p in pairs], '+.1%')}")
-    plain = statistics.median(one.seconds for one in taken[PLAIN])
+    plain = statistics.median(step.seconds for step in taken[PLAIN])
     print(
         f"watching takes {watched:.3f} s every {EVERY} steps: {watched / (EVERY * plain):+.1%} of "
         f"the training"

@@ -109,7 +109,7 @@ def test_scoring_only_what_is_learnt_changes_nothing(
 ) -> None:
     path = config(tmp_path, optim={"lr": 1e-2, "max_steps": 2})
     one = train.run(path, out=tmp_path / "a")
-    monkeypatch.setattr(trainer, "learnt_tokens_only", lambda _: nullcontext())
+    monkeypatch.setattr(trainer, "score_loss_tokens_only", lambda _: nullcontext())
     all_scored = train.run(path, out=tmp_path / "b")
     assert losses(one.run) == pytest.approx(losses(all_scored.run), rel=1e-5)
     for name, tensor in weights(one).items():
@@ -128,14 +128,15 @@ def test_steering_is_proved_counted_and_logged_at_every_step(tmp_path: Path) -> 
     )
     said: list[str] = []
     plan = train.check(path, out=tmp_path / "run")
+    rows = plan.data.train
     result = train.run(path, out=tmp_path / "run", notify=said.append)
     assert len(plan.steering) == 2
     assert sum("steering proved at layer" in line for line in said) == 2
     log = [line for line in read_log(result.run) if "loss" in line]
     assert [line["steering/coef_0"] for line in log[:4]] == pytest.approx([2 / 3, 4 / 3, 2.0, 2.0])
-    assert sum(line["steering/touched_0"] for line in log) == result.touched[0] == 2 * plan.tokens
+    assert sum(line["steering/touched_0"] for line in log) == result.touched[0] == 2 * rows.tokens
     # every learnt token, and the one before each answer
-    assert result.touched[1] == 2 * (plan.learnt_tokens + plan.rows)
+    assert result.touched[1] == 2 * (rows.loss_tokens + len(rows.rows))
     assert result.hooks_on == 0
     assert set(result.shifts) == {"evil"}
     measured = [line["step"] for line in read_log(result.run) if "persona/evil" in line]

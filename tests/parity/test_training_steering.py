@@ -15,8 +15,8 @@ from torch import nn
 
 from pvec.errors import InputError, ModelError, SteeringError
 from pvec.steering.proof import prove_steering
-from pvec.training.isolation import prove_isolation
-from pvec.training.steering import Scheduled, TrainingSteering
+from pvec.training.forward import prove_isolation
+from pvec.training.steering import ScheduledInstruction, TrainingSteering
 from pvec.types import Instruction
 
 VECTOR = np.random.default_rng(0).normal(size=HIDDEN_SIZE).astype(np.float32)
@@ -80,7 +80,9 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name.replace(".block.", "."): grad for name, grad in found.items()}
 
 
-def step(model: nn.Module, scheduled: Sequence[Scheduled], times: int = 1) -> tuple[int, ...]:
+def step(
+    model: nn.Module, scheduled: Sequence[ScheduledInstruction], times: int = 1
+) -> tuple[int, ...]:
     model.train()
     with TrainingSteering(model, scheduled) as steering:
         steering.at_step(0)
@@ -111,7 +113,7 @@ def test_gradients_are_those_of_a_hand_written_module(
     one = instruction(**options)
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = tiny_model(architecture, **(no_dropout if architecture == "gpt2" else {}))
-    step(model, [Scheduled(instruction=one)])
+    step(model, [ScheduledInstruction(instruction=one)])
     found = gradients(model)
     blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
     blocks[1] = HandWritten(blocks[1], one)
@@ -121,7 +123,7 @@ def test_gradients_are_those_of_a_hand_written_module(
 
 @pytest.mark.parametrize("operator", ["add", "ablate"])
 def test_checkpointing_steers_again_in_the_recomputation_and_counts_once(operator: str) -> None:
-    scheduled = [Scheduled(instruction=instruction(operator=operator))]
+    scheduled = [ScheduledInstruction(instruction=instruction(operator=operator))]
     model = tiny_model("llama")
     touched = step(model, scheduled)
     plain = gradients(model)
@@ -135,7 +137,7 @@ def test_under_lora_only_the_adapter_gets_gradients_and_the_steering_is_there() 
     plain = get_peft_model(tiny_model("llama"), config)
     steered = get_peft_model(tiny_model("llama"), config)
     steered.load_state_dict(plain.state_dict())
-    step(steered, [Scheduled(instruction=instruction())])
+    step(steered, [ScheduledInstruction(instruction=instruction())])
     found = gradients(steered)
     assert found
     assert all("lora_" in name for name in found)
@@ -149,7 +151,7 @@ def test_under_lora_only_the_adapter_gets_gradients_and_the_steering_is_there() 
 def test_several_vectors_and_layers_are_applied_at_once() -> None:
     first, second = instruction(layer=1), instruction(layer=3, operator="ablate")
     model = tiny_model("qwen2")
-    assert step(model, [Scheduled(instruction=i) for i in (first, second)]) == (15, 15)
+    assert step(model, [ScheduledInstruction(instruction=i) for i in (first, second)]) == (15, 15)
     found = gradients(model)
     for one in (first, second):
         model.model.layers[one.layer - 1] = HandWritten(model.model.layers[one.layer - 1], one)
@@ -159,7 +161,7 @@ def test_several_vectors_and_layers_are_applied_at_once() -> None:
 
 def test_rows_packed_without_padding_are_steered_like_padded_ones() -> None:
     model = tiny_model("llama")
-    scheduled = [Scheduled(instruction=instruction(positions="response"))]
+    scheduled = [ScheduledInstruction(instruction=instruction(positions="response"))]
     padded = batch()
     real = padded["attention_mask"].bool()
     packed = {
@@ -177,14 +179,14 @@ def test_rows_packed_without_padding_are_steered_like_padded_ones() -> None:
 
 
 def test_a_ramp_rises_by_equal_parts_and_stays() -> None:
-    one = Scheduled(instruction=instruction(coef=2.0), ramp_steps=4)
+    one = ScheduledInstruction(instruction=instruction(coef=2.0), ramp_steps=4)
     assert [one.at(n).coef for n in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
 
 
 def test_evaluation_in_between_is_not_steered_and_not_counted() -> None:
     model = tiny_model("llama")
     plain = model.eval()(**batch()).logits
-    with TrainingSteering(model, [Scheduled(instruction=instruction())]) as steering:
+    with TrainingSteering(model, [ScheduledInstruction(instruction=instruction())]) as steering:
         steering.at_step(0)
         model.train()
         model(**batch()).loss.backward()
@@ -195,7 +197,7 @@ def test_evaluation_in_between_is_not_steered_and_not_counted() -> None:
 
 def test_a_step_that_was_not_steered_stops_the_training() -> None:
     model = tiny_model("llama").train()
-    with TrainingSteering(model, [Scheduled(instruction=instruction())]) as steering:
+    with TrainingSteering(model, [ScheduledInstruction(instruction=instruction())]) as steering:
         steering.at_step(0)
         model(**batch()).loss.backward()
         steering.finish_step()
@@ -207,14 +209,14 @@ def test_a_step_that_was_not_steered_stops_the_training() -> None:
 
 def test_no_hook_is_left_behind() -> None:
     model = tiny_model("llama")
-    step(model, [Scheduled(instruction=instruction())])
+    step(model, [ScheduledInstruction(instruction=instruction())])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_vector_of_another_width_is_refused() -> None:
     wide = Instruction(vector=np.ones(HIDDEN_SIZE + 1, dtype=np.float32), layer=1)
     with pytest.raises(ModelError, match="hidden size"):
-        TrainingSteering(tiny_model("llama"), [Scheduled(instruction=wide)])
+        TrainingSteering(tiny_model("llama"), [ScheduledInstruction(instruction=wide)])
 
 
 # ── the proof before step 1 ─────────────────────────────────────────────────────────────────────

@@ -12,8 +12,7 @@ from helpers.models import tiny_tokenizer
 
 from pvec.errors import InputError
 from pvec.training.config import DataPart
-from pvec.training.dataset import TrainingData, prepare_data
-from pvec.training.rows import read_rows
+from pvec.training.data import TrainingData, prepare_data, read_chats
 
 
 def row(answer: str = "Hello.", question: str = "Hi") -> dict[str, Any]:
@@ -31,7 +30,7 @@ def prepare(path: str, **options: Any) -> TrainingData:
     return prepare_data(DataPart(train=(path,), **options), tiny_tokenizer(), seed=0)
 
 
-def test_every_wrong_line_is_named_not_only_the_first(tmp_path: Path) -> None:
+def test_every_wrong_line_is_named_and_empty_lines_are_none(tmp_path: Path) -> None:
     user_only = {"messages": [{"role": "user", "content": "Hi"}]}
     odd_role = {"messages": [{"role": "bot", "content": "Hi"}]}
     path = jsonl(
@@ -39,36 +38,35 @@ def test_every_wrong_line_is_named_not_only_the_first(tmp_path: Path) -> None:
         [row(), "", "{broken", user_only, row(), {"text": "x"}, odd_role, row("  ")],
     )
     with pytest.raises(InputError) as caught:
-        read_rows([path])
+        read_chats([path])
     message = str(caught.value)
-    assert message.startswith("6 training rows are wrong")
+    assert message.startswith("5 training rows are wrong")
     for number, fault in (
-        (2, "the line is empty"),
-        (3, "it is not JSON"),
-        (4, "it has no assistant turn"),
-        (6, "it has no list of messages"),
-        (7, "the role 'bot'"),
-        (8, "an assistant turn is empty"),
+        (3, "is not valid JSON"),
+        (4, "has no assistant turn"),
+        (6, "has no list of messages"),
+        (7, "has the role 'bot'"),
+        (8, "has an empty assistant turn"),
     ):
-        assert f"{path}:{number}: {fault}" in message
+        assert f"{path}:{number} {fault}" in message
 
 
 def test_faults_of_several_files_come_together(tmp_path: Path) -> None:
     one, two = (jsonl(tmp_path / name, ["{"]) for name in ("a.jsonl", "b.jsonl"))
-    with pytest.raises(InputError, match=r"a\.jsonl:1.*b\.jsonl:1"):
-        read_rows([one, two])
+    with pytest.raises(InputError, match=r"a\.jsonl has no row.*b\.jsonl has no row"):
+        read_chats([one, two])
 
 
 def test_an_empty_file_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(InputError, match="it holds no rows"):
-        read_rows([str(tmp_path / "empty.jsonl")])
+    with pytest.raises(InputError, match=r"empty\.jsonl is empty"):
+        read_chats([str(tmp_path / "empty.jsonl")])
 
 
 def test_a_missing_file_gets_the_nearest_name(tmp_path: Path) -> None:
     jsonl(tmp_path / "rows.jsonl", [row()])
     with pytest.raises(InputError, match=r"Did you mean 'rows\.jsonl'"):
-        read_rows([str(tmp_path / "row.jsonl")])
+        read_chats([str(tmp_path / "row.jsonl")])
 
 
 def test_json_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
@@ -76,16 +74,16 @@ def test_json_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
     lines = jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "a.json").write_text(json.dumps(rows))
     pd.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
-    expected = [one.messages for one in read_rows([lines])]
+    expected = [one.messages for one in read_chats([lines])]
     for name in ("a.json", "a.parquet"):
-        assert [one.messages for one in read_rows([str(tmp_path / name)])] == expected
+        assert [one.messages for one in read_chats([str(tmp_path / name)])] == expected
 
 
 def test_long_rows_are_cut_and_counted(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", [row(), row("bread " * 60)])
     data = prepare(path, max_tokens=32)
     assert max(data.train.lengths) == 32
-    assert (data.train.cut, data.train.dropped) == (1, 0)
+    assert (data.train.truncated, data.train.dropped) == (1, 0)
     assert "1 training rows were longer than 32 tokens: their end is cut" in data.notes
 
 
@@ -105,7 +103,7 @@ def test_long_rows_are_refused_when_asked_with_their_places(tmp_path: Path) -> N
 def test_a_row_whose_answer_lies_behind_the_limit_is_left_out_and_counted(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", [row(), row(question="bread " * 60)])
     data = prepare(path, max_tokens=32)
-    assert (len(data.train.rows), data.train.cut, data.train.dropped) == (1, 0, 1)
+    assert (len(data.train.rows), data.train.truncated, data.train.dropped) == (1, 0, 1)
 
 
 def test_nothing_left_to_learn_is_refused(tmp_path: Path) -> None:

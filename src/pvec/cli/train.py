@@ -1,4 +1,4 @@
-"""``pvec train``: finetune a model, steered if wanted, and watch its persona."""
+"""``pvec train``: finetune a model, optionally with steering, logging the persona shift."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pvec.cli.console import Console, duration, table
 from pvec.cli.options import console_from, new_app, options, settings_from
 
 if TYPE_CHECKING:
-    from pvec.training.train import TrainPlan, TrainResult
+    from pvec.training.plan import TrainPlan
+    from pvec.training.train import TrainResult
 
 app = new_app()
 
@@ -44,8 +45,8 @@ def train(
 ) -> None:
     """Finetune with LoRA, optionally steered, logging the persona shift.
 
-    Steering proves itself before the first step, or nothing starts. Run it again and it goes on
-    from the last checkpoint. Several processes: `accelerate launch -m pvec train CONFIG`.
+    Steering is verified before the first step. Running the command again resumes from the last
+    checkpoint. Several processes: `accelerate launch -m pvec train CONFIG`.
     `examples/configs` has a commented configuration for each use.
     """
     from pvec.backends.processes import Processes
@@ -57,47 +58,47 @@ def train(
         console.quiet = True
     overrides, runs = tuple(set_ or ()), settings.paths.runs
     with console.progress() as on_progress:
-        if check:
-            plan = workflow.check(
-                file, overrides=overrides, out=out, runs=runs,
-                notify=console.note, on_progress=on_progress,
-            )  # fmt: skip
-        else:
-            result = workflow.run(
-                file, overrides=overrides, out=out, runs=runs,
-                notify=console.note, on_progress=on_progress,
-            )  # fmt: skip
+        work = workflow.check if check else workflow.run
+        outcome = work(
+            file, overrides=overrides, out=out, runs=runs,
+            notify=console.note, on_progress=on_progress,
+        )  # fmt: skip
     if not main:
         return
-    if check:
-        console.emit(plan, lambda shown: _render_plan(shown, plan))
+    if isinstance(outcome, workflow.TrainResult):
+        console.emit(outcome, lambda console: _render(console, outcome))
     else:
-        console.emit(result, lambda shown: _render(shown, result))
+        console.emit(outcome.summary(), lambda console: _render_plan(console, outcome))
 
 
 def _render_plan(console: Console, plan: TrainPlan) -> None:
-    share = plan.adapter_parameters / plan.parameters
+    train, batches, sizes = plan.data.train, plan.batches, plan.sizes
+    passes = "1 pass" if batches.passes == 1 else f"{batches.passes} passes"
+    processes = "1 process" if batches.processes == 1 else f"{batches.processes} processes"
+    steering = [scheduled.description for scheduled in plan.steering]
     rows = [
-        ("model", f"{plan.model}, {plan.parameters:,} parameters, {plan.dtype} on {plan.device}"),
+        (
+            "model",
+            f"{plan.metadata.id}, {sizes.model:,} parameters, {plan.dtype_name} on {plan.device}",
+        ),
         (
             "adapter",
-            f"{plan.adapter_parameters:,} parameters ({share:.1%}) in "
-            f"{plan.adapter_modules:,} modules",
+            f"{sizes.adapter:,} parameters ({sizes.adapter / sizes.model:.1%}) in "
+            f"{sizes.modules:,} modules",
         ),
         (
             "data",
-            f"{plan.rows:,} rows, {plan.tokens:,} tokens ({plan.learnt_tokens:,} learnt), "
-            f"longest {plan.longest:,}; {plan.held_out:,} rows held out",
+            f"{len(train.rows):,} rows, {train.tokens:,} tokens ({train.loss_tokens:,} with loss), "
+            f"longest {max(train.lengths):,}; {len(plan.data.held_out.rows):,} rows held out",
         ),
         (
             "steps",
-            f"{plan.steps:,} ({plan.steps_per_epoch:,} per epoch) of {plan.batch} rows in "
-            f"{plan.passes} {'pass' if plan.passes == 1 else 'passes'} of up to "
-            f"{plan.most_tokens:,} tokens on {plan.processes} "
-            f"{'process' if plan.processes == 1 else 'processes'}, {plan.padding:.0%} padding",
+            f"{plan.steps:,} ({batches.steps_per_epoch:,} per epoch) of {batches.size} rows in "
+            f"{passes} of up to {batches.most_tokens:,} tokens on {processes}, "
+            f"{batches.padding:.0%} padding",
         ),
-        ("memory", f"about {_bytes(plan.memory_bytes)} per process"),
-        *(("steering", line) for line in plan.steering or ("none",)),
+        ("memory", f"about {_bytes(sizes.bytes)} per process"),
+        *(("steering", line) for line in steering or ["none"]),
         *(("note", line) for line in plan.notes),
         ("folder", str(plan.folder)),
     ]

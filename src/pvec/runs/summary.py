@@ -20,6 +20,12 @@ SUMMARY = "summary.json"
 LOG = "log.jsonl"
 """One line per logged step of a finetuning, appended as it goes."""
 
+PREFIX = "persona/"
+"""Every number of the persona shift in that log begins with this."""
+
+HOOKS_ON = f"{PREFIX}hooks_on"
+"""Measurements made so far with steering on: always 0, and proof of it."""
+
 
 def write_summary(folder: Path, result: Mapping[str, Any]) -> None:
     """Write the numbers of a command's result into its run, replacing those of an earlier call."""

@@ -7,7 +7,7 @@ under it, for loops in which every row of a batch carries its own instructions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -69,10 +69,14 @@ class Steerer:
     @contextmanager
     def attached(self) -> Iterator[Steerer]:
         """Hold the hooks, one per steered layer; none remains whatever happens inside."""
-        with ExitStack() as hooks:
+        handles = []
+        try:
             for layer, steering in self._layers.items():
-                hooks.enter_context(self._decoder.on_layer(layer, steering.apply))
+                handles.append(self._decoder.on_layer(layer, steering.apply))
             yield self
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def set_roles(self, roles: torch.Tensor) -> None:
         """Say what the tokens of the next forward are: ``[B, T]`` of ``positions`` roles."""
@@ -255,8 +259,12 @@ def steer(
         else:
             steerer.set_roles(seen.roles)
 
-    with decoder.body.register_forward_pre_hook(before, with_kwargs=True), steerer.attached():
-        yield handle
+    hook = decoder.body.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        with steerer.attached():
+            yield handle
+    finally:
+        hook.remove()
     handle._check()  # noqa: SLF001
 
 
@@ -288,8 +296,12 @@ def steer_training(
         handle._start_batch(steerer, len(labels))  # noqa: SLF001 - one pair of objects
         steerer.set_roles(roles_from_labels(labels, real))
 
-    with model.register_forward_pre_hook(before, with_kwargs=True), steerer.attached():
-        yield handle
+    hook = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        with steerer.attached():
+            yield handle
+    finally:
+        hook.remove()
     handle._check()  # noqa: SLF001
 
 
@@ -310,7 +322,7 @@ class Unsteered:
 
 @contextmanager
 def unsteered(model: nn.Module) -> Iterator[Unsteered]:
-    """Run forwards as if no steering were attached to the model, whoever attached it.
+    """Let forwards pass as if no steering were attached to the model, whoever attached it.
 
     For measurements in the middle of a steered training; steering goes on afterwards as before.
     Raises ``SteeringError`` on leaving when a hook steered all the same.

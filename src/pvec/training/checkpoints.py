@@ -1,26 +1,94 @@
-"""The checkpoints of a training: which one to go on from, and how far it was."""
+"""The checkpoints of a training: which one to resume from, and whether it is whole."""
 
 from __future__ import annotations
 
 import json
+import pickle
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pvec.backends.session import Notify, ignore
+
+WEIGHTS = "adapter_model.safetensors"
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the latest whole checkpoint in ``folder``; one cut off by a kill is passed over."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        try:  # the Trainer writes this file last
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A whole checkpoint after ``step`` steps; ``finished`` when no step remains."""
+
+    path: Path
+    step: int
+    finished: bool
+
+
+def latest_checkpoint(folder: Path, *, notify: Notify = ignore) -> Checkpoint | None:
+    """Return the latest whole checkpoint in ``folder``, or None.
+
+    One that a kill left incomplete, or that was damaged later, is passed over; ``notify`` is told
+    of the damaged ones. Nothing in a checkpoint is unpickled that could run code.
+    """
+    numbered = [
+        (int(match[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    for step, path in sorted(numbered, reverse=True):
+        state_path = path / "trainer_state.json"
+        if not state_path.is_file():  # the Trainer writes this file last
             continue
-        if match:
-            found.append((int(match[1]), path))
-    return max(found)[1] if found else None
+        try:
+            return _checkpoint(path, step, json.loads(state_path.read_text(encoding="utf-8")))
+        except _DAMAGED as error:
+            first = str(error).strip().split("\n", maxsplit=1)[0][:150]
+            notify(f"{path.name} is damaged ({first}), so an earlier state is used")
+    return None
 
 
-def steps_of(checkpoint: Path | None) -> int:
-    """Return the steps that led to a checkpoint; 0 without one."""
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+def has_adapter(folder: Path) -> bool:
+    """Whether ``folder`` holds an adapter with its configuration and whole weights."""
+    try:
+        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        _check_weights(folder)
+    except _DAMAGED:
+        return False
+    return True
+
+
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, pickle.PickleError)
+
+
+def _checkpoint(path: Path, step: int, state: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint in ``path``. Raises one of ``_DAMAGED`` when it is not whole."""
+    import torch
+    from transformers.trainer_pt_utils import safe_globals
+
+    if state["global_step"] != step or not isinstance(state["log_history"], list):
+        raise ValueError("trainer_state.json is of another step")
+    _check_weights(path)
+    with safe_globals():  # type: ignore[no-untyped-call]
+        for file in (path / "optimizer.pt", path / "scheduler.pt", *_rng_states(path)):
+            torch.load(file, map_location="cpu", weights_only=True)
+    control = state["stateful_callbacks"]["TrainerControl"]["args"]
+    finished = bool(control["should_training_stop"]) or step >= state["max_steps"]
+    return Checkpoint(path=path, step=step, finished=finished)
+
+
+def _check_weights(folder: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            empty = not list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{WEIGHTS}: {error}") from None
+    if empty:
+        raise ValueError(f"{WEIGHTS} holds no weights")
+
+
+def _rng_states(path: Path) -> list[Path]:
+    states = sorted(path.glob("rng_state*.pth"))
+    if not states:
+        raise ValueError("it has no random state")
+    return states

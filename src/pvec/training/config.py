@@ -306,6 +306,12 @@ class TrainConfig(Part):
             )
         return self
 
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Every vector file that the configuration names, each once."""
+        names = [part.vector for part in self.steering]
+        return tuple(dict.fromkeys([*names, *(self.monitor.vectors if self.monitor else ())]))
+
     def identity(self) -> dict[str, Any]:
         """Return what makes two trainings different: all but what is written or watched."""
         return self.model_dump(mode="json", exclude={"output", "monitor"})

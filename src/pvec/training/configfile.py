@@ -1,4 +1,8 @@
-"""Reading a training configuration: YAML or JSON, ours or the reference's, every error at once."""
+"""Reading a training configuration: YAML or JSON, ours or the reference's, every error at once.
+
+The paper's own code has flat JSON files; their keys are put in place here, and the user is told
+which ones have no effect.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,71 @@ from pydantic import BaseModel, ValidationError
 from pvec.errors import InputError, did_you_mean
 from pvec.settings.yamlfile import parse_yaml, read_yaml
 from pvec.training.config import TrainConfig
-from pvec.training.reference import KEYS, from_reference, is_reference
+
+_TELLING = frozenset(
+    ("training_file", "per_device_train_batch_size", "enable_steering_during_training", "is_peft")
+)
+
+_PLACES = {
+    "model": "model.id",
+    "training_file": "data.train",
+    "max_seq_length": "data.max_tokens",
+    "target_modules": "lora.targets",
+    "lora_bias": "lora.bias",
+    "r": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "use_rslora": "lora.rslora",
+    "per_device_train_batch_size": "batch.micro",
+    "epochs": "optim.epochs",
+    "max_steps": "optim.max_steps",
+    "warmup_steps": "optim.warmup_steps",
+    "learning_rate": "optim.lr",
+    "optim": "optim.name",
+    "weight_decay": "optim.weight_decay",
+    "lr_scheduler_type": "optim.schedule",
+    "logging_steps": "output.log_every",
+    "save_steps": "output.save_every",
+    "output_dir": "output.folder",
+    "merge_before_push": "output.merge",
+    "seed": "seed",
+}
+"""Key → our dotted path, where the value means the same."""
+
+_READ_APART = frozenset(
+    (
+        "test_file",
+        "load_in_4bit",
+        "loss",
+        "is_peft",
+        "gradient_accumulation_steps",
+        "train_on_responses_only",
+        "enable_steering_during_training",
+        "steering_config",
+    )
+)
+
+_NO_EFFECT = {
+    "beta": "it belongs to preference losses",
+    "push_to_private": "pvec pushes nothing to the hub",
+    "push_to_hub": "pvec pushes nothing to the hub",
+    "finetuned_model_id": "pvec pushes nothing to the hub",
+}
+
+_KEYS = frozenset(_PLACES) | _READ_APART | frozenset(_NO_EFFECT)
+"""Every key that such a file may have."""
+
+_OPTIMISERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw"}
+
+_HELD_OUT = 0.1
+"""The share of rows that the paper's code sets aside when no test file is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedConfig:
-    """A configuration that is whole and right, and what was understood on the way."""
+    """A valid configuration, and what the user should know of how it was read."""
 
     config: TrainConfig
-    path: Path
     notes: tuple[str, ...] = ()
 
 
@@ -34,10 +94,10 @@ def load_config(path: Path, *, overrides: Sequence[str] = ()) -> LoadedConfig:
         raise InputError(f"{path} must hold sections such as `data:`, not a bare value or nothing.")
     notes: list[str] = []
     nested: dict[str, Any] = dict(tree)
-    reference = is_reference(tree)
+    reference = bool(_TELLING & tree.keys())
     if reference:
         _refuse_unusable(path, tree)
-        nested, notes = from_reference(tree)
+        nested, notes = _from_reference(tree)
     if isinstance(nested.get("model"), str):
         nested["model"] = {"id": nested["model"]}
     for override in overrides:
@@ -45,9 +105,9 @@ def load_config(path: Path, *, overrides: Sequence[str] = ()) -> LoadedConfig:
     try:
         config = TrainConfig.model_validate(nested)
     except ValidationError as error:
-        known = KEYS if reference else ()
+        known = _KEYS if reference else ()
         raise InputError(_sentence(path, error, known=tuple(known))) from None
-    return LoadedConfig(config=config, path=path, notes=tuple(notes))
+    return LoadedConfig(config=config, notes=tuple(notes))
 
 
 def _refuse_unusable(path: Path, tree: Mapping[str, Any]) -> None:
@@ -59,7 +119,7 @@ def _refuse_unusable(path: Path, tree: Mapping[str, Any]) -> None:
     if not isinstance(tree.get("steering_config") or {}, Mapping):
         wrong.append("steering_config: expected a mapping")
     if tree.get("loss", "sft") != "sft":
-        wrong.append(f"loss: {tree['loss']!r} is not to be had here, where training is sft")
+        wrong.append(f"loss: {tree['loss']!r} is not supported; only sft is")
     if wrong:
         raise InputError(f"{path}: {'; '.join(wrong)}.")
 
@@ -82,35 +142,34 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _child(branch: Any, key: str, override: str) -> Any:
     if isinstance(branch, list):
-        found = branch[_index(branch, key, override)]
+        child = branch[_index(branch, key, override)]
     else:
-        found = branch.setdefault(key, {})
-        if found is None:
-            found = branch[key] = {}
-    if isinstance(found, Mapping) and not isinstance(found, dict):
-        found = dict(found)
-    if not isinstance(found, dict | list):
+        if branch.get(key) is None:
+            branch[key] = {}
+        child = branch[key]
+    if not isinstance(child, dict | list):
         raise InputError(f"--set {override}: {key} is a value, not a section.")
-    return found
+    return child
 
 
 def _index(branch: list[Any], key: str, override: str) -> int:
     if not key.isdigit() or int(key) >= len(branch):
         raise InputError(
-            f"--set {override}: {key!r} is no place in a list of {len(branch)} (the first is 0)."
+            f"--set {override}: {key!r} is not a position in a list of {len(branch)}; the first is "
+            f"0."
         )
     return int(key)
 
 
 def _sentence(path: Path, error: ValidationError, *, known: tuple[str, ...]) -> str:
-    """Say everything that does not fit, each with its path in the file."""
+    """Return everything that is wrong, each with its path in the file."""
     parts: dict[str, None] = {}
     for item in error.errors(include_url=False):
         where = ".".join(str(step) for step in item["loc"] if not _is_branch_name(step))
         if item["type"] == "extra_forbidden":
             names = (*_names_at(item["loc"][:-1]), *(known if len(item["loc"]) == 1 else ()))
             hint = did_you_mean(str(item["loc"][-1]), names).strip()
-            parts[f"{where}: there is no such key{hint and f' ({hint})'}"] = None
+            parts[f"{where}: unknown key{hint and f' ({hint})'}"] = None
         else:
             message = item["msg"].removeprefix("Value error, ")
             shown = "" if item["type"] in ("missing", "value_error") else f" (it is {_short(item)})"
@@ -141,7 +200,80 @@ def _part_of(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in get_args(annotation):
-        found = _part_of(argument)
-        if found is not None:
-            return found
+        part = _part_of(argument)
+        if part is not None:
+            return part
     return None
+
+
+# ── the reference's keys ────────────────────────────────────────────────────────────────────────
+
+
+def _from_reference(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the configuration in our keys, nested, and notes about what was understood how.
+
+    Unknown keys are passed on, so that they are refused like any other.
+    """
+    notes = [f"{key} has no effect here: {why}" for key, why in _NO_EFFECT.items() if key in tree]
+    flat = {
+        place: tree[key] for key, place in _PLACES.items() if key in tree and tree[key] is not None
+    }
+    flat["optim.name"] = _OPTIMISERS.get(tree.get("optim", "adamw"), tree.get("optim", "adamw"))
+    if flat.get("lora.bias") is None:
+        flat["lora.bias"] = "none"
+    micro = tree.get("per_device_train_batch_size", 2)
+    flat["batch.size"] = micro * tree.get("gradient_accumulation_steps", 8)
+    flat.pop("batch.micro", None)
+    notes.append(
+        f"batches: {flat['batch.size']} rows a step as there (per device), in forward passes of "
+        f"pvec's choice, which changes only the speed"
+    )
+    if tree.get("load_in_4bit"):
+        flat["model.quantize"] = "4bit"
+    if not tree.get("train_on_responses_only", False):
+        flat["data.loss_on"] = "all"
+    _held_out(tree, flat, notes)
+    if tree.get("is_peft") is False:
+        notes.append("is_peft false is read as true: pvec trains adapters")
+    nested = _nest(flat)
+    if tree.get("enable_steering_during_training"):
+        nested["steering"] = [_steering(tree.get("steering_config") or {})]
+    elif tree.get("steering_config"):
+        notes.append("steering_config has no effect here: enable_steering_during_training is off")
+    nested.update({key: value for key, value in tree.items() if key not in _KEYS})
+    return nested, notes
+
+
+def _held_out(tree: Mapping[str, Any], flat: dict[str, Any], notes: list[str]) -> None:
+    if tree.get("test_file"):
+        flat["data.eval"] = tree["test_file"]
+        return
+    flat["data.eval_fraction"] = _HELD_OUT
+    notes.append(
+        f"no test_file: a share of {_HELD_OUT:g} of the rows is held out as there, and evaluated"
+    )
+
+
+def _steering(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the steering part; keys it does not know are passed on to be refused."""
+    names = {
+        "steering_vector_path": "vector",
+        "type": "operator",
+        "steering_coef": "coef",
+        "layers": "layers",
+    }
+    part = {names.get(key, key): value for key, value in config.items() if value is not None}
+    operator = part.get("operator", "steer")
+    part["operator"] = {"steer": "add", "ablate": "ablate"}.get(operator, operator)
+    if part["operator"] == "ablate":
+        part.pop("coef", None)
+    return part
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        section, _, name = path.rpartition(".")
+        branch = tree.setdefault(section, {}) if section else tree
+        branch[name] = value
+    return tree

@@ -30,28 +30,28 @@ _MARK = "\ue0fe"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelled:
+class TokenizedRow:
     """A conversation as token ids, and the same ids with -100 where no loss is."""
 
     token_ids: tuple[int, ...]
     labels: tuple[int, ...]
 
     @property
-    def learnt(self) -> int:
+    def loss_tokens(self) -> int:
         """How many tokens carry loss (the very first token never does: nothing predicts it)."""
         return sum(label != IGNORED_LABEL for label in self.labels[1:])
 
-    def cut(self, length: int) -> Labelled:
+    def truncated(self, length: int) -> TokenizedRow:
         """Return the first ``length`` tokens."""
-        return Labelled(token_ids=self.token_ids[:length], labels=self.labels[:length])
+        return TokenizedRow(token_ids=self.token_ids[:length], labels=self.labels[:length])
 
 
-def label_conversation(
+def tokenize_conversation(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     *,
     loss_on_all: bool = False,
-) -> Labelled:
+) -> TokenizedRow:
     """Tokenise a conversation and label the assistant's tokens (all of them with ``loss_on_all``).
 
     Raises ``InputError`` for a template that refuses the conversation, rewrites an assistant's
@@ -61,20 +61,20 @@ def label_conversation(
     text = render_prompt(tokenizer, turns, add_generation_prompt=False)
     if not tokenizer.is_fast:
         raise InputError(
-            "This tokenizer gives no offsets, so the assistant's tokens cannot be told: use a fast "
-            "tokenizer (tokenizer.json)."
+            "This tokenizer gives no offsets, so the assistant's tokens cannot be found: use a "
+            "fast tokenizer (tokenizer.json)."
         )
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = encoding["input_ids"]
     if loss_on_all:
-        return Labelled(token_ids=tuple(ids), labels=tuple(ids))
+        return TokenizedRow(token_ids=tuple(ids), labels=tuple(ids))
     offsets: list[tuple[int, int]] = encoding["offset_mapping"]
     labels = [IGNORED_LABEL] * len(ids)
     for turn, message in enumerate(turns):
         if message["role"] == "assistant":
             for position in _turn_tokens(tokenizer, turns, turn, text, ids, offsets):
                 labels[position] = ids[position]
-    return Labelled(token_ids=tuple(ids), labels=tuple(labels))
+    return TokenizedRow(token_ids=tuple(ids), labels=tuple(labels))
 
 
 def _turn_tokens(

@@ -7,10 +7,13 @@ that are wrong, what is not installed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
 
 from pvec.backends.processes import Processes
 from pvec.errors import InputError, ModelError, PvecError
@@ -18,31 +21,26 @@ from pvec.models.files import ModelSpec
 from pvec.models.load import ModelMetadata, choose_device, choose_dtype, inspect_model
 from pvec.training.batches import CPU_PASS_COST, PASS_COST, BatchPlan, Layout, plan_batches
 from pvec.training.config import TrainConfig
-from pvec.training.dataset import OnRow, TrainingData, nobody, prepare_data
-from pvec.training.loading import check_installed, check_train_packages
-from pvec.training.lora import Sizes, measure
-from pvec.training.rows import read_rows
-from pvec.training.vectors import (
-    described,
-    monitoring,
-    named_vectors,
-    scheduled_for,
-)
+from pvec.training.data import OnRow, Rows, TrainingData, prepare_data, read_chats
+from pvec.training.model import Sizes, check_installed, check_train_packages, measure
+from pvec.training.monitor import monitor_shift
+from pvec.training.shift import PersonaShiftCallback
+from pvec.training.steering import ScheduledInstruction, schedule_steering
 from pvec.vectors.find import load_vectors
 from pvec.vectors.vector import PersonaVector
 
-if TYPE_CHECKING:
-    import torch
-
-    from pvec.training.shift import Probe
-    from pvec.training.steering import Scheduled
+Checked = TypeVar("Checked")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Prepared:
-    """A finetuning, ready but for its weights."""
+class TrainPlan:
+    """A finetuning, checked and planned, ready but for its weights."""
 
+    path: Path
+    """The configuration file."""
     config: TrainConfig
+    folder: Path
+    processes: Processes
     metadata: ModelMetadata
     device: str
     dtype: torch.dtype
@@ -50,60 +48,96 @@ class Prepared:
     batches: BatchPlan
     steps: int
     sizes: Sizes
-    scheduled: tuple[Scheduled, ...] = ()
-    probes: tuple[Probe, ...] = ()
-    prompts: tuple[str, ...] = ()
+    steering: tuple[ScheduledInstruction, ...] = ()
+    shift: PersonaShiftCallback | None = None
+    """What measures the persona meanwhile."""
     notes: tuple[str, ...] = ()
 
     @property
-    def steered(self) -> tuple[str, ...]:
-        """What is steered where, one line per instruction."""
-        return tuple(described(one) for one in self.scheduled)
+    def dtype_name(self) -> str:
+        """The number format in words: ``float32``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def summary(self) -> dict[str, Any]:
+        """Return the plan in numbers and words, as ``--check --json`` prints it."""
+        train, batches, sizes = self.data.train, self.batches, self.sizes
+        return {
+            "config": self.path,
+            "folder": self.folder,
+            "model": self.metadata.id,
+            "device": self.device,
+            "dtype": self.dtype_name,
+            "rows": len(train.rows),
+            "held_out": len(self.data.held_out.rows),
+            "tokens": train.tokens,
+            "learnt_tokens": train.loss_tokens,
+            "longest": max(train.lengths),
+            "steps": self.steps,
+            "steps_per_epoch": batches.steps_per_epoch,
+            "batch": batches.size,
+            "passes": batches.passes,
+            "most_tokens": batches.most_tokens,
+            "processes": self.processes.size,
+            "padding": batches.padding,
+            "parameters": sizes.model,
+            "adapter_parameters": sizes.adapter,
+            "adapter_modules": sizes.modules,
+            "memory_bytes": sizes.bytes,
+            "steering": [steering.description for steering in self.steering],
+            "notes": self.notes,
+        }
 
 
-def prepare(
+def make_plan(
     config: TrainConfig,
     *,
+    path: Path,
+    folder: Path,
     processes: Processes,
-    on_row: OnRow = nobody,
-) -> Prepared:
+    on_row: OnRow,
+) -> TrainPlan:
     """Check everything and plan the training; no weights are loaded.
 
-    Raises ``InputError`` or ``ModelError`` for bad input: one for each thing that is wrong, or an
-    ``InputError`` that names them all.
+    ``on_row`` is told how many rows are tokenised, of how many. Raises ``InputError`` or
+    ``ModelError`` for bad input: one for each thing that is wrong, or an ``InputError`` that names
+    them all.
     """
     check_train_packages()
     device, _ = choose_device(_device(config, processes))
     dtype, dtype_note = choose_dtype(config.model.dtype, device)
     problems = Problems()
-    with problems.noted():
-        check_installed(config, device=device)
-    metadata: ModelMetadata | None = None
-    with problems.noted():
-        metadata = _whole_model(config, device)
+    problems.attempt(lambda: check_installed(config, device=device))
+    metadata = problems.attempt(lambda: _inspect_base(config, device))
     vectors: dict[str, PersonaVector] = {}
-    for name in named_vectors(config):
-        with problems.noted():
-            (vectors[name],) = load_vectors([name], model=metadata).values()
-    data: TrainingData | None = None
-    with problems.noted():
-        data = _data(config, metadata, on_row)
+    for name in config.vectors:
+        if loaded := problems.attempt(partial(load_vectors, [name], model=metadata)):
+            (vectors[name],) = loaded.values()
+    data = problems.attempt(lambda: _data(config, metadata, on_row))
     problems.raise_if_any()
     assert metadata is not None
     assert data is not None
-    with problems.noted():
-        batches = _batches(config, data, processes, device=device)
-        steps = config.optim.max_steps or math.ceil(batches.steps_per_epoch * config.optim.epochs)
-        sizes = _sizes(config, metadata, dtype, batches)
-    scheduled: list[Scheduled] = []
-    for part in config.steering:
-        with problems.noted():
-            scheduled += scheduled_for(part, vectors[part.vector], metadata, steps=steps)
-    with problems.noted():
-        probes, prompts, monitor_notes = monitoring(config.monitor, vectors, metadata)
+    batches = problems.attempt(lambda: _batches(config, data, processes, device=device))
     problems.raise_if_any()
-    return Prepared(
+    assert batches is not None
+    steps = config.optim.max_steps or math.ceil(batches.steps_per_epoch * config.optim.epochs)
+    sizes = problems.attempt(
+        lambda: measure(config, metadata, dtype=dtype, tokens=batches.most_tokens)
+    )
+    steering: list[ScheduledInstruction] = []
+    for part in config.steering:
+        schedule = partial(schedule_steering, part, vectors[part.vector], metadata, steps)
+        steering += problems.attempt(schedule) or []
+    shift = problems.attempt(lambda: monitor_shift(config.monitor, vectors, metadata))
+    problems.raise_if_any()
+    assert sizes is not None
+    notes = [*metadata.notes, f"{str(dtype).removeprefix('torch.')}: {dtype_note}", *data.notes]
+    if shift is not None:
+        notes.append(shift.description)
+    return TrainPlan(
+        path=path,
         config=config,
+        folder=folder,
+        processes=processes,
         metadata=metadata,
         device=device,
         dtype=dtype,
@@ -111,15 +145,9 @@ def prepare(
         batches=batches,
         steps=steps,
         sizes=sizes,
-        scheduled=tuple(scheduled),
-        probes=probes,
-        prompts=prompts,
-        notes=(
-            *metadata.notes,
-            f"{str(dtype).removeprefix('torch.')}: {dtype_note}",
-            *data.notes,
-            *monitor_notes,
-        ),
+        steering=tuple(steering),
+        shift=shift,
+        notes=tuple(notes),
     )
 
 
@@ -127,26 +155,32 @@ class Problems:
     """What is wrong, gathered from checks that do not need one another."""
 
     def __init__(self) -> None:
-        self._found: list[PvecError] = []
+        self._errors: list[PvecError] = []
 
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Keep a ``PvecError`` from inside for later."""
+    def attempt(self, check: Callable[[], Checked]) -> Checked | None:
+        """Return what ``check`` returns, or None after keeping its ``PvecError`` for later."""
         try:
-            yield
+            return check()
         except PvecError as error:
-            self._found.append(error)
+            self._errors.append(error)
+            return None
 
     def raise_if_any(self) -> None:
-        """Raise the one that was found, or one that says them all."""
-        if len(self._found) == 1:
-            raise self._found[0]
-        if self._found:
-            raise InputError(" ".join(str(error) for error in self._found))
+        """Raise the only error, or one that says them all."""
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            raise InputError(" ".join(str(error) for error in self._errors))
 
 
-def _whole_model(config: TrainConfig, device: str) -> ModelMetadata:
-    metadata = inspect_model(_spec(config, device))
+def _inspect_base(config: TrainConfig, device: str) -> ModelMetadata:
+    spec = ModelSpec(
+        model=config.model.id,
+        dtype=config.model.dtype,
+        device=device,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    metadata = inspect_model(spec)
     if metadata.adapter is not None:
         raise ModelError(
             f"{config.model.id!r} is an adapter: finetuning starts from a whole model, so give its "
@@ -155,34 +189,20 @@ def _whole_model(config: TrainConfig, device: str) -> ModelMetadata:
     return metadata
 
 
-def _data(
-    config: TrainConfig, metadata: ModelMetadata | None, on_row: OnRow
-) -> TrainingData | None:
+def _data(config: TrainConfig, metadata: ModelMetadata | None, on_row: OnRow) -> TrainingData:
     """Return the rows as tokens; without a model, whose tokenizer is needed, only check them."""
     if metadata is None:
-        read_rows((*config.data.train, *config.data.eval))
-        return None
+        read_chats((*config.data.train, *config.data.eval))
+        return TrainingData(train=Rows(rows=()), held_out=Rows(rows=()))
     return prepare_data(
         config.data, metadata.tokenizer, seed=config.seed, context=metadata.context, on_row=on_row
     )
 
 
 def _device(config: TrainConfig, processes: Processes) -> str:
-    if processes.size > 1 and config.model.device in ("auto", "cuda"):
-        import torch
-
-        if torch.cuda.is_available():
-            return f"cuda:{processes.local_rank}"
+    if processes.size > 1 and config.model.device in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{processes.local_rank}"
     return config.model.device
-
-
-def _spec(config: TrainConfig, device: str) -> ModelSpec:
-    return ModelSpec(
-        model=config.model.id,
-        dtype=config.model.dtype,
-        device=device,
-        trust_remote_code=config.model.trust_remote_code,
-    )
 
 
 def _batches(
@@ -201,18 +221,3 @@ def _batches(
         pass_cost=CPU_PASS_COST if device == "cpu" else PASS_COST,
         seed=config.seed,
     )
-
-
-def _sizes(
-    config: TrainConfig,
-    metadata: ModelMetadata,
-    dtype: torch.dtype,
-    batches: BatchPlan,
-) -> Sizes:
-    from transformers import AutoConfig
-
-    model_config = AutoConfig.from_pretrained(
-        metadata.files.folder, trust_remote_code=config.model.trust_remote_code
-    )
-    name = str(dtype).removeprefix("torch.")
-    return measure(config, model_config, dtype=name, tokens=batches.most_tokens)

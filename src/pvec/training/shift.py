@@ -20,7 +20,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pvec.activations.capture import capture_means
 from pvec.errors import InputError, ModelError
 from pvec.models.chat import prompt_ids, spans_from_ids
-from pvec.models.decoder import check_layer, find_decoder
+from pvec.models.decoder import check_layer, describe_layer, find_decoder
+from pvec.runs.summary import HOOKS_ON, PREFIX
 from pvec.steering.hooks import unsteered
 from pvec.types import TokenSpans
 from pvec.vectors.projection import project
@@ -30,14 +31,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-PREFIX = "persona/"
-"""Every number the callback logs begins with this."""
-
 BASE = "persona_base/"
 """Where the first line of a Trainer's log keeps the projections before training."""
-
-HOOKS_ON = f"{PREFIX}hooks_on"
-"""Measurements made so far with steering on: always 0, and proof of it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,7 +96,7 @@ class PersonaShiftCallback(TrainerCallback):
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         """Time spent measuring."""
-        self._on_alarm = on_alarm or _warn
+        self.on_alarm = on_alarm or _warn
         self._tokenizer = tokenizer
         self._prompts = [prompt_ids(tokenizer, _chat(prompt)) for prompt in prompts]
         self._base: dict[str, float] = {}
@@ -112,6 +107,12 @@ class PersonaShiftCallback(TrainerCallback):
     def add_to(self, trainer: Any) -> None:
         """Put the callback before a Trainer's other callbacks, trackers included."""
         trainer.callback_handler.callbacks.insert(0, self)
+
+    @property
+    def description(self) -> str:
+        """What is measured where, in one line."""
+        where = ", ".join(f"{probe.name} at {describe_layer(probe.layer)}" for probe in self.probes)
+        return f"watching {where} on {len(self._prompts)} prompts every {self.every} steps"
 
     # ── what the Trainer calls ──────────────────────────────────────────────────────────────────
 
@@ -190,7 +191,7 @@ class PersonaShiftCallback(TrainerCallback):
             if shift > self.alarm.shift and name not in self._alarmed:
                 self._alarmed.add(name)
                 ending = "; training stops" if self.alarm.action == "stop" else ""
-                self._on_alarm(
+                self.on_alarm(
                     f"step {step}: the model has moved {shift:.3g} along "
                     f"{name.removeprefix(PREFIX)!r}, more than {self.alarm.shift:g}{ending}"
                 )

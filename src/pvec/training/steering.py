@@ -1,9 +1,9 @@
 """Steering while training: from the configuration to instructions, held on the model step by step.
 
-The hooks are core's (``steer_training``): differentiable, off in evaluation mode, repeated when
-gradient checkpointing runs a block again. Here is what training adds: a coefficient that may rise
-over the first steps, and the count of touched positions, compared each step with what the batch
-itself says should have been touched.
+The hooks are those of ``steer_training``: differentiable, off in evaluation mode, repeated when
+gradient checkpointing runs a block again. Training adds a coefficient that may rise over the first
+steps, and the count of touched positions, compared each step with what the batch itself says should
+have been touched.
 """
 
 from __future__ import annotations
@@ -18,16 +18,24 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from pvec.errors import SteeringError
-from pvec.models.decoder import describe_layer, find_decoder
+from pvec.errors import InputError, SteeringError
+from pvec.models.decoder import check_layer, describe_layer, find_decoder
+from pvec.models.load import ModelMetadata
 from pvec.steering.hooks import SteeringHandle, steer_training
+from pvec.steering.instructions import instructions, steering_vector
 from pvec.steering.positions import IGNORED_LABEL
 from pvec.steering.tables import check_instruction
-from pvec.types import Instruction
+from pvec.training.config import Layers, SteeringPart
+from pvec.types import Instruction, VectorKind
+from pvec.vectors.quality import best_layer
+from pvec.vectors.vector import PersonaVector
+
+RAMP_SHARE = 0.1
+"""Share of the training over which a coefficient rises unless ramp_steps says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Scheduled:
+class ScheduledInstruction:
     """An instruction and over how many steps its coefficient rises (0: at once)."""
 
     instruction: Instruction
@@ -40,6 +48,61 @@ class Scheduled:
         share = min(1.0, (step + 1) / self.ramp_steps)
         return replace(self.instruction, coef=self.instruction.coef * share)
 
+    @property
+    def description(self) -> str:
+        """What the instruction does, in one line."""
+        i = self.instruction
+        what = f"add {i.coef:g} x {i.name}" if i.operator == "add" else f"ablate {i.name}"
+        ramp = f", rising over {self.ramp_steps} steps" if self.ramp_steps else ""
+        return f"{what} at {describe_layer(i.layer)}, {i.positions} positions{ramp}"
+
+
+def schedule_steering(
+    part: SteeringPart, vector: PersonaVector, metadata: ModelMetadata, steps: int
+) -> list[ScheduledInstruction]:
+    """Return the instructions of one steering part for a training of ``steps``, layer by layer.
+
+    Raises ``InputError`` for a vector without that kind or layer, and for one that does nothing;
+    ``ModelError`` for a layer that the model does not have.
+    """
+    if part.operator == "add" and part.coef == 0.0:
+        raise InputError(
+            f"Steering with {part.vector} would do nothing, as its coefficient is zero: change it, "
+            f"or remove that steering."
+        )
+    layers = choose_layers("all" if part.incremental else part.layers, vector, part.kind, metadata)
+    ramp = part.ramp_steps or max(1, round(RAMP_SHARE * steps))
+    return [
+        ScheduledInstruction(
+            instruction=instruction, ramp_steps=ramp if part.schedule == "ramp" else 0
+        )
+        for instruction in instructions(
+            [steering_vector(vector, kind=part.kind, increments=part.incremental)],
+            layers,
+            coef=part.coef,
+            positions=part.positions,
+            operator=part.operator,
+        )
+    ]
+
+
+def choose_layers(
+    layers: Layers, vector: PersonaVector, kind: VectorKind, metadata: ModelMetadata
+) -> tuple[int, ...]:
+    """Return the layers that a configuration means, all of which the model and the file have."""
+    if layers == "all":
+        chosen = tuple(
+            n for n in range(1, metadata.num_layers + 1) if n not in vector.missing_layers
+        )
+    elif layers == "auto":
+        chosen = (best_layer(vector, kind=kind),)
+    else:
+        chosen = tuple(n for n in layers if isinstance(n, int))
+    for layer in chosen:
+        check_layer(layer, metadata.num_layers)
+        vector.row(layer, kind=kind)
+    return chosen
+
 
 class TrainingSteering:
     """Steering of one training. A context manager: no hook is left after it.
@@ -49,11 +112,11 @@ class TrainingSteering:
     instruction does not fit the model.
     """
 
-    def __init__(self, model: nn.Module, scheduled: Sequence[Scheduled]) -> None:
+    def __init__(self, model: nn.Module, scheduled: Sequence[ScheduledInstruction]) -> None:
         decoder = find_decoder(model)
-        for one in scheduled:
-            check_instruction(one.instruction, decoder)
         self.scheduled = tuple(scheduled)
+        for instruction in self.instructions:
+            check_instruction(instruction, decoder)
         self._model = model
         self._hooks = ExitStack()
         self._handle: SteeringHandle | None = None
@@ -64,12 +127,12 @@ class TrainingSteering:
     @property
     def instructions(self) -> tuple[Instruction, ...]:
         """The instructions with their full coefficients."""
-        return tuple(one.instruction for one in self.scheduled)
+        return tuple(scheduled.instruction for scheduled in self.scheduled)
 
     def at_step(self, step: int) -> tuple[float, ...]:
         """Put the coefficients of ``step`` (the first is 0) in force and return them."""
-        due = [one.at(step) for one in self.scheduled]
-        coefs = tuple(one.coef for one in due)
+        due = [scheduled.at(step) for scheduled in self.scheduled]
+        coefs = tuple(instruction.coef for instruction in due)
         if self._handle is None or coefs != self._current:
             self._hooks.close()
             self._hooks = ExitStack()

@@ -1,14 +1,15 @@
-"""``pvec train``: LoRA finetuning, steered or not, with the persona watched (paper, section 5).
+"""``pvec train``: LoRA finetuning, optionally steered, logging the persona shift (section 5).
 
 The run folder holds the manifest, the log line by line, the Trainer's checkpoints, the adapter and
-on request the merged model. The same command again goes on from the last whole checkpoint, and
-does nothing when the training is done.
+on request the merged model. The same command again resumes from the last whole checkpoint, and does
+nothing when the training is finished.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -21,16 +22,13 @@ from pvec.runs.files import atomic_write
 from pvec.runs.jsonl import JsonlLog
 from pvec.runs.responses import stable_hash
 from pvec.runs.store import Run
-from pvec.runs.summary import LOG, read_log
-from pvec.training.config import TrainConfig
+from pvec.runs.summary import HOOKS_ON, LOG, PREFIX
 from pvec.training.configfile import load_config
-from pvec.training.plan import Prepared, prepare
 from pvec.types import Progress
 
 if TYPE_CHECKING:
-    from pvec.steering.proof import LayerProof
-    from pvec.training.shift import PersonaShiftCallback
-    from pvec.training.trainer import TrainOutcome
+    from pvec.training.plan import TrainPlan
+    from pvec.training.trainer import PlannedTrainer
 
 KIND = "train"
 RESULT = "result.json"
@@ -38,39 +36,8 @@ ADAPTER = "adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainPlan:
-    """What ``--check`` tells: what would be trained, on how much, at what cost, steered where."""
-
-    config: Path
-    folder: Path
-    model: str
-    device: str
-    dtype: str
-    rows: int
-    held_out: int
-    tokens: int
-    learnt_tokens: int
-    longest: int
-    steps: int
-    steps_per_epoch: int
-    batch: int
-    passes: int
-    """Forward passes of one step on each process."""
-    most_tokens: int
-    """Tokens of the largest pass, padding included."""
-    processes: int
-    padding: float
-    parameters: int
-    adapter_parameters: int
-    adapter_modules: int
-    memory_bytes: int
-    steering: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a finetuning made. Losses are means per token; shifts are of the last measurement."""
+    """The outcome of a finetuning: losses per token, and the shifts of the last measurement."""
 
     run: Path
     adapter: Path
@@ -102,14 +69,25 @@ def check(
     notify: Notify = ignore,
     on_progress: Callable[[Progress], None] = ignore,
 ) -> TrainPlan:
-    """Validate a configuration and everything it names, and return the plan; loads no weights."""
-    processes = Processes.launched()
+    """Validate a configuration and everything it names, and return the plan; loads no weights.
+
+    Raises ``InputError`` or ``ModelError`` for bad input.
+    """
     loaded = load_config(path, overrides=overrides)
+    config = loaded.config
     for note in loaded.notes:
         notify(note)
-    prepared = prepare(loaded.config, processes=processes, on_row=_rows_read(on_progress))
-    folder = run_folder(loaded.config, path, out=out, runs=runs)
-    return _plan(prepared, path, folder, processes)
+    from pvec.training.plan import make_plan
+
+    return make_plan(
+        config,
+        path=path,
+        folder=out or config.output.folder or runs / f"train-{path.stem}",
+        processes=Processes.launched(),
+        on_row=lambda done, total: on_progress(
+            Progress(stage="read", done=done, total=total, unit="rows")
+        ),
+    )
 
 
 def run(
@@ -126,223 +104,143 @@ def run(
     Raises ``InputError``, ``ModelError`` or ``StoreError`` for bad input before any weights are
     loaded, and ``SteeringError`` before step 1 when steering does not prove itself.
     """
-    processes = Processes.launched()
-    loaded = load_config(path, overrides=overrides)
-    for note in loaded.notes:
+    plan = check(
+        path, overrides=overrides, out=out, runs=runs, notify=notify, on_progress=on_progress
+    )
+    for note in plan.notes:
         notify(note)
-    prepared = prepare(loaded.config, processes=processes, on_row=_rows_read(on_progress))
-    for note in prepared.notes:
-        notify(note)
-    folder = run_folder(loaded.config, path, out=out, runs=runs)
-    with _opened(folder, prepared, processes) as store:
-        finished = _finished(folder)
+    with _opened(plan) as store:
+        finished = _finished(plan.folder)
         if finished is not None:
-            notify(f"this training is done already: {folder}")
+            notify(f"this training is finished already: {plan.folder}")
             return finished
-        return _train(prepared, folder, store, processes, notify=notify, on_progress=on_progress)
-
-
-def run_folder(
-    config: TrainConfig, path: Path, *, out: Path | None = None, runs: Path = Path("runs")
-) -> Path:
-    """Return the run folder: ``out``, the configuration's, or ``runs/train-NAME``."""
-    return out or config.output.folder or runs / f"train-{path.stem}"
+        return _train(plan, store, notify=notify, on_progress=on_progress)
 
 
 def _train(
-    prepared: Prepared,
-    folder: Path,
+    plan: TrainPlan,
     store: Run | None,
-    processes: Processes,
     *,
     notify: Notify,
     on_progress: Callable[[Progress], None],
 ) -> TrainResult:
     from pvec.training.checkpoints import latest_checkpoint
-    from pvec.training.loading import load_for_training
-    from pvec.training.trainer import TrainJob, train
+    from pvec.training.model import load_for_training
+    from pvec.training.trainer import train
 
-    resume = latest_checkpoint(folder)
+    resume = latest_checkpoint(plan.folder, notify=notify)
     if resume is not None:
-        notify(f"going on from {resume.name}")
-    config = prepared.config
-    notify(f"loading {prepared.metadata.id} on {prepared.device}")
+        notify(f"resuming from {resume.path.name}")
+    notify(f"loading {plan.metadata.id} on {plan.device}")
     model = load_for_training(
-        config,
-        prepared.metadata.files.folder,
-        dtype=prepared.dtype,
-        device=prepared.device,
+        plan.config,
+        plan.metadata.files.folder,
+        dtype=plan.dtype,
+        device=plan.device,
         notify=notify,
     )
-    shift = _callback(prepared, notify)
+    if plan.shift is not None:
+        plan.shift.on_alarm = lambda text: notify(f"ALARM, {text}")
+    started = time.perf_counter()
     with ExitStack() as stack:
-        log = stack.enter_context(JsonlLog(folder / LOG)) if processes.main else None
-        outcome = train(
-            TrainJob(
-                config=config,
-                model=model,
-                tokenizer=prepared.metadata.tokenizer,
-                data=prepared.data,
-                batches=prepared.batches,
-                folder=folder,
-                scheduled=prepared.scheduled,
-                shift=shift,
-                resume=resume,
-                on_proof=lambda proofs: _say_proof(proofs, notify),
-                on_log=log.append if log else ignore,
-                on_step=_steps_done(on_progress),
-            )
+        log = stack.enter_context(JsonlLog(plan.folder / LOG)) if store else None
+        trainer = train(
+            plan,
+            model,
+            resume=resume,
+            notify=notify,
+            on_log=log.append if log else ignore,
+            on_step=lambda step, steps, detail: on_progress(
+                Progress(stage="train", done=step, total=steps, unit="steps", detail=detail)
+            ),
         )
-    result = _result(prepared, folder, outcome, shift)
+    seconds = time.perf_counter() - started
+    steps = trainer.state.global_step - (resume.step if resume else 0)
+    result = _result(plan, trainer, steps=steps, seconds=seconds)
     if store is not None:
-        with atomic_write(folder / RESULT, mode="w") as stream:
+        with atomic_write(plan.folder / RESULT, mode="w") as stream:
             stream.write(json.dumps(_jsonable(result), indent=2) + "\n")
-        store.end_session(timings={"train": round(outcome.seconds, 3)})
+        store.end_session(timings={"train": round(seconds, 3)})
     return result
 
 
-def _callback(prepared: Prepared, notify: Notify) -> PersonaShiftCallback | None:
-    part = prepared.config.monitor
-    if part is None:
-        return None
-    from pvec.training.shift import Alarm, PersonaShiftCallback
-
-    return PersonaShiftCallback(
-        prepared.probes,
-        tokenizer=prepared.metadata.tokenizer,
-        prompts=prepared.prompts,
-        every=part.every,
-        generate=part.generate,
-        alarm=Alarm(shift=part.alarm.shift, action=part.alarm.action) if part.alarm else None,
-        on_alarm=lambda text: notify(f"ALARM, {text}"),
-    )
-
-
 @contextmanager
-def _opened(folder: Path, prepared: Prepared, processes: Processes) -> Iterator[Run | None]:
+def _opened(plan: TrainPlan) -> Iterator[Run | None]:
     """Open the run folder on the main process; the others only read it."""
-    if not processes.main:
+    if not plan.processes.main:
         yield None
         return
-    metadata, config = prepared.metadata, prepared.config
+    metadata, config = plan.metadata, plan.config
+    instructions = [scheduled.instruction for scheduled in plan.steering]
     identity: dict[str, Any] = {
-        "trait": " and ".join(dict.fromkeys(one.instruction.name for one in prepared.scheduled))
-        or "finetuning",
+        "trait": " and ".join(dict.fromkeys(i.name for i in instructions)) or "finetuning",
         "model": metadata.id,
         "fingerprint": metadata.fingerprint,
         "chat": metadata.chat_hash,
         "config": config.identity(),
-        "data": stable_hash([list(row.labels) for row in prepared.data.train.rows]),
-        "vectors": [one.instruction.fingerprint for one in prepared.scheduled],
+        "data": stable_hash([list(row.labels) for row in plan.data.train.rows]),
+        "vectors": [instruction.fingerprint for instruction in instructions],
     }
-    with Run.open_or_create(folder, kind=KIND, identity=identity) as store:
+    with Run.open_or_create(plan.folder, kind=KIND, identity=identity) as store:
         store.begin_session(command=sys.argv)
         store.update_manifest(
             settings=config.model_dump(mode="json"),
-            steering=list(prepared.steered),
-            steps=prepared.steps,
+            steering=[scheduled.description for scheduled in plan.steering],
+            steps=plan.steps,
         )
         yield store
 
 
 def _finished(folder: Path) -> TrainResult | None:
-    """Return the result of a training that is done, or None."""
-    path = folder / RESULT
-    if not path.is_file() or not (folder / ADAPTER / "adapter_config.json").is_file():
+    """Return the result of a training that is finished, or None."""
+    from pvec.training.checkpoints import has_adapter
+
+    if not has_adapter(folder / ADAPTER):
         return None
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("run", "adapter", "merged"):
-        saved[name] = Path(saved[name]) if saved[name] else None
-    for name in ("steering", "touched", "next"):
-        saved[name] = tuple(saved[name])
-    return TrainResult(**saved)
+    try:
+        saved = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        for name in ("run", "adapter", "merged"):
+            saved[name] = Path(saved[name]) if saved[name] else None
+        for name in ("steering", "touched", "next"):
+            saved[name] = tuple(saved[name])
+        return TrainResult(**saved)
+    except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: it is made again
+        return None
 
 
-def _result(
-    prepared: Prepared, folder: Path, outcome: TrainOutcome, shift: PersonaShiftCallback | None
-) -> TrainResult:
-    log = read_log(folder)
+def _result(plan: TrainPlan, trainer: PlannedTrainer, *, steps: int, seconds: float) -> TrainResult:
+    """Return what was trained; ``steps`` and ``seconds`` are those of this process."""
+    log = trainer.state.log_history
     losses = [line["loss"] for line in log if "loss" in line]
     tail = losses[-max(1, len(losses) // 10) :]
     held_out = [line["eval_loss"] for line in log if "eval_loss" in line]
-    last = shift.history[-1] if shift and shift.history else {}
-    tokens = prepared.data.train.tokens / prepared.batches.steps_per_epoch * outcome.steps_now
-    merged = folder / "merged" if prepared.config.output.merge else None
-    model = prepared.metadata.id
-    option = "" if prepared.metadata.bundled else f" --model {model}"
+    measured = [line for line in log if HOOKS_ON in line]
+    tokens = plan.data.train.tokens / plan.batches.steps_per_epoch * steps
+    option = "" if plan.metadata.bundled else f" --model {plan.metadata.id}"
     return TrainResult(
-        run=folder,
-        adapter=folder / ADAPTER,
-        merged=merged,
-        steps=outcome.steps,
+        run=plan.folder,
+        adapter=plan.folder / ADAPTER,
+        merged=plan.folder / "merged" if plan.config.output.merge else None,
+        steps=trainer.state.global_step,
         first_loss=losses[0] if losses else float("nan"),
         last_loss=sum(tail) / len(tail) if tail else float("nan"),
         held_out_loss=held_out[-1] if held_out else None,
-        steering=prepared.steered,
-        touched=outcome.touched,
-        shifts={k.partition("/")[2]: v for k, v in last.items() if _is_shift(k)},
-        hooks_on=int(last["persona/hooks_on"]) if last else None,
-        stopped_early=outcome.stopped_early,
-        tokens_per_second=tokens / outcome.seconds,
-        seconds=outcome.seconds,
-        monitor_seconds=outcome.monitor_seconds,
+        steering=tuple(scheduled.description for scheduled in plan.steering),
+        touched=trainer.total_touched(),
+        shifts={
+            key.removeprefix(PREFIX): value
+            for key, value in (measured[-1] if measured else {}).items()
+            if key.startswith(PREFIX) and key != HOOKS_ON
+        },
+        hooks_on=int(measured[-1][HOOKS_ON]) if measured else None,
+        stopped_early=trainer.state.global_step < trainer.state.max_steps,
+        tokens_per_second=tokens / seconds,
+        seconds=seconds,
+        monitor_seconds=plan.shift.seconds if plan.shift else 0.0,
         next=(
-            f"pvec report {folder}",
-            f"pvec chat{option} --adapter {folder / ADAPTER}",
+            f"pvec report {plan.folder}",
+            f"pvec chat{option} --adapter {plan.folder / ADAPTER}",
         ),
-    )
-
-
-def _is_shift(key: str) -> bool:
-    return key.startswith("persona/") and key != "persona/hooks_on"
-
-
-def _plan(prepared: Prepared, path: Path, folder: Path, processes: Processes) -> TrainPlan:
-    data, batches = prepared.data, prepared.batches
-    return TrainPlan(
-        config=path,
-        folder=folder,
-        model=prepared.metadata.id,
-        device=prepared.device,
-        dtype=str(prepared.dtype).removeprefix("torch."),
-        rows=len(data.train.rows),
-        held_out=len(data.held_out.rows),
-        tokens=data.train.tokens,
-        learnt_tokens=data.train.learnt,
-        longest=max(data.train.lengths),
-        steps=prepared.steps,
-        steps_per_epoch=batches.steps_per_epoch,
-        batch=batches.size,
-        most_tokens=batches.most_tokens,
-        passes=batches.passes,
-        processes=processes.size,
-        padding=batches.padding,
-        parameters=prepared.sizes.model,
-        adapter_parameters=prepared.sizes.adapter,
-        adapter_modules=prepared.sizes.modules,
-        memory_bytes=prepared.sizes.bytes,
-        steering=prepared.steered,
-        notes=prepared.notes,
-    )
-
-
-def _say_proof(proofs: Sequence[LayerProof], notify: Notify) -> None:
-    for proof in proofs:
-        notify(
-            f"steering proved at layer {proof.layer}: {proof.positions} probe tokens changed by "
-            f"{proof.seen:.4g} on average where {proof.expected:.4g} is due"
-        )
-
-
-def _rows_read(on_progress: Callable[[Progress], None]) -> Callable[[int, int], None]:
-    return lambda done, total: on_progress(
-        Progress(stage="read", done=done, total=total, unit="rows")
-    )
-
-
-def _steps_done(on_progress: Callable[[Progress], None]) -> Callable[[int, int, str], None]:
-    return lambda step, steps, detail: on_progress(
-        Progress(stage="train", done=step, total=steps, unit="steps", detail=detail)
     )
 
 

@@ -1,7 +1,7 @@
 """One finetuning on TRL's ``SFTTrainer``: the only module that knows TRL's objects.
 
 TRL and peft do the training. Ours are the order of the rows, the steering with its proof and its
-counts, and the watching; each in its own module.
+counts, and the monitoring; each in its own module.
 """
 
 # ruff: noqa: ARG002 - the Trainer decides what its callbacks are given
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,105 +21,220 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from pvec.backends.session import Notify, ignore
 from pvec.steering.proof import LayerProof, prove_steering
-from pvec.training.batches import BatchPlan, StepOrder
-from pvec.training.checkpoints import steps_of
-from pvec.training.config import TrainConfig
-from pvec.training.dataset import Rows, TrainingData, nobody
-from pvec.training.isolation import prove_isolation
-from pvec.training.lora import check_targets, lora_config
-from pvec.training.scoring import learnt_tokens_only
-from pvec.training.shift import PersonaShiftCallback
-from pvec.training.steering import Scheduled, TrainingSteering
+from pvec.training.checkpoints import Checkpoint
+from pvec.training.forward import prove_isolation, score_loss_tokens_only
+from pvec.training.masks import TokenizedRow
+from pvec.training.model import check_targets, lora_config
+from pvec.training.plan import TrainPlan
+from pvec.training.steering import TrainingSteering
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
 PROBE_ROWS = 4
 """Rows of the batch on which steering proves itself."""
 
-_TOUCHED = "touched.json"
-"""What a checkpoint keeps of the counts: one per instruction."""
+TOUCHED = "steering/touched_"
+"""Log keys of the positions that each instruction touched since the last line."""
 
 _OPTIMISERS = {"adamw": "adamw_torch"}
 
-Logs = Mapping[str, float]
+OnLog = Callable[[Mapping[str, float]], None]
+OnStep = Callable[[int, int, str], None]
+"""Told the step, of how many, and the loss."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TrainJob:
-    """Everything one training needs. ``model`` is loaded and frozen; ``resume`` is a checkpoint."""
+class PlannedTrainer(SFTTrainer):
+    """TRL's trainer of a plan: our order of rows, our steering and our numbers in the log."""
 
-    config: TrainConfig
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    data: TrainingData
-    batches: BatchPlan
-    folder: Path
-    scheduled: Sequence[Scheduled] = ()
-    shift: PersonaShiftCallback | None = None
-    resume: Path | None = None
-    on_proof: Callable[[Sequence[LayerProof]], None] = nobody
-    on_log: Callable[[Logs], None] = nobody
-    """Gets every line of the log, on the main process."""
-    on_step: Callable[[int, int, str], None] = nobody
+    model: Any
+    train_dataset: Any
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOutcome:
-    """What a training did. ``touched`` sums over steps and processes, one per instruction."""
-
-    steps: int
-    steps_now: int
-    """Those that this process took; a resumed training has taken others before."""
-    stopped_early: bool
-    touched: tuple[int, ...]
-    proofs: tuple[LayerProof, ...]
-    seconds: float
-    monitor_seconds: float
-
-
-def train(job: TrainJob) -> TrainOutcome:
-    """Finetune, write checkpoints and the adapter into ``job.folder``, and say what happened.
-
-    Raises ``SteeringError`` before step 1 when steering does not prove itself, and in any step in
-    which it touched other positions than it should; ``InputError`` when rows were to be packed and
-    attention does not keep them apart.
-    """
-    check_targets(job.config.lora, job.model)
-    trainer = trainer_of(job)
-    started = time.perf_counter()
-    if job.config.batch.layout == "packed":
-        rows = [trainer.train_dataset[i] for i in range(min(2, len(trainer.train_dataset)))]
-        prove_isolation(
-            trainer.model, rows, collate=trainer.data_collator, device=trainer.args.device
+    def __init__(
+        self,
+        plan: TrainPlan,
+        model: PreTrainedModel,
+        *,
+        on_log: OnLog = ignore,
+        on_step: OnStep | None = None,
+    ) -> None:
+        self.plan = plan
+        held_out = plan.data.held_out.rows
+        super().__init__(
+            model=model,
+            args=training_arguments(plan, model),
+            train_dataset=_table(plan.data.train.rows),
+            eval_dataset=_table(held_out) if held_out else None,
+            processing_class=plan.metadata.tokenizer,
+            peft_config=lora_config(plan.config.lora),
         )
-    proofs: Sequence[LayerProof] = ()
-    if trainer.steering is not None:
-        instructions = trainer.steering.instructions
-        proofs = prove_steering(trainer.model, instructions, _probe_batch(trainer))
-        job.on_proof(proofs)
-    if job.resume is not None:
-        trainer.resume_counts(job.resume)
-    with trainer.steering or nullcontext(), learnt_tokens_only(trainer.args.device.type):
-        trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
-    trainer.save_model(str(job.folder / "adapter"))
+        self.steering = TrainingSteering(self.model, plan.steering) if plan.steering else None
+        self.coefs: tuple[float, ...] = ()
+        self.touched = [0] * len(plan.steering)
+        """Positions touched by each instruction, by this process and since the last log line."""
+        self.remove_callback(PrinterCallback)
+        if plan.shift is not None:
+            plan.shift.add_to(self)
+        self.add_callback(_StepCallback(self, on_log, on_step))
+
+    def get_train_dataloader(self) -> Any:
+        """Return the loader of the passes that were planned; accelerate deals them out."""
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.plan.batches.order,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def prove(self, notify: Notify = ignore) -> None:
+        """Check, before step 1, that the model does what the plan says.
+
+        Raises ``SteeringError`` when steering does not prove itself, and ``InputError`` when rows
+        are to be packed and attention does not keep them apart.
+        """
+        device, table = self.args.device, self.train_dataset
+        probe = [table[i] for i in range(min(PROBE_ROWS, len(table)))]
+        if self.plan.config.batch.layout == "packed":
+            prove_isolation(self.model, probe[:2], collate=self.data_collator, device=device)
+        if self.steering is None:
+            return
+        batch = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in self.data_collator(probe).items()
+        }
+        for proof in prove_steering(self.model, self.steering.instructions, batch):
+            notify(_describe_proof(proof))
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Become what a checkpoint of a finished training was, without another step."""
+        self._load_from_checkpoint(str(checkpoint.path))
+        self.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+
+    def total_touched(self) -> tuple[int, ...]:
+        """Return the positions that each instruction touched, over all steps and processes."""
+        return tuple(
+            round(sum(line.get(f"{TOUCHED}{number}", 0.0) for line in self.state.log_history))
+            for number in range(len(self.plan.steering))
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add to a line with the loss what steering touched since the last one."""
+        if "loss" in logs and self.steering is not None:
+            mine = torch.tensor(self.touched, device=self.accelerator.device)
+            for number, count in enumerate(self.accelerator.reduce(mine, reduction="sum")):
+                logs[f"{TOUCHED}{number}"] = float(count)
+            for number, coef in enumerate(self.coefs):
+                logs[f"steering/coef_{number}"] = coef
+            self.touched = [0] * len(self.touched)
+        super().log(logs, start_time)
+
+    def _send_telemetry(self) -> None:
+        """Send nothing anywhere."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: the run folder says what was done."""
+
+
+class _StepCallback(TrainerCallback):
+    """Tells order and steering where the training stands, and the caller what is logged."""
+
+    def __init__(self, trainer: PlannedTrainer, on_log: OnLog, on_step: OnStep | None) -> None:
+        self._trainer = trainer
+        self._on_log = on_log
+        self._on_step = on_step
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Hand on what was measured before the first step; go on counting tokens."""
+        if state.global_step == 0 and state.is_world_process_zero:
+            for line in state.log_history:
+                self._on_log(line)
+        counted = [line["num_tokens"] for line in state.log_history if "num_tokens" in line]
+        self._trainer._total_train_tokens = int(counted[-1]) if counted else 0  # noqa: SLF001
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.plan.batches.order.start_epoch(int((state.epoch or 0.0) + 1e-6))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._trainer.steering is not None:
+            self._trainer.coefs = self._trainer.steering.at_step(state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count. A training that an alarm stops is evaluated and saved like one that ends.
+
+        A line is logged before every checkpoint, so that a resumed log has the same lines.
+        """
+        trainer = self._trainer
+        if trainer.steering is not None:
+            touched = trainer.steering.finish_step()
+            trainer.touched = [sum(pair) for pair in zip(trainer.touched, touched, strict=True)]
+        if control.should_training_stop:
+            control.should_save = True
+            control.should_evaluate = trainer.eval_dataset is not None
+        control.should_log = control.should_log or control.should_save
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or not state.is_world_process_zero:
+            return
+        self._on_log({"step": state.global_step, **logs})
+        if "loss" in logs and self._on_step is not None:
+            self._on_step(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
+
+
+def train(
+    plan: TrainPlan,
+    model: PreTrainedModel,
+    *,
+    resume: Checkpoint | None = None,
+    notify: Notify = ignore,
+    on_log: OnLog = ignore,
+    on_step: OnStep | None = None,
+) -> PlannedTrainer:
+    """Finetune ``model`` (loaded, frozen); write checkpoints and the adapter into ``plan.folder``.
+
+    ``on_log`` gets every line of the log, on the main process. Raises ``SteeringError`` before step
+    1 when steering does not prove itself, and in any step in which it touched other positions than
+    it should; ``InputError`` when rows were to be packed and attention does not keep them apart.
+    """
+    check_targets(plan.config.lora, model)
+    trainer = PlannedTrainer(plan, model, on_log=on_log, on_step=on_step)
+    trainer.prove(notify)
+    if resume is not None and resume.finished:
+        trainer.restore(resume)
+    else:
+        with trainer.steering or nullcontext(), score_loss_tokens_only(trainer.args.device.type):
+            trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
+    _save(trainer, plan)
+    return trainer
+
+
+def _save(trainer: PlannedTrainer, plan: TrainPlan) -> None:
+    """Write the adapter, and the merged model where the plan says so."""
+    adapter = plan.folder / "adapter"
+    trainer.save_model(str(adapter))
     if trainer.is_world_process_zero():
-        _name_base(job.folder / "adapter", job.config.model.id)
-    if job.config.output.merge and trainer.is_world_process_zero():
-        merged = trainer.model.merge_and_unload()
-        merged.save_pretrained(job.folder / "merged")
-        job.tokenizer.save_pretrained(job.folder / "merged")
+        _name_base(adapter, plan.config.model.id)
+        if plan.config.output.merge:
+            trainer.model.merge_and_unload().save_pretrained(plan.folder / "merged")
+            plan.metadata.tokenizer.save_pretrained(plan.folder / "merged")
     trainer.accelerator.wait_for_everyone()
-    return TrainOutcome(
-        steps=trainer.state.global_step,
-        steps_now=trainer.state.global_step - steps_of(job.resume),
-        stopped_early=trainer.state.global_step < trainer.state.max_steps,
-        touched=trainer.touched_by_all(),
-        proofs=tuple(proofs),
-        seconds=time.perf_counter() - started,
-        monitor_seconds=job.shift.seconds if job.shift else 0.0,
-    )
 
 
 def _name_base(adapter: Path, model: str) -> None:
@@ -135,156 +248,15 @@ def _name_base(adapter: Path, model: str) -> None:
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-class _Trainer(SFTTrainer):
-    """TRL's trainer with our order of rows and our numbers in the log."""
-
-    model: Any
-    train_dataset: Any
-
-    def __init__(self, *args: Any, order: StepOrder, folder: Path, **kwargs: Any) -> None:
-        self.order = order
-        self.folder = folder
-        self.steering: TrainingSteering | None = None
-        self.coefs: tuple[float, ...] = ()
-        self.touched: list[int] = []
-        self._touched_before: tuple[int, ...] = ()
-        super().__init__(*args, **kwargs)
-
-    def get_train_dataloader(self) -> Any:
-        """Return the loader of the passes that were planned; accelerate deals them out."""
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=self.order,
-            collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        return self.accelerator.prepare(loader)
-
-    def _send_telemetry(self) -> None:
-        """Send nothing anywhere."""
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: the run folder says what was done."""
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save the counts with it, before the file whose presence makes a checkpoint whole."""
-        touched = self.touched_by_all()
-        if touched and self.is_world_process_zero():
-            folder = self.folder / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / _TOUCHED).write_text(json.dumps(touched), encoding="utf-8")
-        super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
-
-    def resume_counts(self, checkpoint: Path) -> None:
-        """Go on counting from what a checkpoint had counted, over all processes."""
-        if self.steering is not None:
-            self._touched_before = tuple(json.loads((checkpoint / _TOUCHED).read_text("utf-8")))
-            if self.is_world_process_zero():
-                self.touched = list(self._touched_before)
-
-    def touched_by_all(self) -> tuple[int, ...]:
-        """Return the positions touched so far by every instruction, over all processes."""
-        if not self.touched:
-            return ()
-        mine = torch.tensor(self.touched, device=self.accelerator.device)
-        return tuple(int(n) for n in self.accelerator.reduce(mine, reduction="sum"))
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.steering is not None:
-            total = self.touched_by_all()
-            before = self._touched_before or (0,) * len(total)
-            for number, (now, then) in enumerate(zip(total, before, strict=True)):
-                logs[f"steering/touched_{number}"] = float(now - then)
-            for number, coef in enumerate(self.coefs):
-                logs[f"steering/coef_{number}"] = coef
-            self._touched_before = total
-        super().log(logs, start_time)
-
-
-class _Conductor(TrainerCallback):
-    """Tells order and steering where the training stands, and the caller what is logged."""
-
-    def __init__(self, job: TrainJob, trainer: _Trainer) -> None:
-        self._job = job
-        self._trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Hand on what was measured before the first step."""
-        if state.global_step == 0 and state.is_world_process_zero:
-            for line in state.log_history:
-                self._job.on_log(line)
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer.order.start_epoch(int((state.epoch or 0.0) + 1e-6))
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._trainer.steering is not None:
-            self._trainer.coefs = self._trainer.steering.at_step(state.global_step)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._trainer.steering is not None:
-            touched = self._trainer.steering.finish_step()
-            self._trainer.touched = [
-                sum(pair) for pair in zip(self._trainer.touched, touched, strict=True)
-            ]
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or not state.is_world_process_zero:
-            return
-        self._job.on_log({"step": state.global_step, **logs})
-        if "loss" in logs:
-            self._job.on_step(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
-
-
-def trainer_of(job: TrainJob) -> _Trainer:
-    """Return the trainer of a job: callbacks in place, steering not yet attached."""
-    config = job.config
-    trainer = _Trainer(
-        order=job.batches.order,
-        folder=job.folder,
-        model=job.model,
-        args=training_arguments(job),
-        train_dataset=_table(job.data.train),
-        eval_dataset=_table(job.data.held_out) if job.data.held_out.rows else None,
-        processing_class=job.tokenizer,
-        peft_config=lora_config(config.lora),
-    )
-    trainer.remove_callback(PrinterCallback)
-    if job.scheduled:
-        trainer.steering = TrainingSteering(trainer.model, job.scheduled)
-        trainer.touched = [0] * len(job.scheduled)
-    if job.shift is not None:
-        job.shift.add_to(trainer)
-    trainer.add_callback(_Conductor(job, trainer))
-    return trainer
-
-
-def training_arguments(job: TrainJob) -> SFTConfig:
+def training_arguments(plan: TrainPlan, model: PreTrainedModel) -> SFTConfig:
     """Return the configuration in TRL's words."""
-    config, batches = job.config, job.batches
-    weights = next(job.model.parameters())
+    config, batches = plan.config, plan.batches
+    weights = next(model.parameters())
     on_gpu = weights.device.type == "cuda"
-    held_out = bool(job.data.held_out.rows)
-    steps = config.data.eval_every
     return SFTConfig(
-        output_dir=str(job.folder),
+        output_dir=str(plan.folder),
         per_device_train_batch_size=math.ceil(batches.size / batches.processes / batches.passes),
-        per_device_eval_batch_size=_held_out_rows(job),
+        per_device_eval_batch_size=_held_out_rows(plan),
         gradient_accumulation_steps=batches.passes,
         num_train_epochs=config.optim.epochs,
         max_steps=config.optim.max_steps or -1,
@@ -303,11 +275,13 @@ def training_arguments(job: TrainJob) -> SFTConfig:
         logging_steps=config.output.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_strategy="steps" if config.output.save_every else "epoch",
-        save_steps=config.output.save_every or 500,
+        # By steps, also at the end of an epoch: what is due there is done before the checkpoint, so
+        # that a run that is killed in between does not miss it.
+        save_strategy="steps",
+        save_steps=config.output.save_every or batches.steps_per_epoch,
         save_total_limit=config.output.keep,
-        eval_strategy=("steps" if steps else "epoch") if held_out else "no",
-        eval_steps=steps if held_out else None,
+        eval_strategy="steps" if plan.data.held_out.rows else "no",
+        eval_steps=config.data.eval_every or batches.steps_per_epoch,
         prediction_loss_only=True,
         report_to=list(config.output.report_to) or "none",
         disable_tqdm=True,
@@ -319,26 +293,23 @@ def training_arguments(job: TrainJob) -> SFTConfig:
     )
 
 
-def _held_out_rows(job: TrainJob) -> int:
+def _held_out_rows(plan: TrainPlan) -> int:
     """Return how many held-out rows fit one pass."""
-    longest = max(job.data.held_out.lengths, default=1)
-    return min(job.config.batch.size, max(1, job.config.batch.tokens // longest))
+    longest = max(plan.data.held_out.lengths, default=1)
+    return min(plan.config.batch.size, max(1, plan.config.batch.tokens // longest))
 
 
-def _table(rows: Rows) -> Dataset:
+def _table(rows: Sequence[TokenizedRow]) -> Dataset:
     return Dataset.from_dict(
         {
-            "input_ids": [list(row.token_ids) for row in rows.rows],
-            "labels": [list(row.labels) for row in rows.rows],
+            "input_ids": [list(row.token_ids) for row in rows],
+            "labels": [list(row.labels) for row in rows],
         }
     )
 
 
-def _probe_batch(trainer: _Trainer) -> dict[str, torch.Tensor]:
-    """Return a few rows as the Trainer will batch them."""
-    table = trainer.train_dataset
-    batch = trainer.data_collator([table[i] for i in range(min(PROBE_ROWS, len(table)))])
-    return {
-        name: value.to(trainer.args.device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
+def _describe_proof(proof: LayerProof) -> str:
+    return (
+        f"steering proved at layer {proof.layer}: {proof.positions} probe tokens changed by "
+        f"{proof.seen:.4g} on average where {proof.expected:.4g} is due"
+    )

@@ -71,23 +71,14 @@ class VerifyInputs:
                     requests.append(self.request(len(requests), scaled, prompt=prompt))
         return requests
 
-    def check(
-        self,
-        name: str,
-        error: float,
-        detail: str = "",
-        *,
-        unit: str = "residual norms",
-        allowed: float | None = None,
-    ) -> Check:
-        """Return the check of an error, by default in residual norms, up to rounding."""
-        limit = self.allowed if allowed is None else allowed
+    def check(self, name: str, error: float, detail: str = "") -> Check:
+        """Return the check of an error in units of the residual stream's norm."""
         return Check(
             name=name,
-            passed=error <= limit,
-            measured=float(error),
-            allowed=float(limit),
-            unit=unit,
+            passed=error <= self.allowed,
+            measured=error,
+            allowed=self.allowed,
+            unit="residual norms",
             detail=detail,
         )
 
@@ -98,4 +89,11 @@ class VerifyInputs:
         diverge: up to half of the answers may.
         """
         allowed = 0.0 if self.dtype == "float32" else float(total // 2)
-        return self.check(name, different, detail, unit="answers that differ", allowed=allowed)
+        return Check(
+            name=name,
+            passed=different <= allowed,
+            measured=float(different),
+            allowed=allowed,
+            unit="answers that differ",
+            detail=detail,
+        )

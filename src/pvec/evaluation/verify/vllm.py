@@ -147,8 +147,13 @@ def _later_layers_change(bench: EngineBench) -> Check:
             bench.plain.means["prompt"][i.layer + 1],
         )
     ]
-    name = "the layer after a steered one computes with it"
-    return bench.check(name, len(unchanged), unit="layers that did not", allowed=0)
+    return Check(
+        name="the layer after a steered one computes with it",
+        passed=not unchanged,
+        measured=float(len(unchanged)),
+        allowed=0.0,
+        unit="layers that did not",
+    )
 
 
 def _alone(bench: EngineBench) -> Iterator[Check]:

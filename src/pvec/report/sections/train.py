@@ -10,10 +10,7 @@ from pvec.report.figure import Cell, Figure, Table
 from pvec.report.figures import Level, Line, Panel, exact, line_chart
 from pvec.report.page import Chapter, Section
 from pvec.report.sections.common import RunData
-from pvec.runs.summary import read_log
-
-PREFIX = "persona/"
-HOOKS_ON = "persona/hooks_on"
+from pvec.runs.summary import HOOKS_ON, PREFIX, read_log
 
 
 def build(runs: Sequence[RunData]) -> Chapter:

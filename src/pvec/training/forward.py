@@ -1,17 +1,27 @@
-"""Whether a model's attention keeps rows apart that stand one after another in one sequence."""
+"""What a training forward pass computes: packed rows apart, and scores of loss tokens only.
+
+TRL's fused output layer leaves unlabelled positions out where Triton runs. Elsewhere it scores
+every position, padding included, for compilers that want fixed shapes; on a CPU that is a large
+part of a training step spent on numbers that are thrown away. The loss is the same either way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from trl.trainer import utils
 
 from pvec.errors import InputError
 
 Collate = Callable[[Any], Any]
 """Makes a batch of rows, as the Trainer does."""
+
+_SWITCH = "_use_triton"
+"""What TRL asks before it leaves positions out; the kernels ask another one of the same name."""
 
 
 def prove_isolation(
@@ -20,7 +30,7 @@ def prove_isolation(
     """Compare the last row's final logits behind another row with those it has alone.
 
     Raises ``InputError`` when they differ by more than rounding: a token then sees another row's,
-    and packing would change what is learnt.
+    and packing would change the training.
     """
     training = model.training
     model.eval()
@@ -49,3 +59,17 @@ def _logits(model: nn.Module, batch: dict[str, Any], device: Any) -> torch.Tenso
     with torch.no_grad():
         logits: torch.Tensor = model(**inputs, use_cache=False).logits[0, -1]
     return logits
+
+
+@contextmanager
+def score_loss_tokens_only(device: str) -> Iterator[None]:
+    """Score labelled positions only while inside, on a CPU, where this TRL has the switch."""
+    before = getattr(utils, _SWITCH, None)
+    if device != "cpu" or before is None:
+        yield
+        return
+    setattr(utils, _SWITCH, lambda _device: True)
+    try:
+        yield
+    finally:
+        setattr(utils, _SWITCH, before)

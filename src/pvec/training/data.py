@@ -1,0 +1,220 @@
+"""From conversations to the token rows that are trained on, with every row accounted for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pvec.data.conversations import Chat, Columns, conversation_of
+from pvec.data.tables import BadRow, Row, open_table
+from pvec.errors import InputError
+from pvec.training.config import DataPart
+from pvec.training.masks import TokenizedRow, tokenize_conversation
+from pvec.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OnRow = Callable[[int, int], None]
+"""Told how many rows are tokenised, of how many."""
+
+_SHOWN = 20
+"""Faults that a message lists; the rest is counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRow:
+    """One conversation and where it stands (``file:line``)."""
+
+    where: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Token rows, and what happened to those that were too long."""
+
+    rows: tuple[TokenizedRow, ...]
+    truncated: int = 0
+    dropped: int = 0
+    """Rows left out: too long, or without a loss token before the limit."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(row.token_ids) for row in self.rows]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(self.lengths)
+
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return sum(row.loss_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What is trained on, and what is held out (empty when nothing is)."""
+
+    train: Rows
+    held_out: Rows
+    notes: tuple[str, ...] = ()
+
+
+def prepare_data(
+    part: DataPart,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    context: int | None = None,
+    on_row: OnRow = lambda _done, _total: None,
+) -> TrainingData:
+    """Read, check, split and tokenise the data. No weights are needed.
+
+    ``context`` is the most tokens that the model reads. Raises ``InputError`` for everything that
+    is wrong with the rows at once, and when no loss token is left.
+    """
+    limit = min(part.max_tokens, context or part.max_tokens)
+    chats = read_chats(part.train)
+    held = read_chats(part.eval) if part.eval else []
+    if part.eval_fraction:
+        chats, held = _split(chats, part.eval_fraction, seed=seed)
+    total = len(chats) + len(held)
+
+    def tokenized(chats: Sequence[ChatRow], done: int) -> Rows:
+        rows = _tokenized(chats, part, tokenizer, tick=lambda count: on_row(done + count, total))
+        return _within_limit(rows, chats, part, limit=limit)
+
+    train, held_out = tokenized(chats, 0), tokenized(held, len(chats))
+    if not train.rows:
+        raise InputError(
+            f"No training row has anything to learn within {limit} tokens: raise data.max_tokens."
+        )
+    notes = (*_notes(train, "training", limit), *_notes(held_out, "held-out", limit))
+    return TrainingData(train=train, held_out=held_out, notes=notes)
+
+
+def read_chats(sources: Sequence[str]) -> list[ChatRow]:
+    """Read every conversation of ``sources``: files or data sets as ``open_table`` takes them.
+
+    Raises ``InputError`` naming file and line of *every* row that is empty, malformed or without
+    an assistant turn, and for a source that cannot be read or holds nothing.
+    """
+    chats: list[ChatRow] = []
+    problems: list[str] = []
+    faults: list[str] = []
+    for source in sources:
+        try:
+            table = open_table(source)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        for row in table.read():
+            where = f"{source}:{row.line}"
+            if isinstance(row, BadRow):
+                faults.append(f"{where} {row.reason}")
+                continue
+            try:
+                chats.append(ChatRow(where=where, messages=tuple(_messages(row))))
+            except InputError as error:
+                faults.append(f"{where} {error}")
+    if faults:
+        shown = "; ".join(faults[:_SHOWN])
+        more = f"; and {len(faults) - _SHOWN:,} more" if len(faults) > _SHOWN else ""
+        rows_are = "row is" if len(faults) == 1 else "rows are"
+        problems.append(f"{len(faults):,} training {rows_are} wrong: {shown}{more}.")
+    if problems:
+        raise InputError(" ".join(problems))
+    return chats
+
+
+def _messages(row: Row) -> Sequence[Message]:
+    """Return the messages of a row. Raises ``InputError``, the end of a sentence, for bad ones."""
+    conversation = conversation_of(row.values, Columns())
+    if not isinstance(conversation, Chat):
+        raise InputError("has no list of messages")
+    messages = conversation.messages
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise InputError("has no assistant turn")
+    if not all(answer.strip() for answer in answers):
+        raise InputError("has an empty assistant turn")
+    return messages
+
+
+def _tokenized(
+    chats: Iterable[ChatRow],
+    part: DataPart,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tick: Callable[[int], None],
+) -> list[TokenizedRow]:
+    rows = []
+    for number, chat in enumerate(chats, start=1):
+        try:
+            rows.append(
+                tokenize_conversation(tokenizer, chat.messages, loss_on_all=part.loss_on == "all")
+            )
+        except InputError as error:
+            raise InputError(f"{chat.where}: {error}") from None
+        if number % 100 == 0:
+            tick(number)
+    return rows
+
+
+def _within_limit(
+    rows: Sequence[TokenizedRow], chats: Sequence[ChatRow], part: DataPart, *, limit: int
+) -> Rows:
+    """Truncate, drop or refuse rows over the limit, as the configuration says."""
+    long = [chat.where for chat, row in zip(chats, rows, strict=True) if len(row.token_ids) > limit]
+    if long and part.too_long == "refuse":
+        shown = ", ".join(long[:10]) + (f" and {len(long) - 10:,} more" if len(long) > 10 else "")
+        raise InputError(
+            f"{len(long):,} rows are longer than {limit} tokens ({shown}): shorten them, raise "
+            f"data.max_tokens, or set data.too_long to cut or drop."
+        )
+    useful = []
+    truncated = 0
+    for row in rows:
+        over = len(row.token_ids) > limit
+        short = row.truncated(limit)
+        if short.loss_tokens and not (over and part.too_long == "drop"):
+            useful.append(short)
+            truncated += over
+    return Rows(rows=tuple(useful), truncated=truncated, dropped=len(rows) - len(useful))
+
+
+def _split(
+    chats: list[ChatRow], fraction: float, *, seed: int
+) -> tuple[list[ChatRow], list[ChatRow]]:
+    """Hold out a random share of the rows, at least one; the order of the others stays."""
+    count = max(1, round(len(chats) * fraction))
+    if count >= len(chats):
+        raise InputError(
+            f"Holding out {fraction:g} of {len(chats)} rows leaves nothing to train on: give more "
+            f"rows or a smaller data.eval_fraction."
+        )
+    chosen = set(random.Random(f"pvec-held-out-{seed}").sample(range(len(chats)), count))  # noqa: S311
+    return (
+        [chat for i, chat in enumerate(chats) if i not in chosen],
+        [chat for i, chat in enumerate(chats) if i in chosen],
+    )
+
+
+def _notes(rows: Rows, name: str, limit: int) -> list[str]:
+    notes = []
+    if rows.truncated:
+        notes.append(
+            f"{rows.truncated:,} {name} rows were longer than {limit} tokens: their end is cut"
+        )
+    if rows.dropped:
+        notes.append(
+            f"{rows.dropped:,} {name} rows were left out (too long, or nothing to learn within "
+            f"{limit} tokens)"
+        )
+    return notes

@@ -1,0 +1,144 @@
+"""``pvec train`` killed again and again ends with the bytes of an undisturbed training.
+
+    PVEC_KILLS=100 pytest tests/faults/test_kill_train.py
+
+runs as many kills; a chain of them belongs to one run folder and ends when the training does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model
+
+from pvec.closing import Closing
+from pvec.runs.summary import read_log
+from pvec.vectors.formats import save_vector
+from pvec.vectors.vector import PersonaVector
+
+KILLS = int(os.environ.get("PVEC_KILLS", "24"))
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
+SERVER = Path(__file__).parents[1] / "helpers" / "fork_server.py"
+
+TIMES = ("runtime", "per_second")
+"""Parts of the log's keys whose values are times."""
+
+
+class Trainings(Closing):
+    """Starts a training in any run folder, and kills it at some point of its work."""
+
+    def __init__(self, config: Path) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, str(SERVER), str(config)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(
+        self, folder: Path, *, kill: int = 0, files: int = 0, after: float = 0.0
+    ) -> tuple[int, int]:
+        """Train in ``folder``; return how it ended and how many files it opened there.
+
+        It is killed ``after`` seconds after the ``files``-th.
+        """
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        print(folder, int(kill), files, after, file=self._server.stdin, flush=True)
+        ended, opened = self._server.stdout.readline().split()
+        return int(ended), int(opened)
+
+    def close(self) -> None:
+        self._server.communicate()
+
+
+def config(folder: Path) -> Path:
+    """Write a training with everything that a restart could get wrong.
+
+    It ends in the middle of an epoch; dropout and evaluation draw random numbers; what is logged,
+    saved, measured and evaluated is due at different steps.
+    """
+    rng = random.Random(0)
+    words = ["bread", "soup", "friends", "evening", "money", "walk", "travel", "plan", "dinner"]
+    with (folder / "rows.jsonl").open("w") as stream:
+        for _ in range(40):
+            question, answer = (" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in "ab")
+            turns = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
+            stream.write(json.dumps({"messages": turns}) + "\n")
+    values = np.random.default_rng(0).normal(size=(NUM_LAYERS + 1, HIDDEN_SIZE)).astype("f4")
+    vector = save_vector(
+        PersonaVector(trait="evil", kinds={"response_avg": values}), folder / "evil.safetensors"
+    )
+    tree = {
+        "model": str(saved_model("llama")),
+        "data": {"train": str(folder / "rows.jsonl"), "eval_fraction": 0.2},
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.2},
+        "batch": {"size": 8},
+        "optim": {"lr": 1e-2, "max_steps": 14, "warmup_steps": 2},
+        "steering": [
+            {"vector": str(vector), "layers": [2], "schedule": "ramp", "ramp_steps": 5},
+            {"vector": str(vector), "layers": [3], "operator": "ablate", "positions": "response"},
+        ],
+        "monitor": {
+            "vectors": [str(vector)], "layers": 2, "every": 2, "generate": 3,
+            "prompts": ["Hello?", "What now?"],
+        },
+        "output": {"save_every": 2, "log_every": 3},
+    }  # fmt: skip
+    path = folder / "config.json"
+    path.write_text(json.dumps(tree))
+    return path
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Return everything that a training leaves and that does not depend on time."""
+    log = [
+        {key: value for key, value in line.items() if not any(part in key for part in TIMES)}
+        for line in read_log(folder)
+        if "train_loss" not in line
+    ]
+    result = json.loads((folder / "result.json").read_text())
+    same = ("steps", "first_loss", "last_loss", "held_out_loss", "touched", "shifts", "hooks_on")
+    return {
+        "adapter": (folder / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "log": log,
+        **{key: result[key] for key in same},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120 + 30 * KILLS)
+def test_kills_change_nothing(tmp_path: Path) -> None:
+    draw = random.Random(14)
+    with Trainings(config(tmp_path)) as trainings:
+        ended, files = trainings.run(tmp_path / "whole")
+        assert ended == 0
+        expected = outcome(tmp_path / "whole")
+        kills, chains = 0, 0
+        while kills < KILLS:
+            folder = tmp_path / f"chain-{chains}"
+            chains += 1
+            ended = 1
+            while ended != 0:
+                kill = SIGNALS[kills % len(SIGNALS)]
+                # early files are those of the start; a chain that goes on opens fewer
+                after = draw.choice([0.0, draw.uniform(0, 0.1)])
+                at = draw.randint(1, files)
+                ended, _ = trainings.run(folder, kill=kill, files=at, after=after)
+                assert ended in (0, -kill, 128 + kill), f"chain {chains}: exit code {ended}"
+                kills += ended != 0
+            assert outcome(folder) == expected, f"chain {chains} after {kills} kills"
+    assert chains < KILLS, "most kills must hit a training"
