@@ -12,13 +12,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 _NAME = "pvec_grouped"
 _NOT_PLAIN = ("position_bias", "s_aux", "softcap", "cache")
 """Arguments with which attention is more than a softmax over the keys."""
+
+
+def supports_grouping(model: PreTrainedModel) -> bool:
+    """Whether a model looks its attention up by name, so that another can be put in its place.
+
+    Others compare the name themselves and would fall back to a path that was not meant for them.
+    """
+    return bool(type(model)._supports_attention_backend)  # noqa: SLF001 - transformers' own name
 
 
 @contextmanager

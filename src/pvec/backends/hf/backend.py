@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pvec.activations.capture import capture_means
 from pvec.backends.base import Backend
 from pvec.backends.hf import continuation, generation
+from pvec.backends.hf.batch_check import check_batching
 from pvec.backends.hf.forward import CausalModel, causal_model
 from pvec.models.decoder import find_decoder
 from pvec.models.files import ModelSpec
@@ -104,9 +105,8 @@ class HFBackend(Backend):
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
         """Yield one ``Generation`` per request as it finishes; see ``Backend.generate``."""
-        assert self._causal is not None, "the backend is closed"
         return generation.generate(
-            self._causal,
+            self._decoding_model(),
             self.tokenizer,
             list(requests),
             limits=self.limits,
@@ -116,9 +116,12 @@ class HFBackend(Backend):
 
     def stream(self, requests: Iterable[Request]) -> Iterator[StreamChunk]:
         """Yield a ``StreamChunk`` for every new token; see ``Backend.stream``."""
-        assert self._causal is not None, "the backend is closed"
         return generation.stream(
-            self._causal, self.tokenizer, list(requests), limits=self.limits, notify=self.on_note
+            self._decoding_model(),
+            self.tokenizer,
+            list(requests),
+            limits=self.limits,
+            notify=self.on_note,
         )
 
     def capture(
@@ -138,9 +141,12 @@ class HFBackend(Backend):
         self, prompts: Sequence[tuple[int, ...]], continuations: Sequence[tuple[int, ...]]
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield ``(prompt index, logprobs)``; see ``Backend.continuation_logprobs``."""
-        assert self._causal is not None, "the backend is closed"
         return continuation.continuation_logprobs(
-            self._causal, prompts, continuations, limits=self.limits, notify=self.on_note
+            self._decoding_model(),
+            prompts,
+            continuations,
+            limits=self.limits,
+            notify=self.on_note,
         )
 
     def close(self) -> None:
@@ -150,6 +156,12 @@ class HFBackend(Backend):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _decoding_model(self) -> CausalModel:
+        """Return the model for the decode loops, after ``check_batching``."""
+        assert self._causal is not None, "the backend is closed"
+        check_batching(self._causal)
+        return self._causal
 
     def _note_retry(self, budget: int) -> None:
         self.on_note(f"out of memory: capturing with at most {budget} tokens at once")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pvec.backends.hf.attention import grouped_decoding
+from pvec.backends.hf.attention import grouped_decoding, supports_grouping
 from pvec.backends.hf.kvcache import RowCache
 from pvec.errors import ModelError
 from pvec.models.decoder import Decoder, find_decoder
@@ -63,7 +63,8 @@ class CausalModel:
         ``[R, past + T]`` (None: nothing is padding), or what transformers takes ready-made.
         """
         steered = steerer.attached() if steerer is not None and steerer.active else nullcontext()
-        single = grouped_decoding(self.config) if token_ids.shape[1] == 1 else nullcontext()
+        grouped = token_ids.shape[1] == 1 and supports_grouping(self.inner)
+        single = grouped_decoding(self.config) if grouped else nullcontext()
         with steered, single:
             output = self.inner(
                 input_ids=token_ids,
@@ -132,6 +133,11 @@ def left_padded(
 
 
 def _bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
+    """Return what keys and values of one position take; heads may differ from layer to layer."""
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    numbers = 0
+    for layer in layers:
+        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        width = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        numbers += 2 * heads * width
+    return int(numbers * dtype.itemsize)

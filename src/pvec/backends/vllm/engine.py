@@ -29,6 +29,7 @@ from pvec.errors import InputError, SteeringError
 from pvec.models.decoder import check_layer
 from pvec.models.files import ModelSpec
 from pvec.models.load import ModelMetadata, choose_dtype, inspect_model
+from pvec.models.weights import check_checkpoint
 from pvec.settings.tree import Settings, VLLMSettings
 from pvec.types import Generation, ModelInfo, Progress, Request, SpanMeans, StreamChunk, TokenSpans
 
@@ -58,6 +59,7 @@ class VLLMBackend(Backend):
         self.version = check_vllm()
         spec = ModelSpec(model=model) if isinstance(model, str) else model
         metadata = metadata or inspect_model(spec)
+        check_checkpoint(metadata.files.folder, name=spec.model, pickle=spec.allow_pickle)
         options = options or VLLMSettings()
         if metadata.adapter is not None:
             options = options.model_copy(update={"max_loras": max(options.max_loras, 1)})

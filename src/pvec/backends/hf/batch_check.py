@@ -1,0 +1,92 @@
+"""Check that a batch computes for each row what the model computes for that row alone.
+
+Some architectures ignore the padding mask, or keep a state that pvec's cache does not hold, and
+then answer differently in a batch, with no error. So the first time that an architecture generates
+in a process, a few tokens are decoded in a padded batch and compared with transformers' plain
+forward pass of each row, without batch, padding or cache.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pvec.backends.hf.forward import CausalModel, left_padded
+from pvec.backends.hf.kvcache import RowCache
+from pvec.errors import ModelError
+
+_PROMPTS = (24, 9)
+"""Lengths of the prompts in tokens: the second row is padded."""
+
+_STEPS = 3
+
+_TOLERANCE = {torch.float32: 0.01}
+_ROUGH_TOLERANCE = 0.3
+"""Allowed relative difference of logits: rounding gives about 1e-6 in float32 and 1e-2 in half
+precision, where a mixture of experts may also choose another expert; a wrong mask gives about 1.
+"""
+
+_checked: set[tuple[type, str, torch.dtype]] = set()
+
+
+def check_batching(model: CausalModel) -> None:
+    """Check an architecture once in a process (see above); ``ModelError`` when a batch differs."""
+    inner = model.inner
+    attention = str(inner.config._attn_implementation)  # noqa: SLF001 - transformers' own name
+    key = (type(inner), attention, inner.dtype)
+    if key in _checked:
+        return
+    advice = "it cannot generate on the hf backend; use --backend vllm or another model."
+    name = type(inner).__name__
+    try:
+        difference = batch_difference(model)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        first = str(error).split("\n", maxsplit=1)[0][:200]
+        raise ModelError(
+            f"{name} does not run in a batch with a cache ({first}): {advice}"
+        ) from error
+    if not difference <= _TOLERANCE.get(inner.dtype, _ROUGH_TOLERANCE):
+        raise ModelError(
+            f"{name} computes other logits in a batch than alone (relative difference "
+            f"{difference:.2g}): {advice}"
+        )
+    _checked.add(key)
+
+
+@torch.inference_mode()
+def batch_difference(model: CausalModel) -> float:
+    """Return the largest relative difference between logits of a batch and of its rows alone."""
+    batched = _decoded(model, rows := _rows(model))  # [R, steps, V]
+    worst = 0.0
+    for row, logits in zip(rows, batched, strict=True):
+        ids = torch.tensor([row], device=model.device)
+        alone = model.inner(input_ids=ids, use_cache=False).logits[0, -_STEPS:].float()
+        spread = (alone - alone.mean(dim=-1, keepdim=True)).norm()
+        worst = max(worst, float((logits - alone).norm() / spread))
+    return worst
+
+
+def _rows(model: CausalModel) -> list[list[int]]:
+    """Return token ids of the prompts and what follows them: fixed, and different for each row."""
+    longest = min(model.context or 1 << 20, max(_PROMPTS) + _STEPS - 1)
+    count = min(model.vocab_size, int(model.decoder.embed.weight.shape[0]))  # type: ignore[index]
+    special = {*model.stop_ids, model.pad_id}
+    usable = [token for token in range(count) if token not in special]
+    return [
+        [usable[(7919 * (row + 1) * (step + 1)) % len(usable)] for step in range(length)]
+        for row, length in enumerate(min(p + _STEPS - 1, longest) for p in _PROMPTS)
+    ]
+
+
+def _decoded(model: CausalModel, rows: list[list[int]]) -> torch.Tensor:
+    """Return the logits of the last tokens of each row, the rows decoded as one padded batch."""
+    prompts = [row[: len(row) - _STEPS + 1] for row in rows]
+    ids, real, positions = left_padded(prompts, pad_id=model.pad_id, device=model.device)
+    cache = RowCache()
+    steps = [model.forward(ids, mask=real, positions=positions, cache=cache)]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    for step in range(1, _STEPS):
+        newest = torch.tensor([[row[step - _STEPS]] for row in rows], device=model.device)
+        real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
+        positions = lengths[:, None] + step - 1
+        steps.append(model.forward(newest, mask=real, positions=positions, cache=cache))
+    return torch.stack(steps, dim=1)
