@@ -24,7 +24,7 @@ import pvec.tiny
 from pvec import __version__
 from pvec.backends.session import ignore
 from pvec.errors import PvecError, StoreError, install_command
-from pvec.judges.client import KEY_NAME
+from pvec.judges.server import KEY_NAME
 from pvec.runs.files import probe_writable
 from pvec.settings import Settings
 from pvec.types import Progress, Request, Sampling

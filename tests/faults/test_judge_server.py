@@ -15,6 +15,7 @@ from pvec.judges.pacing import Patience
 from pvec.types import JudgeQuery, Score
 from tests.helpers.judge_server import (
     FAULTS,
+    ODD_REPLIES,
     PROBE_WORDS,
     JudgeServer,
     Said,
@@ -52,19 +53,54 @@ def expected(number: int) -> float:
 def test_a_thousand_scores_with_one_request_in_five_failing_are_each_scored_once() -> None:
     count = 1010
     # A time-out of the client is the one fault that takes real time, so there are few of them.
-    kinds = [kind for kind in FAULTS if kind != "hang"] * 5 + ["hang"]
+    kinds = [kind for kind in (*FAULTS, *ODD_REPLIES) if kind != "hang"] * 5 + ["hang"]
     with (
         JudgeServer(fault=one_in(5, seed=1, kinds=kinds)) as server,
-        judge(server, patience=patience(timeout=4.0, tries=12), concurrency=32) as asked,
+        judge(server, patience=patience(timeout=8.0, tries=12), concurrency=32) as asked,
     ):
         scores = list(asked.score(queries(count)))
     assert Counter(score.id for score in scores) == Counter(f"s{n}" for n in range(count))
     assert {score.status for score in scores} == {"ok"}
     assert {s.id: s.score for s in scores} == {f"s{n}": expected(n) for n in range(count)}
-    assert set(server.faults) == set(FAULTS)
+    assert len(set(server.faults)) >= 50
     assert 0.15 < server.faults.total() / server.asked.total() < 0.25
     answered_once = {prompt: n for prompt, n in server.answered.items() if n == 1}
     assert len(answered_once) == count + 1  # and the probe
+
+
+def test_fifty_kinds_of_faults_are_tried() -> None:
+    assert len({*FAULTS, *ODD_REPLIES}) >= 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*(kind for kind in FAULTS if kind != "hang"), *ODD_REPLIES])
+def test_a_thousand_scores_with_one_fault_alone_at_one_request_in_five(kind: str) -> None:
+    with (
+        JudgeServer(fault=one_in(5, seed=2, kinds=[kind])) as server,
+        judge(server, patience=patience(timeout=20.0, tries=12), concurrency=16) as asked,
+    ):
+        scores = list(asked.score(queries(1000)))
+    assert {s.id: (s.status, s.score) for s in scores} == {
+        f"s{n}": ("ok", expected(n)) for n in range(1000)
+    }
+    assert len(scores) == 1000
+    assert set(server.answered.values()) == {1}
+
+
+@pytest.mark.parametrize("kind", ODD_REPLIES)
+def test_a_reply_with_a_part_that_cannot_be_read_is_a_score_all_the_same(kind: str) -> None:
+    price = Price(prompt=1.0, completion=1.0)
+    odd = one_in(1, seed=0, kinds=[kind])
+    with (
+        JudgeServer(fault=odd) as server,
+        judge(server, budget=Budget(limit=1.0, price=price)) as asked,
+    ):
+        scores = list(asked.score(queries(3)))
+        assert 0 < asked.spent < 1e-3
+    assert {s.id: s.score for s in scores} == {
+        f"s{n}": pytest.approx(expected(n)) for n in range(3)
+    }
+    assert set(server.answered.values()) == {1}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FAULTS if kind != "hang"])
@@ -178,7 +214,12 @@ def test_a_server_that_is_not_there_is_found_by_the_check() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("429 quota", "no credit left"), ("429 tomorrow", "asks to wait"), ("403", "refused access")],
+    [
+        ("429 quota", "no credit left"),
+        ("429 tomorrow", "asks to wait"),
+        ("401", "refused the key"),
+        ("402", "no credit left"),
+    ],
 )
 def test_what_no_retry_can_cure_stops_the_run_and_keeps_what_was_scored(
     kind: str, words: str
@@ -194,6 +235,37 @@ def test_what_no_retry_can_cure_stops_the_run_and_keeps_what_was_scored(
         # Every answer that the server gave reached the caller.
         assert len(scores) == len(server.answered) - 1
         assert server.asked.total() < 150
+
+
+@pytest.mark.parametrize("kind", ["403", "404", "400"])
+def test_a_prompt_that_is_rejected_after_successes_is_an_error_of_its_own(kind: str) -> None:
+    """Thirty of them in a row: more than the number at which the server itself is doubted."""
+
+    def some(prompt: str, _nth: int) -> str | None:
+        number = int("0" + "".join(filter(str.isdigit, prompt.removeprefix(PROBE_WORDS))))
+        return kind if 10 <= number < 40 else None
+
+    with JudgeServer(fault=some) as server, judge(server, concurrency=1) as asked:
+        scores = {score.id: score for score in asked.score(queries(60))}
+    failed = {n for n in range(60) if scores[f"s{n}"].status == "error"}
+    assert failed == set(range(10, 40))
+    assert f"HTTP {kind}" in scores["s10"].detail
+    assert all(count == 1 for prompt, count in server.asked.items() if "answer" in prompt)
+
+
+@pytest.mark.parametrize("kind", ["filter", "403 flagged"])
+def test_a_content_filter_refuses_prompts_and_ends_nothing(kind: str) -> None:
+    """Evil answers on a filtering endpoint: nearly every prompt is refused, from the first on."""
+
+    def most(prompt: str, _nth: int) -> str | None:
+        return None if prompt.startswith(PROBE_WORDS) or "7?" in prompt else kind
+
+    with JudgeServer(fault=most) as server, judge(server, concurrency=4) as asked:
+        scores = {score.id: score for score in asked.score(queries(200))}
+    for number in range(200):
+        score = scores[f"s{number}"]
+        assert score.status == ("ok" if number % 10 == 7 else "refusal")
+    assert set(server.asked.values()) == {1}
 
 
 def collect(scores: list[Score], asked: OpenAIJudge) -> None:

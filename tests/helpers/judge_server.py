@@ -6,6 +6,7 @@ in full, how often.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from gzip import compress as gzip_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
@@ -39,8 +41,58 @@ FAULTS = (
     "no choices",
     "error body",
     "hang",
+    "408",
+    "409",
+    "425",
+    "502 page",
+    "503 list",
+    "504 string",
+    "520 empty",
+    "529 detail",
+    "429 list",
+    "429 string",
+    "429 inside",
+    "200 with 502",
+    "200 with 429",
+    "200 detail",
+    "200 choice error",
+    "200 error text",
+    "empty",
+    "null",
+    "list",
+    "string",
+    "number",
+    "deep",
+    "deep object",
+    "digits",
+    "not utf-8",
+    "choices null",
+    "choices text",
+    "choice null",
+    "message null",
+    "entries text",
+    "bomb",
+    "too long",
+    "bad gzip",
+    "brotli",
 )
 """Everything a server can do instead of answering. ``hang`` outlasts any time-out of a test."""
+
+ODD_REPLIES = (
+    "usage absent",
+    "usage null",
+    "usage huge",
+    "usage negative",
+    "usage text",
+    "content parts",
+    "logprob null",
+    "logprob NaN",
+    "logprob -9999",
+    "logprob -Infinity",
+    "token of 6000 digits",
+    "no finish reason",
+)
+"""Answers that can be read although a part of them cannot."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +145,8 @@ class JudgeServer:
     models: Sequence[str] | None = None
     rejects: Sequence[str] = ()
     """Request parameters that are refused with a 400 that names them."""
+    dialect: Callable[[str, dict[str, Any]], tuple[int, Any] | None] | None = None
+    """Status and body that a server of some make gives to a path and a request; None answers."""
     capacity: int | None = None
     """More requests at once than this get a 429."""
     delay: float = 0.0
@@ -195,13 +249,23 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if judge.delay:
                 judge.closing.wait(judge.delay)
-            if self._refused(body):
+            if judge.dialect is not None:
+                reply = judge.dialect(self.path, body)
+                if reply is not None:
+                    self._send(reply[0], json.dumps(reply[1]).encode())
+                    return
+            elif self._refused(body):
                 return
             if judge.capacity is not None and inside > judge.capacity:
                 judge.count(judge.faults, "over capacity")
                 self._send(429, _error("too many requests"), {"Retry-After": "0.02"})
                 return
             fault = judge.fault(prompt, nth)
+            if fault in ODD_REPLIES:
+                judge.count(judge.faults, fault)
+                self._send(200, odd(fault, completion(judge.notify(prompt), body)))
+                judge.count(judge.answered, prompt)
+                return
             if fault is not None:
                 judge.count(judge.faults, fault)
                 self._misbehave(fault, prompt, body)
@@ -248,6 +312,20 @@ class _Handler(BaseHTTPRequestHandler):
             "garbage": (200, b"<html>502 Bad Gateway</html>", {}),
             "no choices": (200, {"choices": []}, {}),
             "error body": (200, {"error": {"message": "upstream failed", "code": 502}}, {}),
+            "401": (401, _error("Incorrect API key provided"), {}),
+            "404": (404, _error("not found"), {}),
+            "402": (402, _error("Insufficient credits"), {}),
+            "filter": (
+                400,
+                _error("The prompt triggered the content management policy", code="content_filter"),
+                {},
+            ),
+            "403 flagged": (
+                403,
+                {"error": {"message": "Your input was flagged", "code": 403, "metadata": {}}},
+                {},
+            ),
+            **_bodies(answer, limited),
         }
         if fault in plain:
             self._send(*plain[fault])
@@ -283,6 +361,92 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True
+
+
+def _bodies(answer: bytes, limited: dict[str, Any]) -> dict[str, tuple[int, Any, dict[str, str]]]:
+    """Return status, body and headers of the rarer faults."""
+    failed = {"message": "upstream failed", "code": 502}
+    gzip = {"Content-Encoding": "gzip"}
+    return {
+        **{str(status): (status, _error("try again"), {}) for status in (408, 409, 425)},
+        "502 page": (502, b"<html><h1>Bad Gateway</h1></html>", {}),
+        "503 list": (503, b'[{"error": {"code": 503, "message": "overloaded"}}]', {}),
+        "504 string": (504, b'"gateway time-out"', {}),
+        "520 empty": (520, b"", {}),
+        "529 detail": (529, {"detail": [{"loc": ["body"], "msg": "busy"}]}, {}),
+        "429 list": (429, json.dumps([limited]).encode(), {"Retry-After": "0.02"}),
+        "429 string": (429, {"code": "rate", "error": "too many"}, {"Retry-After": "0.02"}),
+        "429 inside": (
+            429,
+            {"error": {"message": "Provider returned error", "metadata": {"raw": "slow down"}}},
+            {"Retry-After": "0.02"},
+        ),
+        "200 with 502": (200, {"error": failed, "choices": None}, {}),
+        "200 with 429": (200, {"error": {"message": "slow down", "code": 429}}, {}),
+        "200 detail": (200, {"detail": "internal error"}, {}),
+        "200 choice error": (200, {"choices": [{"error": failed, "finish_reason": "error"}]}, {}),
+        "200 error text": (200, {"error": "upstream failed"}, {}),
+        "empty": (200, b"", {}),
+        "null": (200, b"null", {}),
+        "list": (200, b"[1, 2]", {}),
+        "string": (200, b'"75"', {}),
+        "number": (200, b"75", {}),
+        "deep": (200, b"[" * 100_000, {}),
+        "deep object": (200, b'{"choices":' * 100_000, {}),
+        "digits": (200, b'{"choices": [], "id": ' + b"9" * 6000 + b"}", {}),
+        "not utf-8": (200, b'{"choices": "\xff\xfe"}', {}),
+        "choices null": (200, {"choices": None}, {}),
+        "choices text": (200, {"choices": "75"}, {}),
+        "choice null": (200, {"choices": [None]}, {}),
+        "message null": (200, {"choices": [{"message": None}]}, {}),
+        "entries text": (
+            200,
+            {"choices": [{"message": {"content": "75"}, "logprobs": {"content": "75"}}]},
+            {},
+        ),
+        "bomb": (200, _bomb(), gzip),
+        "too long": (200, _TOO_LONG, {}),
+        "bad gzip": (200, answer, gzip),
+        "brotli": (200, answer, {"Content-Encoding": "br"}),
+    }
+
+
+_TOO_LONG = b" " * (6 * 2**20)
+
+
+@functools.cache
+def _bomb() -> bytes:
+    """Return 64 MiB of spaces in 64 KiB of gzip."""
+    return gzip_bytes(b" " * 2**26)
+
+
+def odd(kind: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Return a completion with something wrong in it that does not keep it from being read."""
+    usage: dict[str, Any] = {
+        "usage null": None,
+        "usage huge": {"prompt_tokens": 10**400, "completion_tokens": 1},
+        "usage negative": {"prompt_tokens": -5, "completion_tokens": 1},
+        "usage text": {"prompt_tokens": "5", "completion_tokens": "1"},
+    }
+    choice = body["choices"][0]
+    entry: dict[str, Any] = {"token": "hm", "logprob": -0.5}
+    if kind in usage:
+        body["usage"] = usage[kind]
+    elif kind == "usage absent":
+        del body["usage"]
+    elif kind == "content parts":
+        choice["message"]["content"] = [{"type": "text", "text": choice["message"]["content"]}]
+    elif kind == "no finish reason":
+        choice["finish_reason"] = None
+    elif kind == "token of 6000 digits":
+        entry = {"token": "9" * 6000, "logprob": -20.0}
+    else:
+        entry["logprob"] = {"null": None}.get(kind.split()[1], kind.split()[1])
+        if entry["logprob"] is not None:
+            entry["logprob"] = float(entry["logprob"])
+    if kind.startswith(("logprob", "token")):
+        choice["logprobs"]["content"][0]["top_logprobs"].append(entry)
+    return body
 
 
 def _error(message: str, **fields: str) -> dict[str, Any]:

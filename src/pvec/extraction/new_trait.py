@@ -14,8 +14,8 @@ from pathlib import Path
 from pvec.backends.session import Notify, ignore
 from pvec.errors import InputError, JudgeError, ModelError
 from pvec.judges.author import Author, UnusableReply, correction, read_draft, task, trait_from
-from pvec.judges.client import KEY_NAME, api_key, server_url
 from pvec.judges.pacing import Patience
+from pvec.judges.server import KEY_NAME, api_key, server_url
 from pvec.runs.files import atomic_write, probe_writable
 from pvec.settings import Settings
 from pvec.traits.check import check_trait

@@ -168,15 +168,16 @@ class Author(Closing):
             reply = self._endpoint.run(self._endpoint.ask(messages, max_tokens=None))
         except GaveUp as error:
             msg = (
-                f"The author at {self._endpoint.url_without_secrets} cannot be used: {error}; "
+                f"The author at {self._endpoint.server.place} cannot be used: {error}; "
                 "nothing was written. Check --author-url and the server, or run the same command "
                 "again later."
             )
             raise JudgeError(msg) from error
         if reply.refusal is not None or reply.finish_reason == "content_filter":
-            said = self._endpoint.redact(reply.refusal or "stopped by the server's content filter")
+            reason = reply.refusal or "stopped by the server's content filter"
             msg = (
-                f"{self.model} refused to write the trait ({said}); nothing was written. Say in "
+                f"{self.model} refused to write the trait "
+                f"({self._endpoint.server.redact(reason)}); nothing was written. Say in "
                 "--description what it is for, or choose another --author-model."
             )
             raise ModelError(msg)

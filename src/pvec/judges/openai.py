@@ -7,6 +7,8 @@ that give no logprobs, split numbers into digits, or think before they answer ar
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import queue
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future
@@ -14,12 +16,14 @@ from typing import Literal
 
 from pvec.errors import JudgeError
 from pvec.judges.base import Judge
-from pvec.judges.client import KEY_NAME, Endpoint, GaveUp, Halted
+from pvec.judges.client import Endpoint, GaveUp, Halted
 from pvec.judges.cost import Budget
+from pvec.judges.dialect import MOST_TOKENS
 from pvec.judges.pacing import Patience
 from pvec.judges.reply import Reply
 from pvec.judges.scales import Reading, read_text, read_tokens
-from pvec.types import JudgeQuery, Message, Score
+from pvec.judges.server import KEY_NAME
+from pvec.types import JudgeQuery, Message, Score, ScoreStatus
 
 DEFAULT_MODEL = "gpt-4.1-mini-2025-04-14"
 """The paper's judge family, pinned to a dated version so that scores stay comparable."""
@@ -29,9 +33,8 @@ _PROBE_TOKENS = 4
 _PROBE_TRIES = 4
 _TEXT_TOKENS = 16
 _VERDICT_TOKENS = 512
-_THINKING_TOKENS = 4096
 _HOPELESS = 20
-"""So many requests in a row that failed for good, after all their tries, end the run."""
+"""After so many requests in a row that failed for good, the server has to answer a probe."""
 
 
 class OpenAIJudge(Judge):
@@ -64,7 +67,7 @@ class OpenAIJudge(Judge):
             patience=patience or Patience(),
             concurrency=concurrency,
         )
-        self.name = f"openai:{model}@{self._endpoint.host}"
+        self.name = f"openai:{model}@{self._endpoint.server.host}"
         self._window = 2 * concurrency
         self._require_logprobs = require_logprobs
         self._reads: Literal["logprobs", "text"] = "logprobs"
@@ -72,16 +75,18 @@ class OpenAIJudge(Judge):
         self._reason_for_text = ""
         self._checked = False
         self._failed_in_a_row = 0
+        self._answered = False
+        self._probing = asyncio.Lock()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """How scores are read where that is not the usual way."""
-        found = []
+        notes = []
         if self._reads == "text":
-            found.append(f"scores are read from the judge's text, because {self._reason_for_text}")
-        if "temperature" in self._endpoint.dropped:
-            found.append("the judge does not take temperature 0: its scores vary from run to run")
-        return tuple(found)
+            notes.append(f"scores are read from the judge's text, because {self._reason_for_text}")
+        if "temperature" in self._endpoint.dialect.dropped:
+            notes.append("the judge does not take temperature 0: its scores vary from run to run")
+        return tuple(notes)
 
     @property
     def stopped(self) -> str | None:
@@ -160,16 +165,15 @@ class OpenAIJudge(Judge):
         except Halted:
             return None
         except GaveUp as error:
-            self._failed_in_a_row += 1
-            if self._failed_in_a_row >= _HOPELESS:
-                self._endpoint.halt("the judge fails")
-                raise JudgeError(self._hopeless(str(error))) from error
-            reading = Reading(score=None, status="error", detail=str(error))
+            status: ScoreStatus = "refusal" if error.filtered else "error"
+            reading = Reading(score=None, status=status, detail=str(error))
+            if not error.filtered:
+                await self._note_failure(error)
         except JudgeError as error:
             self._endpoint.halt(str(error))
             raise
         else:
-            self._failed_in_a_row = 0
+            self._failed_in_a_row, self._answered = 0, True
             reading = self._read(reply, query=query, in_text=in_text)
         return Score(
             id=query.id,
@@ -178,16 +182,36 @@ class OpenAIJudge(Judge):
             judge=self.name,
             score=reading.score,
             status=reading.status,
-            detail=self._endpoint.redact(reading.detail),
+            detail=self._endpoint.server.redact(reading.detail),
         )
+
+    async def _note_failure(self, failure: GaveUp) -> None:
+        """Count a failure; raise ``JudgeError`` when it is the server that fails, not this prompt.
+
+        Prompts may fail one after the other and be at fault themselves: then the server, which has
+        answered before or says what is wrong with them, still answers a probe.
+        """
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row < _HOPELESS:
+            return
+        if failure.own_fault or self._answered:
+            async with self._probing:
+                if self._failed_in_a_row < _HOPELESS:  # another failure has asked meanwhile
+                    return
+                with contextlib.suppress(GaveUp):
+                    await self._endpoint.ask([_PROBE], max_tokens=_PROBE_TOKENS, tries=_PROBE_TRIES)
+                    self._failed_in_a_row = 0
+                    return
+        self._endpoint.halt("the judge fails")
+        raise JudgeError(self._hopeless(str(failure))) from failure
 
     def _tokens_for(self, query: JudgeQuery) -> int:
         return max(self._text_tokens, _VERDICT_TOKENS if query.scale == "binary-text" else 0)
 
     def _read(self, reply: Reply, *, query: JudgeQuery, in_text: bool) -> Reading:
         if reply.refusal is not None or reply.finish_reason == "content_filter":
-            said = reply.refusal or "stopped by the server's content filter"
-            return Reading(score=None, status="refusal", detail=said)
+            detail = reply.refusal or "stopped by the server's content filter"
+            return Reading(score=None, status="refusal", detail=detail)
         if in_text:
             return read_text(reply.text, scale=query.scale)
         if reply.positions:
@@ -200,8 +224,9 @@ class OpenAIJudge(Judge):
 
     def _hopeless(self, last: str) -> str:
         return (
-            f"The judge at {self._endpoint.host} failed {_HOPELESS} requests in a row ({last}): "
-            "run the same command again when it is well, everything scored so far is kept."
+            f"The judge at {self._endpoint.server.host} failed {_HOPELESS} requests in a row "
+            f"({last}): run the same command again when it is well, everything scored so far is "
+            "kept."
         )
 
     # -- the probe ------------------------------------------------------------------------------
@@ -218,7 +243,7 @@ class OpenAIJudge(Judge):
             raise JudgeError(msg) from error
         except GaveUp as error:
             msg = (
-                f"The judge at {self._endpoint.url_without_secrets} cannot be used: {error}; "
+                f"The judge at {self._endpoint.server.place} cannot be used: {error}; "
                 "check --judge-url and the server, or use another judge "
                 "(--judge-model local:MODEL, --no-judge)."
             )
@@ -239,14 +264,14 @@ class OpenAIJudge(Judge):
             self._allow_thinking()
 
     def _allow_thinking(self) -> None:
-        reply = self._probe(max_tokens=_THINKING_TOKENS)
+        reply = self._probe(max_tokens=MOST_TOKENS)
         if reply is not None and read_text(reply.text, scale="0-100").score is None:
             msg = (
-                f"The judge {self.name} wrote no number within {_THINKING_TOKENS} tokens when "
+                f"The judge {self.name} wrote no number within {MOST_TOKENS} tokens when "
                 "asked for one: choose a judge that can be asked for a number (--judge-model)."
             )
             raise JudgeError(msg)
-        self._text_tokens = _THINKING_TOKENS
+        self._text_tokens = MOST_TOKENS
 
 
 def _why_text(reply: Reply) -> str | None:

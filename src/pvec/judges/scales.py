@@ -45,6 +45,11 @@ def read_tokens(tokens: Iterable[tuple[str, float]], *, scale: JudgeScale) -> Re
     """Read a score from the ``(token, probability)`` pairs of one output position."""
     pairs = list(tokens)
     values = reply_values(scale)
+    unknown = [token for token, probability in pairs if math.isnan(probability)]
+    if any(_as_reply(token) in values for token in unknown):
+        detail = f"the server gave no probability for {unknown[0]!r}"
+        return Reading(score=None, status="unparsable", detail=detail)
+    pairs = [pair for pair in pairs if pair[0] not in unknown]
     masses: dict[str, float] = {}
     for token, probability in pairs:
         reply = _as_reply(token)
@@ -94,7 +99,7 @@ def _as_reply(token: str) -> str:
     """Return the reply a token stands for: " 75" is 75, "Yes" is YES."""
     word = token.strip()
     if word.isascii() and word.isdigit():
-        return str(int(word))
+        return word.lstrip("0") or "0"
     return word.upper()
 
 

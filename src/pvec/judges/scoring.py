@@ -18,11 +18,11 @@ from pvec.closing import Closing
 from pvec.data.judged_csv import JudgedAnswer
 from pvec.errors import InputError, JudgeError
 from pvec.judges.base import Judge
-from pvec.judges.client import KEY_NAME, api_key, server_url
 from pvec.judges.cost import Budget, Estimate, Price, estimate, known_price, parse_price
 from pvec.judges.openai import DEFAULT_MODEL, OpenAIJudge
 from pvec.judges.pacing import Patience
 from pvec.judges.prompts import COHERENCE, Metric, fill, missing_queries
+from pvec.judges.server import KEY_NAME, api_key, server_url
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.settings import Settings

@@ -16,13 +16,13 @@ from typing import Any
 
 from pvec.errors import StoreError
 from pvec.runs.files import atomic_write
+from pvec.runs.secrets import without_secrets
 
 FILE_NAME = "manifest.json"
 FORMAT = "pvec-run"
 FORMAT_VERSION = 1
 
 _ABSENT = object()
-_SECRET_ENDINGS = ("api_key", "token", "secret", "password", "authorization")
 _PACKAGES = ("pvec", "torch", "transformers", "peft", "vllm", "numpy")
 
 
@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Replace the manifest in ``folder`` as a whole; values under secret-looking keys are hidden.
+    """Replace the manifest in ``folder`` as a whole, without secrets (``runs.secrets``).
 
     Raises ``StoreError`` when it cannot be written.
     """
@@ -91,23 +91,6 @@ def refuse_other_identity(
         f"{folder} holds a run of another configuration ({shown}{more}); "
         "choose another run folder, or go back to the old setting to continue this one."
     )
-
-
-def without_secrets(value: Any) -> Any:
-    """Return ``value`` with the texts under keys such as ``api_key`` replaced by ``"***"``.
-
-    A second line of defence: callers should not pass secrets in the first place.
-    """
-    if isinstance(value, Mapping):
-        return {
-            key: "***"
-            if isinstance(item, str) and item and str(key).lower().endswith(_SECRET_ENDINGS)
-            else without_secrets(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [without_secrets(item) for item in value]
-    return value
 
 
 def package_versions() -> dict[str, str]:

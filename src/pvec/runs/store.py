@@ -29,6 +29,7 @@ from pvec.runs.manifest import (
     write_manifest,
 )
 from pvec.runs.responses import Json, ResponseRecord
+from pvec.runs.secrets import safe_command
 from pvec.traits.trait import Trait, load_trait
 from pvec.types import Score
 
@@ -116,7 +117,7 @@ class Run(Closing):
 
         ``command`` is its own command line by default; ``sections`` go into the manifest too.
         """
-        argv = list(sys.argv if command is None else command)
+        argv = safe_command(sys.argv if command is None else command)
         session: dict[str, Any] = {"command": argv, "started": timestamp(), "ended": None}
         self._seconds = {}
         self.update_manifest(**sections, sessions=[*self.manifest["sessions"], session])
