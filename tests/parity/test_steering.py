@@ -169,7 +169,7 @@ def test_several_layers_vectors_and_operators_equal_a_plain_loop() -> None:
 def test_all_layer_increments_move_every_layer_by_its_own_vector() -> None:
     """With the blocks' own work set to zero, what remains at layer l is the sum of additions."""
     from pvec.steering.tables import all_layer_instructions
-    from pvec.vectors.edit import increments
+    from pvec.vectors.vector import PersonaVector
 
     model = tiny_model("llama")
     with torch.no_grad():
@@ -180,10 +180,9 @@ def test_all_layer_increments_move_every_layer_by_its_own_vector() -> None:
     seen: dict[int, torch.Tensor] = {}
     decoder = find_decoder(model)
     ids, _ = prompts()
-    with (
-        torch.no_grad(),
-        steer(model, all_layer_instructions(increments(rows), coef=2.0, positions="all")),
-    ):
+    increments = PersonaVector(trait="evil", kinds={"response_avg": rows}).increments()
+    instructions = all_layer_instructions(increments, coef=2.0, positions="all")
+    with torch.no_grad(), steer(model, instructions):
         for layer in range(4):
             decoder.on_layer(layer, lambda h, layer=layer: seen.__setitem__(layer, h))
         model(ids)

@@ -10,7 +10,7 @@ import pytest
 from pvec.errors import InputError, ModelError
 from pvec.vectors.find import check_fits
 from pvec.vectors.formats import load_vector, save_vector
-from pvec.vectors.gguf import save_gguf
+from pvec.vectors.gguf import gguf_notes, save_gguf
 from pvec.vectors.vector import PersonaVector
 
 gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
@@ -52,8 +52,8 @@ def test_llama_cpp_would_find_each_layer_at_its_block(tmp_path: Path) -> None:
         np.testing.assert_array_equal(tensor.data, vector.kinds["response_avg"][block + 1])
 
 
-def test_the_user_is_told_what_gguf_cannot_hold(tmp_path: Path) -> None:
-    notes = save_gguf(make(), tmp_path / "evil.gguf", model_hint="qwen2", kind="prompt_avg")
+def test_the_user_is_told_what_gguf_cannot_hold() -> None:
+    notes = gguf_notes(make(), kind="prompt_avg")
     assert any("layer 1" in note for note in notes)
     assert any("only prompt_avg" in note for note in notes)
 
@@ -85,9 +85,11 @@ def test_a_control_vector_may_cover_fewer_layers_than_the_model(tmp_path: Path) 
         check_fits(vector, num_layers=3, hidden_size=4)
 
 
-def test_a_direction_0_is_refused_as_llama_cpp_does(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"direction\.0, which llama\.cpp refuses"):
-        load_vector(write_directions(tmp_path / "v.gguf", indices=[0, 1]))
+def test_a_direction_0_is_layer_1_though_llama_cpp_refuses_it(tmp_path: Path) -> None:
+    vector = load_vector(write_directions(tmp_path / "v.gguf", indices=[0, 1, 2]))
+    assert [vector.row(layer)[0] for layer in (1, 2, 3)] == [0, 1, 2]
+    assert vector.missing_layers == {0}
+    assert "direction.0 is taken for layer 1" in vector.notes[0]
 
 
 def test_a_gguf_model_is_no_control_vector(tmp_path: Path) -> None:

@@ -171,8 +171,8 @@ def test_a_file_is_not_converted_onto_itself_or_into_the_unknown(tmp_path: Path)
     source = saved_vector(tmp_path, "evil")
     with pytest.raises(InputError, match="is the file itself"):
         convert(source, source)
-    with pytest.raises(InputError, match=r"cannot write \.npy files"):
-        convert(source, tmp_path / "evil.npy")
+    with pytest.raises(InputError, match=r"cannot write \.bin files"):
+        convert(source, tmp_path / "evil.bin")
 
 
 @pytest.mark.skipif(not DATA, reason="PVEC_TEST_DATA is not set")

@@ -154,7 +154,7 @@ def test_a_pt_that_needs_code_is_refused_and_nothing_runs(
     assert not (tmp_path / "harmed").exists()
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".gguf"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".gguf", ".npy", ".npz"])
 @pytest.mark.parametrize("content", [b"", b"not a vector at all", b"\x00" * 64])
 def test_a_damaged_file_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"evil{suffix}"
@@ -177,9 +177,9 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 def test_a_file_of_another_kind_or_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no vector file"):
         load_vector(tmp_path / "absent.safetensors")
-    (tmp_path / "evil.npy").write_bytes(b"x")
+    (tmp_path / "evil.bin").write_bytes(b"x")
     with pytest.raises(InputError, match="should end in"):
-        load_vector(tmp_path / "evil.npy")
+        load_vector(tmp_path / "evil.bin")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -30,6 +30,16 @@ Layer = Annotated[
     int | None,
     typer.Option("--layer", "-l", metavar="N", help="Layer, counted from 1 (0: embedding)."),
 ]
+NumLayers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Layers of the model, for files that do not say what row 0 is."
+    ),
+]
+SingleLayer = Annotated[
+    int | None,
+    typer.Option("--layer", "-l", min=1, metavar="N", help="The layer of a file of one [H]."),
+]
 Png = Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Write the plot as PNG.")]
 Svg = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write the plot as SVG.")]
 Out = Annotated[
@@ -100,14 +110,20 @@ def compute(
 @app.command()
 @options()
 def show(
-    ctx: typer.Context, files: Files, kind: Kind = None, png: Png = None, svg: Svg = None
+    ctx: typer.Context,
+    files: Files,
+    kind: Kind = None,
+    num_layers: NumLayers = None,
+    layer: SingleLayer = None,
+    png: Png = None,
+    svg: Svg = None,
 ) -> None:
     """Show norms, separation and stability of vectors by layer, and the suggested layer."""
     from pvec.cli.render import render_description
     from pvec.vectors.find import labels, load_vectors
     from pvec.vectors.show import describe
 
-    vectors = load_vectors(files)
+    vectors = load_vectors(files, num_layers=num_layers, layer=layer)
     described = [describe(path, vector, kind=kind) for path, vector in vectors.items()]
     if png or svg:
         from pvec.report.vectors import layer_figure, write_figure
@@ -144,9 +160,12 @@ def compare(
     """
     from pvec.cli.render import render_cosines
     from pvec.vectors import show
-    from pvec.vectors.find import load_vectors
+    from pvec.vectors.find import load_all_kinds, load_vectors
 
-    result = show.compare(load_vectors(files), by=by, kind=kind or "response_avg", layer=layer)
+    vectors = load_vectors(files, layer=layer, notify=console_from(ctx).note)
+    if by == "kind":
+        vectors = {path: load_all_kinds(path, vector) for path, vector in vectors.items()}
+    result = show.compare(vectors, by=by, kind=kind or "response_avg", layer=layer)
     if png or svg:
         from pvec.report.vectors import cosine_figure, write_figure
 
@@ -215,13 +234,15 @@ def lens(
     from pvec.vectors.find import load_vectors
 
     settings, console = settings_from(ctx), console_from(ctx)
-    (vector,) = load_vectors([file]).values()
+    (vector,) = load_vectors([file], layer=layer).values()
     if not _given(ctx, "model.id", "model.adapter") and vector.metadata.get("model_id"):
         adapter = vector.metadata.get("adapter") or None
         named = {"id": vector.metadata["model_id"], "adapter": adapter}
         settings = settings.model_copy(update={"model": settings.model.model_copy(update=named)})
     with ModelSession(settings, notify=console.note) as session:
-        load_vectors([file], model=session.metadata, same_model=False)
+        (vector,) = load_vectors(
+            [file], model=session.metadata, same_model=False, layer=layer, notify=console.note
+        ).values()
         # always through transformers: an engine for serving does not hand out its modules
         model = load_model(model_spec(settings), metadata=session.metadata)
     result = lens.lens(vector, model, layer=layer, kind=kind, top=top)
@@ -242,12 +263,16 @@ def convert(
         str | None,
         typer.Option(metavar="NAME", help="Architecture in llama.cpp's words (GGUF): qwen2, …"),
     ] = None,
+    num_layers: NumLayers = None,
+    layer: SingleLayer = None,
 ) -> None:
     """Convert between pvec's files, the reference's .pt and GGUF control vectors."""
     from pvec.cli.render import render_files
     from pvec.vectors import edit
 
-    result = edit.convert(source, target, kind=kind, model_hint=model_hint)
+    result = edit.convert(
+        source, target, kind=kind, model_hint=model_hint, num_layers=num_layers, layer=layer
+    )
     console_from(ctx).emit(result, lambda console: render_files(console, result))
 
 

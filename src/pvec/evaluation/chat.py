@@ -12,7 +12,7 @@ import numpy as np
 from pvec.backends.planned import derive_seed
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError, did_you_mean
-from pvec.evaluation.conditions import parse_layers
+from pvec.evaluation.conditions import parse_layers, single_layer
 from pvec.models.chat import prompt_ids, spans_from_ids, think_length
 from pvec.models.decoder import check_layer, describe_layer
 from pvec.settings import Settings
@@ -264,7 +264,12 @@ def load_steering_vectors(
     settings: Settings, session: ModelSession, paths: Sequence[Path]
 ) -> list[SteeringVector]:
     """Return the vectors to chat with, by trait. Raises ``InputError`` for two of one name."""
-    loaded = load_vectors(paths, model=session.metadata).values()
+    loaded = load_vectors(
+        paths,
+        model=session.metadata,
+        layer=single_layer(settings.steer),
+        notify=session.notify,
+    ).values()
     vectors = [steering_vector(vector, kind=settings.steer.kind) for vector in loaded]
     names = [vector.label for vector in vectors]
     twice = [name for name in names if names.count(name) > 1]

@@ -174,9 +174,29 @@ def steered_conditions(
             control_of=_label([control_of[i] for i in group]) if control_of else "",
         )
         for group in ([every] if steer.together else [[i] for i in every])
-        for layers in steered_layers(steer, num_layers=num_layers)
+        for layers in _layers_of([vectors[i] for i in group], steer, num_layers=num_layers)
         for coef in _coefs(steer)
     ]
+
+
+def single_layer(steer: SteerSettings) -> int | None:
+    """Return the layer of settings that name one, for vector files that do not say theirs."""
+    return int(steer.layer) if steer.layer.strip().isdecimal() else None
+
+
+def steers_everywhere(steer: SteerSettings) -> bool:
+    """Whether every layer is steered that the vector has a direction for."""
+    return steer.incremental or steer.layer.strip() == "all"
+
+
+def _layers_of(
+    group: Sequence[SteeringVector], steer: SteerSettings, *, num_layers: int
+) -> list[tuple[int, ...]]:
+    """Return the choices of layers; "all" are those at which every vector has a direction."""
+    choices = steered_layers(steer, num_layers=num_layers)
+    if not steers_everywhere(steer):
+        return list(choices)
+    return [tuple(n for n in layers if all(v.has(n) for v in group)) for layers in choices]
 
 
 def steered_layers(steer: SteerSettings, *, num_layers: int) -> tuple[tuple[int, ...], ...]:

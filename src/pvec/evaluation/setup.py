@@ -9,7 +9,12 @@ from pvec.backends.planned import PlannedResponse, PromptCache, derive_seed, que
 from pvec.backends.run_session import RunSession, run_identity
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError
-from pvec.evaluation.conditions import Condition, evaluation_conditions
+from pvec.evaluation.conditions import (
+    Condition,
+    evaluation_conditions,
+    single_layer,
+    steers_everywhere,
+)
 from pvec.judges.prompts import Metric, metrics_of
 from pvec.runs.names import run_name
 from pvec.steering.instructions import steering_vector
@@ -39,7 +44,13 @@ class SteerSetup:
         self.steer = session.settings.steer
         self.trait = load_trait(trait)
         self.also = [load_trait(name) for name in also]
-        self.loaded = load_vectors(vectors, model=session.metadata)
+        self._notes: list[str] = []
+        self.loaded = load_vectors(
+            vectors,
+            model=session.metadata,
+            layer=single_layer(self.steer),
+            notify=self._notes.append,
+        )
         self.conditions = self._conditions()
         self.metrics = _metrics([self.trait, *self.also])
         self.folder = out or self._default_folder()
@@ -48,8 +59,13 @@ class SteerSetup:
     @property
     def notes(self) -> list[str]:
         """What the user should know of the conditions."""
-        unused = self.loaded and self.steer.operator == "ablate"
-        return ["ablation takes no coefficient: --coef is not used"] if unused else []
+        notes = list(self._notes)
+        if self.loaded and self.steer.operator == "ablate":
+            notes.append("ablation takes no coefficient: --coef is not used")
+        if steers_everywhere(self.steer):
+            depth = self.session.metadata.num_layers
+            notes += filter(None, (vector.left_out(depth) for vector in self.loaded.values()))
+        return notes
 
     def open_run(self) -> RunSession:
         """Open the run. Layers, coefficients and rollouts may grow; what they mean may not."""

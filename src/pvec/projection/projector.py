@@ -18,10 +18,10 @@ from pvec.data.conversations import Conversation, Counts, SpanMaker, Turns
 from pvec.errors import InputError
 from pvec.models.decoder import describe_layer
 from pvec.types import Progress, SpanMeans, TokenSpans, VectorKind
-from pvec.vectors.find import find_vector, load_vectors
+from pvec.vectors.find import find_vector, load_vectors, vector_name
 from pvec.vectors.projection import ProjectionPlan
 from pvec.vectors.quality import suggest_layer, suggest_prompt_layer
-from pvec.vectors.vector import POST_FINAL_NORM, PersonaVector
+from pvec.vectors.vector import PersonaVector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -186,13 +186,21 @@ def open_vectors(
     options = session.settings.project
     kind = options.kind
     vectors: dict[str, PersonaVector] = {}
-    loaded = load_vectors(names, model=session.metadata, same_model=options.same_model)
+    loaded = load_vectors(
+        names,
+        model=session.metadata,
+        same_model=options.same_model,
+        layer=options.layers[0] if len(options.layers) == 1 else None,
+        notify=session.notify,
+    )
     for path in map(find_vector, names):
         vector = loaded[path]
         lone = len(vector.kinds) == 1
         chosen = vector.main_kind if lone else kind
         vector.kind(chosen)
-        name = path.stem if lone or kind == "response_avg" else f"{path.stem}_{kind}"
+        name = vector_name(path)
+        if not lone and kind != "response_avg":
+            name = f"{name}_{kind}"
         if name in vectors:
             raise InputError(
                 f"Two vector files are called {name!r}, and so would be their columns: rename one."
@@ -255,7 +263,7 @@ def _check_rows(
     for name, vector in vectors.items():
         for layer in layers:
             vector.row(layer, kind=session.settings.project.kind)
-        if vector.metadata.get("last_row") == POST_FINAL_NORM and last in layers:
+        if vector.last_row_is_normed and last in layers:
             session.notify(
                 f"{name} was taken after the final norm at {describe_layer(last)}, where pvec "
                 f"projects the residual stream before it: do not compare the two"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+_LONGEST_NAME = 120
+"""Characters; file systems allow 255 bytes, and endings are added."""
+
 
 def model_label(place: str | Path) -> str:
     """Return what to call a model or adapter: the part of its place that tells it from others.
@@ -34,3 +37,16 @@ def run_name(*parts: str, model: str, adapter: str | None) -> str:
 def slug(text: str) -> str:
     """Return ``text`` as a file name."""
     return re.sub(r"[^\w.+-]+", "-", text).strip("-")
+
+
+def safe_name(text: str) -> str:
+    """Return ``text`` as the name of one file in the folder at hand, whatever it says.
+
+    For names that come out of files: path separators, control characters and leading dots go, and
+    a name that is left empty is ``unnamed``.
+
+    >>> safe_name("/etc/../evil mind")
+    'etc-..-evil mind'
+    """
+    cleaned = re.sub(r"[^\w .+-]+", "-", text).strip(" .-")
+    return cleaned[:_LONGEST_NAME] or "unnamed"

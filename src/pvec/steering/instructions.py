@@ -33,12 +33,18 @@ class SteeringVector:
     """One kind of a vector file as it steers: ``rows`` is ``[num_layers + 1, hidden_size]``.
 
     ``mean_norms`` ``[num_layers + 1]`` are the mean residual norms, which coefficients in units of
-    them need. ``label`` is for people.
+    them need. ``label`` is for people. A last row that was taken after the final norm
+    (``normed_layer``) is no direction of the residual stream; it is zero here.
     """
 
     label: str
     rows: NDArray[np.float32]
     mean_norms: NDArray[np.float32] | None = None
+    normed_layer: int | None = None
+
+    def has(self, layer: int) -> bool:
+        """Whether there is a direction to steer with at ``layer``."""
+        return layer < len(self.rows) and bool(self.rows[layer].any())
 
     def instruction(
         self,
@@ -54,7 +60,13 @@ class SteeringVector:
         Raises ``InputError`` when the vector is zero or absent at that layer, and when ``unit`` is
         ``norm`` and the residual norm of that layer is not known.
         """
-        if layer >= len(self.rows) or not self.rows[layer].any():
+        if layer == self.normed_layer:
+            raise InputError(
+                f"The vector {self.label!r} was taken after the final norm at "
+                f"{describe_layer(layer)}, so it is no direction of the residual stream there: "
+                f"choose a lower layer, or compute the vector with pvec."
+            )
+        if not self.has(layer):
             raise InputError(
                 f"The vector {self.label!r} is zero at {describe_layer(layer)} and cannot steer "
                 f"there: choose another layer."
@@ -90,22 +102,15 @@ def steering_vector(
     appendix J.3). Raises ``InputError`` for a kind that the file does not have, and for increments
     of a file that holds them already or has no vector at some layer.
     """
-    label = label or vector.trait
-    rows = vector.kind(kind)
-    if increments and vector.metadata.get("incremental") == "true":
-        raise InputError(
-            f"The vector {label!r} holds the increments already: omit 'incremental' and steer at "
-            f"all layers, or use the vector that the increments were made from."
-        )
-    if increments and vector.missing_layers:
-        raise InputError(
-            f"Incremental steering needs a vector at every layer, and {label!r} has none at "
-            f"{sorted(vector.missing_layers)}: use another vector file."
-        )
+    rows = vector.increments(kind) if increments else vector.kind(kind)
+    if vector.last_row_is_normed:
+        rows = rows.copy()
+        rows[-1] = 0.0
     return SteeringVector(
-        label=label,
-        rows=edit.increments(rows) if increments else rows,
+        label=label or vector.trait,
+        rows=rows,
         mean_norms=vector.mean_norm,
+        normed_layer=vector.num_layers if vector.last_row_is_normed else None,
     )
 
 

@@ -25,7 +25,7 @@ from pvec.training.data import OnRow, Rows, TrainingData, prepare_data, read_cha
 from pvec.training.model import Sizes, check_installed, check_train_packages, measure
 from pvec.training.monitor import monitor_shift
 from pvec.training.shift import PersonaShiftCallback
-from pvec.training.steering import ScheduledInstruction, schedule_steering
+from pvec.training.steering import ScheduledInstruction, schedule_steering, single_layer
 from pvec.vectors.find import load_vectors
 from pvec.vectors.vector import PersonaVector
 
@@ -109,8 +109,10 @@ def make_plan(
     problems.attempt(lambda: check_installed(config, device=device))
     metadata = problems.attempt(lambda: _inspect_base(config, device))
     vectors: dict[str, PersonaVector] = {}
+    vector_notes: list[str] = []
     for name in config.vectors:
-        if loaded := problems.attempt(partial(load_vectors, [name], model=metadata)):
+        load = partial(load_vectors, [name], model=metadata, layer=single_layer(config, name))
+        if loaded := problems.attempt(partial(load, notify=vector_notes.append)):
             (vectors[name],) = loaded.values()
     data = problems.attempt(lambda: _data(config, metadata, on_row))
     problems.raise_if_any()
@@ -127,10 +129,13 @@ def make_plan(
     for part in config.steering:
         schedule = partial(schedule_steering, part, vectors[part.vector], metadata, steps)
         steering += problems.attempt(schedule) or []
+        if part.incremental or part.layers == "all":
+            vector_notes += filter(None, [vectors[part.vector].left_out(metadata.num_layers)])
     shift = problems.attempt(lambda: monitor_shift(config.monitor, vectors, metadata))
     problems.raise_if_any()
     assert sizes is not None
     notes = [*metadata.notes, f"{str(dtype).removeprefix('torch.')}: {dtype_note}", *data.notes]
+    notes += vector_notes
     if shift is not None:
         notes.append(shift.description)
     return TrainPlan(

@@ -25,7 +25,7 @@ from pvec.steering.hooks import SteeringHandle, steer_training
 from pvec.steering.instructions import instructions, steering_vector
 from pvec.steering.positions import IGNORED_LABEL
 from pvec.steering.tables import check_instruction
-from pvec.training.config import Layers, SteeringPart
+from pvec.training.config import Layers, SteeringPart, TrainConfig
 from pvec.types import Instruction, VectorKind
 from pvec.vectors.quality import best_layer
 from pvec.vectors.vector import PersonaVector
@@ -91,17 +91,27 @@ def choose_layers(
 ) -> tuple[int, ...]:
     """Return the layers that a configuration means, all of which the model and the file have."""
     if layers == "all":
-        chosen = tuple(
-            n for n in range(1, metadata.num_layers + 1) if n not in vector.missing_layers
-        )
+        chosen = vector.steering_layers
     elif layers == "auto":
         chosen = (best_layer(vector, kind=kind),)
     else:
         chosen = tuple(n for n in layers if isinstance(n, int))
     for layer in chosen:
         check_layer(layer, metadata.num_layers)
-        vector.row(layer, kind=kind)
+        vector.direction(layer, kind=kind)
     return chosen
+
+
+def single_layer(config: TrainConfig, name: str) -> int | None:
+    """Return the one layer at which the vector ``name`` is used, or None for several.
+
+    For vector files that hold a single vector and do not say its layer.
+    """
+    parts = [part.layers for part in config.steering if part.vector == name]
+    if config.monitor and name in config.monitor.vectors:
+        parts.append(config.monitor.layers)
+    layers = {layer for part in parts if not isinstance(part, str) for layer in part}
+    return layers.pop() if len(layers) == 1 else None
 
 
 class TrainingSteering:

@@ -12,23 +12,17 @@ import numpy as np
 from pvec import __version__
 from pvec.errors import InputError
 from pvec.types import VectorKind
-from pvec.vectors.find import find_vector, load_vectors, require_one_model
-from pvec.vectors.formats import load_vector, save_pt, save_pt_kind, save_vector
+from pvec.vectors.find import find_vector, load_all_kinds, load_vectors, require_one_model
+from pvec.vectors.formats import output_path, save_pt, save_vector, written_kind
+from pvec.vectors.gguf import gguf_notes
 from pvec.vectors.vector import (
     BLOCK_OUTPUT,
     KINDS,
+    MINIMUM_DEPTH,
     MISSING_LAYERS,
-    POST_FINAL_NORM,
+    ROW_0,
     PersonaVector,
-    with_metadata,
 )
-
-LLAMA_CPP_NAMES = {
-    "mistral": "llama",
-    "gemma3_text": "gemma3",
-    "gpt_neox": "gptneox",
-}
-"""Architectures that llama.cpp calls otherwise than transformers."""
 
 _MODEL_KEYS = ("model_id", "model_fingerprint", "model_type", "adapter")
 
@@ -61,38 +55,43 @@ def combine(
     terms = parse_expression(expression)
     names = [find_vector(name) for _, name in terms]
     others = [find_vector(path) for path in orthogonal_to]
-    vectors = load_vectors([*names, *others])
+    notes: list[str] = []
+    vectors = load_vectors([*names, *others], notify=notes.append)
     require_one_model(vectors)
     kinds = [kind for kind in KINDS if all(kind in vector.kinds for vector in vectors.values())]
     if not kinds:
         raise InputError("These files have no kind of vector in common: convert them first.")
+    trait = trait or "+".join(dict.fromkeys(vectors[name].trait for name in names))
+    path = output_path(out, trait=trait)
     weighted = [(weight, vectors[name]) for (weight, _), name in zip(terms, names, strict=True)]
-    against = [vectors[path] for path in others]
-    rows = {kind: _rows(kind, weighted, against, incremental) for kind in kinds}
-    dropped, notes = _unusable_layers(vectors)
-    for array in rows.values():
-        array[sorted(dropped)] = 0.0
+    dropped = _unusable_layers(vectors, notes)
+    rows = {}
+    for kind in kinds:
+        total = linear_combination([(weight, vector.kind(kind)) for weight, vector in weighted])
+        if others:
+            total = orthogonalise(total, against=[vectors[other].kind(kind) for other in others])
+        total[sorted(dropped)] = 0.0
+        rows[kind] = total
     result = PersonaVector(
-        trait=trait or "+".join(dict.fromkeys(vectors[name].trait for name in names)),
+        trait=trait,
         kinds=rows,
         mean_norm=_mean_norm([vector for _, vector in weighted]),
         metadata={
-            **_shared_model(vectors),
+            **_shared_metadata(vectors),
             "pvec_version": __version__,
             "expression": expression,
             "sources": ", ".join(f"{p.name} {v.fingerprint}" for p, v in vectors.items()),
-            "orthogonal_to": ", ".join(path.name for path in others),
-            "incremental": str(incremental).lower(),
-            "last_row": next(iter(vectors.values())).metadata.get("last_row", BLOCK_OUTPUT),
+            "orthogonal_to": ", ".join(other.name for other in others),
+            "incremental": "false",
             MISSING_LAYERS: ",".join(map(str, sorted(dropped))),
         },
     )
     if incremental:
-        notes.append(
-            "the rows are increments: steer every layer at once with them (--layer all), without "
-            "--incremental"
-        )
-    return VectorFiles(trait=result.trait, paths=(save_vector(result, out),), notes=tuple(notes))
+        result = _incremental(result, notes)
+    save_vector(result, path)
+    return VectorFiles(
+        trait=trait, paths=(path,), notes=(*notes, *format_notes(result, path, kind=None))
+    )
 
 
 def parse_expression(text: str) -> list[tuple[float, str]]:
@@ -112,47 +111,65 @@ def convert(
     *,
     kind: VectorKind | None = None,
     model_hint: str | None = None,
+    num_layers: int | None = None,
+    layer: int | None = None,
 ) -> VectorFiles:
     """Write the vector in ``source`` in the format of ``target``'s name, or as ``.pt`` in a folder.
 
     ``.safetensors`` holds everything; a folder gets the reference's ``TRAIT_KIND_diff.pt`` of every
     kind; a ``.pt`` or ``.gguf`` file holds one kind (``kind``, what the file's name says, or
     ``response_avg``). ``model_hint`` is the architecture in llama.cpp's words, for GGUF. Kinds of
-    the reference that lie beside a ``.pt`` source are read with it. Raises ``InputError`` for
+    the reference that lie beside a ``.pt`` source are read with it. ``num_layers`` is the depth of
+    the model, for files that do not say what their rows are; ``layer`` the layer of a file that
+    holds a single vector. Raises ``InputError`` for
     formats that pvec does not write and for what a format cannot hold.
     """
     path = find_vector(source)
     if path.resolve() == target.resolve():
         raise InputError(f"{target} is the file itself: give another name to convert to.")
-    vector, notes = _load_whole(path)
-    suffix = target.suffix.lower()
-    if suffix == ".safetensors":
-        return VectorFiles(
-            trait=vector.trait, paths=(save_vector(vector, target),), notes=tuple(notes)
+    (vector,) = load_vectors([path], num_layers=num_layers, layer=layer).values()
+    vector = load_all_kinds(path, vector)
+    notes = list(vector.reading_notes)
+    if vector.last_row_is_normed and vector.metadata.get("source_format") == "pt":
+        notes.append(
+            f"row {vector.num_layers} is taken to be after the final norm, as in the reference's "
+            "files"
         )
-    if suffix == ".gguf":
-        return _to_gguf(vector, target, kind=kind, model_hint=model_hint, notes=notes)
-    if suffix in {".pt", ".pth"}:
-        named = next((k for k in KINDS if target.stem.endswith((k, f"{k}_diff"))), None)
-        chosen = kind or named or vector.main_kind
-        paths = [save_pt_kind(vector, target, kind=chosen)]
-        left = [k for k in vector.kinds if k != chosen]
-        if left:
-            notes.append(f"only {chosen} was written; give a folder to get {', '.join(left)} too")
-    elif suffix == "" or target.is_dir():
+    if target.is_dir() or not target.suffix:
         paths = save_pt(vector, target)
+        notes += format_notes(vector, paths[0], kind=None, every_kind=True)
     else:
-        raise InputError(
-            f"pvec cannot write {target.suffix} files: end the name in .safetensors, .pt or .gguf, "
-            f"or give a folder for the reference's .pt files."
-        )
-    if vector.metadata.get("last_row", BLOCK_OUTPUT) == BLOCK_OUTPUT:
+        paths = [output_path(target, trait=vector.trait)]
+        save_vector(vector, target, kind=kind, model_hint=model_hint)
+        notes += format_notes(vector, target, kind=kind)
+    return VectorFiles(trait=vector.trait, paths=tuple(paths), notes=tuple(notes))
+
+
+def format_notes(
+    vector: PersonaVector, path: Path, *, kind: VectorKind | None, every_kind: bool = False
+) -> list[str]:
+    """Return what the file that ``save_vector`` wrote does not hold, a sentence for each thing."""
+    suffix = path.suffix.lower()
+    kind = kind or written_kind(vector, path)
+    if suffix == ".gguf":
+        return gguf_notes(vector, kind=kind)
+    if suffix == ".safetensors":
+        return []
+    notes = []
+    others = [other for other in vector.kinds if other != kind]
+    if others and not every_kind:
+        notes.append(f"only {kind} was written; give a folder to get {', '.join(others)} too")
+    if not vector.last_row_is_normed:
         notes.append(
             f"row {vector.num_layers} is the residual stream before the final norm; the files of "
             f"the reference have it after the norm"
         )
-    notes.append("a .pt file holds the vectors alone: no residual norms, quality or provenance")
-    return VectorFiles(trait=vector.trait, paths=tuple(paths), notes=tuple(notes))
+    if vector.missing_layers:
+        notes.append(f"the rows of layers {sorted(vector.missing_layers)} are zero")
+    return [
+        *notes,
+        "a .pt file holds the vectors alone: no residual norms, quality or provenance",
+    ]
 
 
 def _term(chunk: str, sign: float, whole: str) -> tuple[float, str]:
@@ -167,30 +184,42 @@ def _term(chunk: str, sign: float, whole: str) -> tuple[float, str]:
     return sign * weight, match[3].strip()
 
 
-def _rows(
-    kind: VectorKind,
-    weighted: Sequence[tuple[float, PersonaVector]],
-    others: Sequence[PersonaVector],
-    incremental: bool,
-) -> np.ndarray:
-    rows = linear_combination([(weight, vector.kind(kind)) for weight, vector in weighted])
-    if others:
-        rows = orthogonalise(rows, against=[other.kind(kind) for other in others])
-    return increments(rows) if incremental else rows
+def _incremental(vector: PersonaVector, notes: list[str]) -> PersonaVector:
+    """Return the increments of ``vector``, and note how they are used."""
+    kept = vector.steering_layers
+    missing = [n for n in range(1, vector.num_layers + 1) if n not in kept]
+    if vector.last_row_is_normed:
+        notes.append(
+            f"layer {vector.num_layers} was left out: it was taken after the final norm, so its "
+            f"increase over layer {vector.num_layers - 1} means nothing"
+        )
+    notes.append(
+        "the rows are increments: steer every layer at once with them (--layer all), without "
+        "--incremental"
+    )
+    return replace(
+        vector,
+        kinds={kind: vector.increments(kind) for kind in vector.kinds},
+        metadata={
+            **vector.metadata,
+            "incremental": "true",
+            MISSING_LAYERS: ",".join(map(str, missing)),
+        },
+    )
 
 
-def _unusable_layers(vectors: Mapping[Path, PersonaVector]) -> tuple[set[int], list[str]]:
-    """Return layers that mean nothing in a combination, and why."""
+def _unusable_layers(vectors: Mapping[Path, PersonaVector], notes: list[str]) -> set[int]:
+    """Return the layers that mean nothing in a combination, and note why."""
     dropped = set[int]().union(*(vector.missing_layers for vector in vectors.values()))
-    notes = [f"layers {sorted(dropped)} are missing from a file, and so here"] if dropped else []
-    last_rows = {vector.metadata.get("last_row", BLOCK_OUTPUT) for vector in vectors.values()}
-    if len(last_rows) > 1:
+    if dropped:
+        notes.append(f"layers {sorted(dropped)} are missing from a file, and so here")
+    if len({vector.last_row_is_normed for vector in vectors.values()}) > 1:
         last = next(iter(vectors.values())).num_layers
         dropped.add(last)
         notes.append(
             f"layer {last} was left out: some files have it before the final norm, others after"
         )
-    return dropped, notes
+    return dropped
 
 
 def _mean_norm(vectors: Sequence[PersonaVector]) -> np.ndarray | None:
@@ -202,57 +231,13 @@ def _mean_norm(vectors: Sequence[PersonaVector]) -> np.ndarray | None:
     return mean.astype(np.float32)
 
 
-def _shared_model(vectors: Mapping[Path, PersonaVector]) -> dict[str, str]:
-    """Return what the files that name their model say of it; they agree."""
-    named = [v.metadata for v in vectors.values() if v.metadata.get("model_id")]
-    return {key: named[0][key] for key in _MODEL_KEYS if key in named[0]} if named else {}
-
-
-def _load_whole(path: Path) -> tuple[PersonaVector, list[str]]:
-    """Load a file, and beside a ``.pt`` of the reference those of its other kinds."""
-    vector = load_vector(path)
-    if path.suffix.lower() != ".pt" or len(vector.kinds) > 1:
-        return vector, []
-    (kind,) = vector.kinds
-    kinds = dict(vector.kinds)
-    notes = [
-        f"row {vector.num_layers} is taken to be after the final norm, as in the reference's files"
-    ]
-    if path.name == f"{vector.trait}_{kind}_diff.pt":
-        for other in KINDS:
-            sibling = path.with_name(f"{vector.trait}_{other}_diff.pt")
-            if other != kind and sibling.is_file():
-                kinds[other] = load_vector(sibling).kind(other)
-                notes.append(f"{sibling.name} was read too")
-    ordered = {kind: kinds[kind] for kind in KINDS if kind in kinds}
-    return replace(vector, kinds=ordered), notes
-
-
-def _to_gguf(
-    vector: PersonaVector,
-    target: Path,
-    *,
-    kind: VectorKind | None,
-    model_hint: str | None,
-    notes: list[str],
-) -> VectorFiles:
-    from pvec.vectors.gguf import save_gguf
-
-    model_type = vector.metadata.get("model_type", "")
-    hint = model_hint or vector.metadata.get("model_hint")
-    hint = hint or LLAMA_CPP_NAMES.get(model_type, model_type)
-    if not hint:
-        raise InputError(
-            "A GGUF file says which architecture it is for, and this vector does not know its own: "
-            "add --model-hint, such as --model-hint qwen2."
-        )
-    if vector.metadata.get("last_row") == POST_FINAL_NORM:
-        last = vector.num_layers
-        missing = ",".join(map(str, sorted({*vector.missing_layers, last})))
-        vector = with_metadata(vector, **{MISSING_LAYERS: missing})
-        notes.append(f"layer {last} was left out: it is no direction of the residual stream")
-    gguf_notes = save_gguf(vector, target, model_hint=hint, kind=kind or vector.main_kind)
-    return VectorFiles(trait=vector.trait, paths=(target,), notes=(*notes, *gguf_notes))
+def _shared_metadata(vectors: Mapping[Path, PersonaVector]) -> dict[str, str]:
+    """Return how the last row was taken, and what the files that name their model say of it."""
+    every = [vector.metadata for vector in vectors.values()]
+    named = [metadata for metadata in every if metadata.get("model_id")]
+    model = {key: named[0][key] for key in _MODEL_KEYS if key in named[0]} if named else {}
+    assumed = {key: every[0][key] for key in (ROW_0, MINIMUM_DEPTH) if key in every[0]}
+    return {**model, **assumed, "last_row": every[0].get("last_row", BLOCK_OUTPUT)}
 
 
 def linear_combination(terms: Sequence[tuple[float, np.ndarray]]) -> np.ndarray:
@@ -280,15 +265,6 @@ def orthogonalise(vectors: np.ndarray, *, against: Sequence[np.ndarray]) -> np.n
         span = left[:, sizes > 1e-10 * max(sizes.max(), 1e-300)]
         result[layer] -= span @ (span.T @ result[layer])
     return result.astype(np.float32)
-
-
-def increments(vectors: np.ndarray) -> np.ndarray:
-    """Return ``v_l - v_(l-1)`` for every layer (paper, appendix J.3).
-
-    ``vectors`` is ``[L + 1, H]``. Nothing can be added at layer 0, so row 1 stays ``v_1``: adding
-    row ``l`` after every block makes the sum of the additions up to ``l`` equal ``v_l``.
-    """
-    return np.concatenate([vectors[:2], np.diff(vectors, axis=0)[1:]])
 
 
 def raw_coefficient(relative_norm: float, *, vector: np.ndarray, mean_norm: float) -> float:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pvec.errors import InputError, ModelError
-from pvec.vectors.formats import load_vector
-from pvec.vectors.vector import PersonaVector
+from pvec.vectors.formats import READABLE, load_vector
+from pvec.vectors.tensors import kind_from_name, split_axis, trait_from_name
+from pvec.vectors.vector import DEFAULT_KIND, KINDS, PersonaVector
 
 if TYPE_CHECKING:
     from pvec.models.load import ModelMetadata
@@ -19,17 +21,27 @@ SUFFIX = ".safetensors"
 def find_vector(name: str | Path) -> Path:
     """Return the vector file that ``name`` stands for.
 
-    A file; a name without ``.safetensors``; a run folder (or a folder of vectors) with a single
-    vector in it. Raises ``InputError`` when there is none, or several.
+    A file; ``FILE:NAME`` for one of several vectors in a file; a name without its ending; a run
+    folder, or a folder of vectors, with a single vector in it (the kinds of one vector that the
+    reference writes into several ``.pt`` files count as one). Raises ``InputError`` when there is
+    none, or several.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return _only_one(path)
-    if not path.exists() and path.with_name(path.name + SUFFIX).is_file():
-        return path.with_name(path.name + SUFFIX)
-    if not path.is_file():
+        return _only_vector(path)
+    if not path.exists():
+        for suffix in READABLE:
+            if path.with_name(path.name + suffix).is_file():
+                return path.with_name(path.name + suffix)
+    if not split_axis(path)[0].is_file():
         raise InputError(f"There is no vector file {path}: check the path.")
     return path
+
+
+def vector_name(path: Path) -> str:
+    """Return what to call the vector in a file: the file's stem, or the name in ``FILE:NAME``."""
+    file, axis = split_axis(path)
+    return axis or file.stem
 
 
 def load_vectors(
@@ -37,26 +49,56 @@ def load_vectors(
     *,
     model: ModelMetadata | None = None,
     same_model: bool = True,
+    num_layers: int | None = None,
+    layer: int | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> dict[Path, PersonaVector]:
     """Load the vector files that ``names`` stand for, each once, in the order given.
 
     With ``model`` every vector is checked against it; no weights are needed. A vector of a base
     model may be used on its finetunes, so with an adapter, or with ``same_model`` False, only the
-    shape counts. Raises ``InputError`` for a file that cannot be read and ``ModelError`` for a
-    vector of another model.
+    shape counts. Rows of files that do not say what they are get counted by the depth of the model
+    (``num_layers`` without one, else that of the files that do say it). ``layer`` is the layer of
+    files that hold a single ``[H]``. ``notify`` hears what was assumed, a sentence for each thing.
+
+    Raises ``InputError`` for a file that cannot be read and ``ModelError`` for a vector of another
+    model.
     """
-    vectors = {}
-    for path in dict.fromkeys(map(find_vector, names)):
-        vectors[path] = vector = load_vector(path)
+    paths = dict.fromkeys(map(find_vector, names))
+    vectors = {path: load_vector(path, layer=layer) for path in paths}
+    depth = model.num_layers if model is not None else num_layers
+    if depth is None:
+        known = {vector.num_layers for vector in vectors.values() if vector.depth_is_known}
+        depth = known.pop() if len(known) == 1 else None
+    for path, vector in vectors.items():
+        if depth is not None:
+            vectors[path] = vector.at_depth(depth)
         if model is not None:
             check_fits(
-                vector,
+                vectors[path],
                 num_layers=model.num_layers,
                 hidden_size=model.hidden_size,
                 fingerprint=model.fingerprint if same_model and not model.adapter else None,
                 model_id=model.id,
             )
+        if notify is not None:
+            for note in vectors[path].reading_notes:
+                notify(f"{path.name}: {note}")
     return vectors
+
+
+def load_all_kinds(path: Path, vector: PersonaVector) -> PersonaVector:
+    """Return ``vector`` with the kinds of the reference's files that lie beside its ``.pt``."""
+    kinds = dict(vector.kinds)
+    notes = list(vector.notes)
+    if path.name == f"{vector.trait}_{vector.main_kind}_diff.pt":
+        for kind in KINDS:
+            sibling = path.with_name(f"{vector.trait}_{kind}_diff.pt")
+            if kind not in kinds and sibling.is_file():
+                kinds[kind] = load_vector(sibling).at_depth(vector.num_layers).kind(kind)
+                notes.append(f"{sibling.name} was read too")
+    ordered = {kind: kinds[kind] for kind in KINDS if kind in kinds}
+    return replace(vector, kinds=ordered, notes=tuple(notes))
 
 
 def check_fits(
@@ -73,8 +115,7 @@ def check_fits(
     model is meant to be used on its finetunes. A GGUF file may know fewer layers than the model.
     """
     made_for = vector.metadata.get("model_id", "another model")
-    fewer_is_fine = vector.metadata.get("source_format") == "gguf"
-    too_few = vector.num_layers < num_layers and not fewer_is_fine
+    too_few = vector.num_layers < num_layers and not vector.depth_is_minimum
     if vector.hidden_size != hidden_size or vector.num_layers > num_layers or too_few:
         raise ModelError(
             f"the vector of {vector.trait!r} was made for {made_for} ({vector.num_layers} layers, "
@@ -127,10 +168,14 @@ def _fingerprint(vector: PersonaVector) -> str:
     return vector.metadata.get("model_fingerprint") or _model(vector)
 
 
-def _only_one(folder: Path) -> Path:
+def _only_vector(folder: Path) -> Path:
     inside = folder / "vectors" if (folder / "vectors").is_dir() else folder
-    found = sorted(inside.glob(f"*{SUFFIX}"))
-    if len(found) != 1:
-        listed = ", ".join(path.name for path in found[:5]) or "none"
-        raise InputError(f"{inside} holds {len(found)} vectors ({listed}): name one file.")
-    return found[0]
+    files = sorted(path for path in inside.iterdir() if path.suffix.lower() in READABLE)
+    native = [path for path in files if path.suffix == SUFFIX]
+    if not native and len({(path.suffix, trait_from_name(path)) for path in files}) == 1:
+        return next((path for path in files if kind_from_name(path) == DEFAULT_KIND), files[0])
+    candidates = native or files
+    if len(candidates) != 1:
+        listed = ", ".join(path.name for path in candidates[:5]) or "none"
+        raise InputError(f"{inside} holds {len(candidates)} vectors ({listed}): name one file.")
+    return candidates[0]

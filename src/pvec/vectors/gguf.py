@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pvec.errors import InputError, install_command
+from pvec.errors import InputError, StoreError, install_command
 from pvec.models.decoder import block_index
-from pvec.runs.files import atomic_write
+from pvec.runs.files import atomic_write, store_error
 from pvec.types import VectorKind
+from pvec.vectors.tensors import kind_from_name, trait_from_name
 from pvec.vectors.vector import DEFAULT_KIND, MISSING_LAYERS, PersonaVector
 
 if TYPE_CHECKING:
@@ -27,29 +28,50 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "controlvector"
 FIRST_LAYER = 2
-"""The first layer that GGUF can express: ``direction.1``."""
+"""The first layer that llama.cpp takes: ``direction.1``."""
+
+LLAMA_CPP_NAMES = {
+    "mistral": "llama",
+    "gemma3_text": "gemma3",
+    "gpt_neox": "gptneox",
+}
+"""Architectures that llama.cpp calls otherwise than transformers."""
+
+_NUM_LAYERS = "pvec.num_layers"
+"""The model's depth, which directions alone do not say; llama.cpp passes over it."""
+
+_BLOCK_0 = "direction.0 is taken for layer 1 (block 0); llama.cpp itself refuses such a file"
 
 
 def save_gguf(
     vector: PersonaVector,
-    path: str | Path,
+    path: Path,
     *,
-    model_hint: str,
+    model_hint: str | None = None,
     kind: VectorKind = DEFAULT_KIND,
-) -> tuple[str, ...]:
-    """Write one kind as a control vector and return what the user should know about it.
+) -> None:
+    """Write one kind as a control vector.
 
-    ``model_hint`` is the architecture as llama.cpp names it (``qwen2``). Layer ``l`` becomes
-    ``direction.{l - 1}``. Raises ``InputError`` when no layer can be expressed, and ``StoreError``
-    when the file cannot be written.
+    ``model_hint`` is the architecture as llama.cpp names it (``qwen2``; default: what the vector's
+    metadata say). Layer ``l`` becomes ``direction.{l - 1}``; layers without a direction of the
+    residual stream are left out. Raises ``InputError`` when the architecture is unknown or no
+    layer can be expressed, and ``StoreError`` when the file cannot be written.
     """
     gguf = _package()
-    layers = [
-        layer
-        for layer in range(FIRST_LAYER, vector.num_layers + 1)
-        if layer not in vector.missing_layers
-    ]
-    if not layers:
+    model_type = vector.metadata.get("model_type", "")
+    hint = model_hint or vector.metadata.get("model_hint")
+    hint = hint or LLAMA_CPP_NAMES.get(model_type, model_type)
+    if not hint:
+        raise InputError(
+            "A GGUF file says which architecture it is for, and this vector does not know its own: "
+            "add --model-hint, such as --model-hint qwen2."
+        )
+    rows = {
+        layer: np.ascontiguousarray(vector.row(layer, kind=kind), dtype=np.float32)
+        for layer in vector.steering_layers
+        if layer >= FIRST_LAYER
+    }
+    if not rows:
         raise InputError(
             f"the vector of {vector.trait!r} has no layer from {FIRST_LAYER} on, and GGUF cannot "
             "hold layers 0 and 1; keep it as .safetensors."
@@ -57,27 +79,48 @@ def save_gguf(
     # the package insists on a path of its own; the whole file is then put in place at once
     with TemporaryDirectory() as folder:
         aside = Path(folder) / "vector.gguf"
-        writer = gguf.GGUFWriter(aside, ARCHITECTURE)
-        writer.add_string("controlvector.model_hint", model_hint)
-        writer.add_uint32("controlvector.layer_count", len(layers))
-        for layer in layers:
-            row = np.ascontiguousarray(vector.row(layer, kind=kind), dtype=np.float32)
-            writer.add_tensor(_tensor_name(layer), row)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        try:
+            writer = gguf.GGUFWriter(aside, ARCHITECTURE)
+            writer.add_string("controlvector.model_hint", hint)
+            writer.add_uint32("controlvector.layer_count", len(rows))
+            writer.add_uint32(_NUM_LAYERS, vector.num_layers)
+            for layer, row in rows.items():
+                writer.add_tensor(f"direction.{block_index(layer)}", row)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+        except OSError as exc:
+            raise store_error(path, exc) from exc
+        _check_written(path, aside, rows)
         content = aside.read_bytes()
     with atomic_write(path) as stream:
         stream.write(content)
-    return _notes(vector, kind)
+
+
+def gguf_notes(vector: PersonaVector, *, kind: VectorKind) -> list[str]:
+    """Return what a user should know about the control vector that ``save_gguf`` writes."""
+    notes = [
+        "layer 1 (block 0) was left out: llama.cpp's control vectors begin at layer 2",
+        "llama.cpp adds every layer of the file at every position, with one scale; use "
+        "--control-vector-layer-range K K with K = layer - 1 to steer at a single layer",
+    ]
+    if vector.last_row_is_normed:
+        notes.insert(
+            0, f"layer {vector.num_layers} was left out: it is no direction of the residual stream"
+        )
+    others = [other for other in vector.kinds if other != kind]
+    if others:
+        notes.append(f"only {kind} was written: a GGUF file holds one kind, not {others}")
+    return notes
 
 
 def load_gguf(path: Path) -> PersonaVector:
     """Read a control vector as kind ``response_avg``; layers that it lacks are zero and listed.
 
-    Raises ``InputError`` for a file that is damaged, is not a control vector, or has a
-    ``direction.0``, which llama.cpp refuses as well.
+    ``direction.k`` is added to the output of block k, so it is layer k + 1, ``direction.0``
+    included, which other tools write and llama.cpp refuses. Raises ``InputError`` for a file that
+    is damaged or is not a control vector.
     """
     gguf = _package()
     try:
@@ -90,17 +133,22 @@ def load_gguf(path: Path) -> PersonaVector:
             f"{path} is a GGUF file of architecture {architecture!r}, not a control vector; "
             "give the file that llama.cpp takes with --control-vector."
         )
-    rows = {_layer(path, tensor.name): np.array(tensor.data) for tensor in reader.tensors}
-    return _from_rows(path, rows, model_hint=_text(reader, "controlvector.model_hint"))
+    rows = _tensor_rows(path, reader)
+    depth = reader.get_field(_NUM_LAYERS)
+    return _from_rows(
+        path,
+        rows,
+        num_layers=max([*rows, int(depth.contents()) if depth else 0]),
+        model_hint=_text(reader, "controlvector.model_hint"),
+    )
 
 
-def _from_rows(path: Path, rows: Mapping[int, NDArray[Any]], *, model_hint: str) -> PersonaVector:
-    if not rows:
-        raise InputError(f"{path} has no direction tensors; make it again.")
+def _from_rows(
+    path: Path, rows: Mapping[int, NDArray[Any]], *, num_layers: int, model_hint: str
+) -> PersonaVector:
     widths = {row.shape for row in rows.values()}
     if len(widths) > 1 or len(next(iter(widths))) != 1:
         raise InputError(f"{path} has directions of different shapes; make it again.")
-    num_layers = max(rows)
     array = np.zeros((num_layers + 1, *next(iter(widths))), dtype=np.float32)  # [L + 1, H]
     for layer, row in rows.items():
         array[layer] = row
@@ -111,7 +159,12 @@ def _from_rows(path: Path, rows: Mapping[int, NDArray[Any]], *, model_hint: str)
         MISSING_LAYERS: ",".join(missing),
     }
     try:
-        return PersonaVector(trait=path.stem, kinds={DEFAULT_KIND: array}, metadata=metadata)
+        return PersonaVector(
+            trait=trait_from_name(path),
+            kinds={kind_from_name(path): array},
+            metadata=metadata,
+            notes=(_BLOCK_0,) if 1 in rows else (),
+        )
     except InputError as exc:
         raise InputError(f"{path}: {exc}") from exc
 
@@ -123,28 +176,31 @@ def _layer(path: Path, tensor_name: str) -> int:
             f"{path} has a tensor {tensor_name!r}; a control vector has only direction.1, "
             "direction.2, …"
         )
-    if int(match.group(1)) == 0:
-        raise InputError(
-            f"{path} has a direction.0, which llama.cpp refuses because its control vectors begin "
-            "at direction.1 (layer 2); export it again without that tensor."
-        )
     return int(match.group(1)) + 1
 
 
-def _tensor_name(layer: int) -> str:
-    return f"direction.{block_index(layer)}"
+def _tensor_rows(path: Path, reader: Any) -> dict[int, NDArray[Any]]:
+    """Return the directions by layer. Raises ``InputError`` for a file without any."""
+    rows = {_layer(path, tensor.name): np.array(tensor.data) for tensor in reader.tensors}
+    if not rows:
+        raise InputError(f"{path} has no direction tensors; make it again.")
+    return rows
 
 
-def _notes(vector: PersonaVector, kind: VectorKind) -> tuple[str, ...]:
-    notes = [
-        "layer 1 (block 0) was left out: llama.cpp's control vectors begin at layer 2",
-        "llama.cpp adds every layer of the file at every position, with one scale; use "
-        "--control-vector-layer-range K K with K = layer - 1 to steer at a single layer",
-    ]
-    others = [other for other in vector.kinds if other != kind]
-    if others:
-        notes.append(f"only {kind} was written: a GGUF file holds one kind, not {others}")
-    return tuple(notes)
+def _check_written(path: Path, aside: Path, rows: Mapping[int, NDArray[Any]]) -> None:
+    """Raise ``StoreError`` unless the file holds what was to be written (a disk may be full)."""
+    try:
+        written = _tensor_rows(aside, _package().GGUFReader(aside))
+        whole = written.keys() == rows.keys() and all(
+            np.array_equal(written[layer], row) for layer, row in rows.items()
+        )
+    except (InputError, ValueError, IndexError, KeyError, OSError):
+        whole = False
+    if not whole:
+        raise StoreError(
+            f"cannot write {path}: the file was cut short; free some space on the disk or raise "
+            "the limit on file sizes (ulimit -f)."
+        )
 
 
 def _text(reader: Any, key: str) -> str:

@@ -13,7 +13,7 @@ from pvec.errors import InputError
 from pvec.types import VectorKind
 from pvec.vectors.find import labels
 from pvec.vectors.quality import VectorSummary, middle_layer, summarize
-from pvec.vectors.vector import DEFAULT_KIND, POST_FINAL_NORM, PersonaVector
+from pvec.vectors.vector import DEFAULT_KIND, PersonaVector
 
 By = Literal["file", "kind", "layer"]
 """What the rows of a comparison are."""
@@ -118,8 +118,8 @@ def cosine_matrix(vectors: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _notes(vector: PersonaVector, kind: VectorKind) -> list[str]:
-    notes = []
-    if vector.metadata.get("last_row") == POST_FINAL_NORM:
+    notes = list(vector.reading_notes)
+    if vector.last_row_is_normed:
         notes.append(
             f"row {vector.num_layers} was taken after the final norm, as the reference does: it is "
             f"no direction of the residual stream"

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -30,7 +30,16 @@ POST_FINAL_NORM = "post_final_norm"
 MISSING_LAYERS = "missing_layers"
 """Metadata: layers (``"0,1"``) whose rows are zero because the file they came from has none."""
 
-_MEAN_NORM = "mean_norm"
+ROW_0 = "row_0"
+"""Metadata: what the first row of the file was taken for when the file itself does not say, see
+``RowMeaning``; absent where it is known."""
+
+RowMeaning = Literal["embedding", "layer 1"]
+
+MINIMUM_DEPTH = "minimum_depth"
+"""Metadata ``"true"``: the model may have more layers than the file has rows."""
+
+MEAN_NORM = "mean_norm"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,7 +48,8 @@ class PersonaVector:
 
     ``kinds[kind]`` is float32 ``[num_layers + 1, hidden_size]``, row ``l`` = layer ``l`` (0 is the
     embedding output). ``mean_norm`` and each array of ``stats`` (``auc``, ``split_half``, …) are
-    float32 ``[num_layers + 1]``. ``metadata`` is provenance, text to text (docs/formats.md).
+    float32 ``[num_layers + 1]``. ``metadata`` is provenance, text to text (docs/formats.md);
+    ``notes`` says what reading the file had to assume.
     """
 
     trait: str
@@ -47,6 +57,7 @@ class PersonaVector:
     mean_norm: Array | None = None
     stats: Mapping[str, Array] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check shapes and values. Raises ``InputError`` naming kind and layer."""
@@ -57,7 +68,7 @@ class PersonaVector:
             _check_kind(kind, array, shape)
         per_layer = dict(self.stats)
         if self.mean_norm is not None:
-            per_layer[_MEAN_NORM] = self.mean_norm
+            per_layer[MEAN_NORM] = self.mean_norm
         for name, values in per_layer.items():
             if values.shape != shape[:1]:
                 raise InputError(
@@ -83,8 +94,64 @@ class PersonaVector:
     @property
     def missing_layers(self) -> frozenset[int]:
         """Layers for which the file has no vector (GGUF has none for 0 and 1)."""
-        listed = self.metadata.get(MISSING_LAYERS, "")
-        return frozenset(int(layer) for layer in listed.split(",") if layer)
+        listed = self.metadata.get(MISSING_LAYERS, "").split(",")
+        return frozenset(int(layer) for layer in listed if layer.isdecimal())
+
+    @property
+    def reading_notes(self) -> tuple[str, ...]:
+        """What reading the file had to assume, in sentences."""
+        row_0 = self.metadata.get(ROW_0)
+        if row_0 is None:
+            return self.notes
+        rows = self.num_layers + (row_0 == "embedding")
+        meaning = "the embedding" if row_0 == "embedding" else "layer 1"
+        return (
+            *self.notes,
+            f"the file does not say what its {rows} rows are; row 0 is taken for {meaning}, which "
+            f"is right for a model of {self.num_layers} layers",
+        )
+
+    @property
+    def depth_is_minimum(self) -> bool:
+        """Whether the model may have more layers than the file says, as with GGUF files."""
+        gguf = self.metadata.get("source_format") == "gguf"
+        return gguf or self.metadata.get(MINIMUM_DEPTH) == "true"
+
+    @property
+    def depth_is_known(self) -> bool:
+        """Whether the file says how many layers its model has."""
+        return ROW_0 not in self.metadata and not self.depth_is_minimum
+
+    @property
+    def last_row_is_normed(self) -> bool:
+        """Whether row ``num_layers`` was taken after the final norm, as the reference does.
+
+        It is then no direction of the residual stream: it can be shown and converted, but nothing
+        can be steered with it.
+        """
+        return self.metadata.get("last_row") == POST_FINAL_NORM
+
+    @property
+    def is_incremental(self) -> bool:
+        """Whether every row is the increase over the layer before (``combine --incremental``)."""
+        return self.metadata.get("incremental") == "true"
+
+    @property
+    def steering_layers(self) -> tuple[int, ...]:
+        """The layers, from 1, for which the file has a direction of the residual stream."""
+        last = self.num_layers - self.last_row_is_normed
+        return tuple(n for n in range(1, last + 1) if n not in self.missing_layers)
+
+    def left_out(self, num_layers: int) -> str | None:
+        """Say which of the model's layers steering at all layers leaves out, or return None."""
+        absent = [n for n in range(1, num_layers + 1) if n not in self.steering_layers]
+        if not absent:
+            return None
+        why = " (the last row was taken after the final norm)" if self.last_row_is_normed else ""
+        return (
+            f"the vector of {self.trait!r} has no direction of the residual stream at layers "
+            f"{', '.join(map(str, absent))}{why}, so they are left out"
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -130,6 +197,77 @@ class PersonaVector:
             )
         row: Array = self.kind(kind)[layer]
         return row
+
+    def direction(self, layer: int, *, kind: VectorKind = DEFAULT_KIND) -> Array:
+        """Return what can be added at ``layer``, float32 ``[hidden_size]``.
+
+        Raises ``InputError`` for a layer that the file does not have, whose row was taken after
+        the final norm, or whose row is zero.
+        """
+        row = self.row(layer, kind=kind)
+        if self.last_row_is_normed and layer == self.num_layers:
+            raise InputError(
+                f"the vector of {self.trait!r} was taken after the final norm at layer {layer}, so "
+                f"it is no direction of the residual stream there; choose a layer up to "
+                f"{layer - 1}, or compute the vector with pvec."
+            )
+        if not row.any():
+            raise InputError(
+                f"the vector of {self.trait!r} is zero at layer {layer}, so it changes nothing "
+                "there; choose another layer."
+            )
+        return row
+
+    def increments(self, kind: VectorKind = DEFAULT_KIND) -> Array:
+        """Return ``v_l - v_(l-1)`` for every layer, ``[num_layers + 1, hidden_size]``.
+
+        Nothing is added at layer 0, so row 1 is ``v_1``: adding row ``l`` after every block makes
+        the sum of the additions up to ``l`` equal ``v_l`` (paper, appendix J.3). Rows above the
+        last of ``steering_layers`` are zero. Raises ``InputError`` for a file that holds increments
+        already, or that has no vector at a layer in between.
+        """
+        if self.is_incremental:
+            raise InputError(
+                f"the vector of {self.trait!r} holds increments already; omit incremental and "
+                "steer all layers, or give the vector that it was made from."
+            )
+        last = max(self.steering_layers, default=0)
+        missing = sorted(set(range(1, last + 1)) - set(self.steering_layers))
+        if missing:
+            raise InputError(
+                f"increments need a vector at every layer, and the vector of {self.trait!r} has "
+                f"none at {missing}; use the file that it was made from."
+            )
+        rows = self.kind(kind)
+        increments: Array = np.concatenate([rows[:2], np.diff(rows, axis=0)[1:]])
+        increments[last + 1 :] = 0.0
+        return increments
+
+    def at_depth(self, num_layers: int) -> PersonaVector:
+        """Return the vector with its rows counted for a model of ``num_layers`` blocks.
+
+        Files of other tools have a row for every block, or one more for the embedding, and do not
+        say which; the depth of the model does. Nothing changes where the file says it, or where
+        the depth fits neither.
+        """
+        row_0 = self.metadata.get(ROW_0)
+        rows = self.num_layers + (row_0 == "embedding")
+        if row_0 is None or rows not in {num_layers, num_layers + 1}:
+            return self
+        known = {key: value for key, value in self.metadata.items() if key != ROW_0}
+        found: RowMeaning = "embedding" if rows == num_layers + 1 else "layer 1"
+        meaning = "the embedding" if found == "embedding" else "layer 1 (there is no embedding row)"
+        note = f"it has {rows} rows and the model {num_layers} layers, so row 0 is {meaning}"
+        if found == row_0:
+            return replace(self, metadata=known)
+        if found == "layer 1":
+            missing = {0, *(layer + 1 for layer in self.missing_layers)}
+            kinds = {kind: np.pad(array, ((1, 0), (0, 0))) for kind, array in self.kinds.items()}
+        else:
+            missing = {layer - 1 for layer in self.missing_layers if layer > 0}
+            kinds = {kind: array[1:] for kind, array in self.kinds.items()}
+        known[MISSING_LAYERS] = ",".join(map(str, sorted(missing)))
+        return replace(self, kinds=kinds, metadata=known, notes=(*self.notes, note))
 
 
 def with_metadata(vector: PersonaVector, **entries: str) -> PersonaVector:

@@ -16,7 +16,7 @@ import numpy as np
 
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
-from pvec.evaluation.conditions import parse_coefs, parse_layers
+from pvec.evaluation.conditions import parse_coefs, parse_layers, single_layer
 from pvec.evaluation.verify.checks import Bench, all_checks
 from pvec.evaluation.verify.inputs import Check
 from pvec.settings import Settings
@@ -53,7 +53,7 @@ def verify(
     coefficient that does not fit. A failed check is a result, not an exception.
     """
     with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
-        direction = load_direction(settings, vector, session)
+        direction = load_direction(settings, vector, session, notify=notify)
         steering = _steering(settings, direction, num_layers=session.metadata.num_layers)
         dtype = session.backend.info.dtype
         checks: list[Check] = []
@@ -70,7 +70,7 @@ def verify(
 
 
 def load_direction(
-    settings: Settings, vector: Path | None, session: ModelSession
+    settings: Settings, vector: Path | None, session: ModelSession, *, notify: Notify = ignore
 ) -> SteeringVector:
     """Return the vector file's rows, checked against the model; a random direction without a file.
 
@@ -85,7 +85,9 @@ def load_direction(
         rows = np.random.default_rng(settings.generation.seed).standard_normal(shape)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         return SteeringVector(label="random direction", rows=rows.astype(np.float32))
-    (loaded,) = load_vectors([vector], model=metadata).values()
+    (loaded,) = load_vectors(
+        [vector], model=metadata, layer=single_layer(settings.steer), notify=notify
+    ).values()
     return steering_vector(loaded, kind=settings.steer.kind)
 
 
@@ -94,9 +96,10 @@ def _steering(
 ) -> tuple[Instruction, ...]:
     """Return one addition per layer of the settings, with the largest of the coefficients."""
     steer = settings.steer
-    layers = sorted(
-        {layer for choice in parse_layers(steer.layer, num_layers=num_layers) for layer in choice}
-    )
+    choices = parse_layers(steer.layer, num_layers=num_layers)
+    layers = sorted({layer for choice in choices for layer in choice})
+    if steer.layer.strip() == "all":
+        layers = [layer for layer in layers if direction.has(layer)]
     coef = max(parse_coefs(steer.coef), key=abs)
     if coef == 0:
         raise InputError("--coef 0 changes nothing, so nothing can be verified: use for example 1.")
