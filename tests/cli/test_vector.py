@@ -103,8 +103,8 @@ def bad_files(folder: Path) -> None:
     torch.save(torch.from_numpy(rows), folder / "inf.pt")
     torch.save(Evil(), folder / "code.pt")
     (folder / "torn.safetensors").write_bytes(b"\x10")
-    writer = gguf.GGUFWriter(folder / "zero.gguf", "controlvector")
-    writer.add_tensor("direction.0", np.ones(4, np.float32))
+    writer = gguf.GGUFWriter(folder / "other.gguf", "controlvector")
+    writer.add_tensor("weights", np.ones(4, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -123,7 +123,7 @@ def bad_files(folder: Path) -> None:
         (("show", "inf.pt"), "NaN or infinite values at layer 3"),
         (("show", "code.pt"), "needs code to be unpickled"),
         (("show", "torn.safetensors"), "is not a safetensors file that can be read"),
-        (("show", "zero.gguf"), "has a direction.0, which llama.cpp refuses"),
+        (("show", "other.gguf"), "has a tensor 'weights'; a control vector has only direction.1"),
         (("show", "mine", "--kind", "prompt"), "Invalid value for '--kind'"),
         (("compare", "mine", "wide"), "mine.safetensors is 32 wide and wide.safetensors 64"),
         (("compare", "mine", "other", "--layer", "8"), "has no layer 8; it has 0 to 3"),

@@ -187,7 +187,7 @@ def test_a_real_reference_trait_loads_unchanged() -> None:
     assert len(trait.eval_questions) == 20
     assert trait.eval_prompt == content["eval_prompt"]
     assert trait.system_prompt("pos", 0).startswith("You are an evil assistant. Your responses")
-    require_usable(trait)
+    require_usable(trait, uses="extract")
 
 
 @pytest.fixture
@@ -279,7 +279,11 @@ def test_a_file_that_is_absent_or_not_text_is_refused(tmp_path: Path) -> None:
         ),
         (
             {"questions": {"extract": ["Why?"], "eval": ["How?", "WHY?"]}},
-            "error: questions.eval[1]: the same question as questions.extract[0]",
+            "warning: questions.eval[1]: the same question as one for extraction",
+        ),
+        (
+            {"questions": {"extract": ["Why?"], "eval": ["WHY?"]}},
+            "error: questions.eval[0]: the same question as one for extraction",
         ),
         ({"questions": {"extract": ["a"], "eval": []}}, "warning: questions.eval: there are no"),
         ({"questions": {"extract": [], "eval": []}}, "error: questions: there are no questions"),
@@ -304,7 +308,28 @@ def test_errors_come_first_and_make_a_trait_unusable(tmp_path: Path) -> None:
     trait = load_trait(write(tmp_path / "t.json", own_json(**change)))
     assert [finding.severity for finding in check_trait(trait)] == ["error", "error", "warning"]
     with pytest.raises(InputError, match=r"\{question\} is missing.*\(and 1 more\).*trait check"):
-        require_usable(trait)
+        require_usable(trait, uses="extract")
+
+
+def test_what_a_command_does_not_use_does_not_stop_it(tmp_path: Path) -> None:
+    shared = {"extract": ["Why?", "When?"], "eval": ["Where?", "WHY? ", "How?", "when?"]}
+    trait = load_trait(write(tmp_path / "t.json", own_json(questions=shared)))
+    assert trait.held_out_questions() == {0: "Where?", 2: "How?"}
+    (note,) = require_usable(trait, uses="extract")
+    assert "2 questions" in note
+    shared["eval"] = ["why?", " "]
+    trait = load_trait(write(tmp_path / "t.json", own_json(questions=shared)))
+    assert "errors in parts that are not used" in require_usable(trait, uses="extract")[0]
+    with pytest.raises(InputError, match=r"questions\.eval\[1\]: the text is empty"):
+        require_usable(trait, uses="eval")
+    shared["eval"] = ["why?"]
+    trait = load_trait(write(tmp_path / "t.json", own_json(questions=shared)))
+    with pytest.raises(InputError, match="every evaluation question"):
+        trait.held_out_questions()
+    trait = load_trait(write(tmp_path / "t.json", own_json(instruction=[])))
+    assert require_usable(trait, uses="eval")
+    with pytest.raises(InputError, match="no instruction pairs"):
+        require_usable(trait, uses="extract")
 
 
 def test_json_braces_in_a_judge_prompt_are_balanced(tmp_path: Path) -> None:

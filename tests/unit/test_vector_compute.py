@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError, ModelError, StoreError
@@ -28,17 +29,34 @@ def settings(**changes: Any) -> Settings:
 
 
 def compute(
-    folder: Path, pos: list[dict[str, Any]], neg: list[dict[str, Any]], **changes: Any
+    folder: Path,
+    pos: list[dict[str, Any]],
+    neg: list[dict[str, Any]],
+    *,
+    name: str = "evil.safetensors",
+    **changes: Any,
 ) -> ComputeResult:
     result = from_csv(
         settings(**changes),
         write_csv(folder / "pos.csv", pos),
         write_csv(folder / "neg.csv", neg),
         trait="evil",
-        out=folder / "evil.safetensors",
+        out=folder / name,
     )
     assert result is not None
     return result
+
+
+def test_the_ending_of_out_is_the_format(tmp_path: Path) -> None:
+    pos, neg = judged_rows("pos"), judged_rows("neg")
+    rows = load_vector(compute(tmp_path, pos, neg).path).kind("response_avg")
+    path = compute(tmp_path, pos, neg, name="evil.pt").path
+    assert np.array_equal(torch.load(path, weights_only=True).numpy(), rows)
+    assert np.array_equal(
+        load_vector(compute(tmp_path, pos, neg, name="e.gguf").path).row(2), rows[2]
+    )
+    with pytest.raises(InputError, match=r"cannot write \.bin files"):
+        compute(tmp_path, pos, neg, name="evil.bin", model__id="nowhere/nothing")
 
 
 def test_answers_that_look_like_missing_values_stay_text(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from pvec.backends.planned import PlannedResponse, PromptCache, derive_seed, question_messages
@@ -18,6 +19,7 @@ from pvec.evaluation.conditions import (
 from pvec.judges.prompts import Metric, metrics_of
 from pvec.runs.names import run_name
 from pvec.steering.instructions import steering_vector
+from pvec.traits.check import require_usable
 from pvec.traits.trait import Trait, load_trait
 from pvec.types import Sign
 from pvec.vectors.find import labels, load_vectors
@@ -44,7 +46,7 @@ class SteerSetup:
         self.steer = session.settings.steer
         self.trait = load_trait(trait)
         self.also = [load_trait(name) for name in also]
-        self._notes: list[str] = []
+        self._notes = require_usable(self.trait, uses="eval")
         self.loaded = load_vectors(
             vectors,
             model=session.metadata,
@@ -110,11 +112,12 @@ class SteerSetup:
 
     def _planned(self) -> list[PlannedResponse]:
         prompts = PromptCache(self.session)
-        questions = self.trait.questions("eval")[: self.steer.limit]
+        held_out = self.trait.held_out_questions().items()
+        questions = list(islice(held_out, self.steer.limit))
         return [
             self._response(prompts, condition, number, question, rollout)
             for condition in self.conditions
-            for number, question in enumerate(questions)
+            for number, question in questions
             for rollout in range(self.steer.rollouts)
         ]
 

@@ -23,13 +23,12 @@ from pvec.extraction.vector import (
     vector_of_run,
 )
 from pvec.models.chat import encode_pair, spans_from_ids, think_length
-from pvec.runs.files import probe_writable
 from pvec.runs.names import run_name
 from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.types import Progress, Sign
 from pvec.vectors.filter import FilterResult, Reason, ScoredResponse, filter_responses
-from pvec.vectors.formats import save_vector
+from pvec.vectors.formats import output_path, save_vector
 from pvec.vectors.quality import VectorSummary, summarize
 
 
@@ -99,6 +98,7 @@ def from_run(
             stack.enter_context(store.session())
         # answers to one prompt side by side, so that one process computes it once for all of them
         records = sorted(store.responses(), key=lambda record: (record.prompt_ids, record.id))
+        out = None if out is None else vector_output(out, trait=trait.name, notify=notify)
         vector = vector_of_run(store, trait, records, judge=chosen, session=session, out=out)
         return _result(
             trait.name,
@@ -131,9 +131,10 @@ def from_csv(
     answers = {sign: list(read_judged_csv(path, trait=trait)) for sign, path in paths.items()}
     filtered = _filter_rows(answers, paths=paths, settings=settings)
     name = run_name(trait, model=settings.model.id, adapter=settings.model.adapter)
-    target = out or Path("vectors") / f"{name}.safetensors"
+    target = vector_output(
+        out or Path("vectors") / f"{name}.safetensors", trait=trait, notify=notify
+    )
     with _session(settings, notify=notify, on_progress=on_progress) as session:
-        session.processes.on_main(lambda: probe_writable(target.parent))
         tokenised = _tokenised(answers, session)
         kept = [response for response in tokenised if filtered.kept(response.spans.id)]
         provenance = {
@@ -151,6 +152,20 @@ def from_csv(
             responses=kept,
             averaged=session.thinking,
         )
+
+
+def vector_output(out: Path, *, trait: str, notify: Notify = ignore) -> Path:
+    """Return the file that a vector goes to (``output_path``), and say what its format leaves out.
+
+    Called before anything is captured. Raises as ``output_path`` does.
+    """
+    path = output_path(out, trait=trait)
+    if path.suffix != ".safetensors":
+        notify(
+            f"{path.name} will hold one kind of vector alone, without residual norms, quality and "
+            f"provenance: a .safetensors file holds all of it"
+        )
+    return path
 
 
 def with_model_of(settings: Settings, path: Path) -> Settings:

@@ -99,7 +99,7 @@ def run(
     weights are loaded, and ``InputError`` with the counts when too few answers were kept (after
     the other traits were finished).
     """
-    loaded = _load_traits(traits, out=out)
+    loaded = _load_traits(traits, out=out, notify=notify)
     with ExitStack() as stack:
         session = stack.enter_context(
             ModelSession(settings, notify=notify, on_progress=on_progress)
@@ -208,7 +208,7 @@ def _finish(jobs: Sequence[_Job]) -> list[ExtractResult]:
     return results
 
 
-def _load_traits(names: Sequence[str], *, out: Path | None) -> list[Trait]:
+def _load_traits(names: Sequence[str], *, out: Path | None, notify: Notify = ignore) -> list[Trait]:
     if not names:
         raise InputError("No trait was named: give --trait NAME (`pvec trait list` shows them).")
     if out is not None and len(names) > 1:
@@ -218,7 +218,8 @@ def _load_traits(names: Sequence[str], *, out: Path | None) -> list[Trait]:
     if repeated:
         raise InputError(f"The trait {repeated[0]!r} was named twice: name each trait once.")
     for trait in traits:
-        require_usable(trait)
+        for note in require_usable(trait, uses="extract"):
+            notify(note)
         trait.questions("extract")
     return traits
 

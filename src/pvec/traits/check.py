@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pvec.errors import InputError
-from pvec.traits.trait import Trait, load_trait
+from pvec.traits.trait import QuestionSet, Trait, folded, load_trait
 
 Severity = Literal["error", "warning"]
 """``error``: results would be wrong or nothing would run. ``warning``: weaker than it could be."""
+
+_UNUSED: Mapping[QuestionSet, tuple[str, ...]] = {
+    "extract": ("questions.eval",),
+    "eval": ("questions.extract", "instruction", "assistant_names"),
+}
+"""Parts of a trait file that do not matter to a command that asks one set of questions."""
 
 INSTRUCTION_PAIRS = 5
 QUESTIONS_PER_SET = 20
@@ -81,18 +87,30 @@ def check_trait(trait: Trait) -> list[TraitIssue]:
     return sorted(issues, key=lambda issue: issue.severity)
 
 
-def require_usable(trait: Trait) -> None:
-    """Raise ``InputError`` with the first error of ``check_trait``, if there is one.
+def require_usable(trait: Trait, *, uses: QuestionSet) -> list[str]:
+    """Raise ``InputError`` with the first error in what a command uses, if there is one.
 
-    Called before money or time is spent on a trait.
+    ``uses`` is the set of questions that it asks; errors elsewhere in the file are returned as
+    notes. Called before money or time is spent on a trait.
     """
     errors = [issue for issue in check_trait(trait) if issue.severity == "error"]
+    serious = [issue for issue in errors if not issue.where.startswith(_UNUSED[uses])]
+    see_all = f"see them all with `pvec trait check {trait.source or trait.name}`"
+    if serious:
+        more = f" (and {len(serious) - 1} more)" if len(serious) > 1 else ""
+        raise InputError(f"trait {trait.name!r} cannot be used: {serious[0]}{more}; {see_all}.")
+    notes = []
     if errors:
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise InputError(
-            f"trait {trait.name!r} cannot be used: {errors[0]}{more}; "
-            f"see them all with `pvec trait check {trait.source or trait.name}`."
+        notes.append(
+            f"trait {trait.name!r} has {len(errors)} errors in parts that are not used here; "
+            f"{see_all}"
         )
+    if trait.shared_questions:
+        notes.append(
+            f"{len(trait.shared_questions)} questions of trait {trait.name!r} are extraction and "
+            f"evaluation questions at once; evaluations leave them out"
+        )
+    return notes
 
 
 def _error(where: str, message: str) -> TraitIssue:
@@ -139,7 +157,7 @@ def _empty_texts(trait: Trait) -> Iterator[TraitIssue]:
 def _instructions(trait: Trait) -> Iterator[TraitIssue]:
     first_seen: dict[tuple[str, str], int] = {}
     for index, pair in enumerate(trait.instructions):
-        key = (_folded(pair.pos), _folded(pair.neg))
+        key = (folded(pair.pos), folded(pair.neg))
         if key[0] == key[1] and key[0]:
             yield _error(f"instruction[{index}]", "pos and neg say the same")
         if key in first_seen:
@@ -148,21 +166,21 @@ def _instructions(trait: Trait) -> Iterator[TraitIssue]:
 
 
 def _questions(trait: Trait) -> Iterator[TraitIssue]:
-    first_seen: dict[str, str] = {}
-    for where, question in _numbered_questions(trait):
-        key = _folded(question)
-        if not key:
-            continue
-        earlier = first_seen.setdefault(key, where)
-        if earlier == where:
-            continue
-        if earlier.partition("[")[0] == where.partition("[")[0]:
-            yield _warning(where, f"the same question as {earlier}")
-        else:
-            yield _error(
-                where,
-                f"the same question as {earlier}: a vector would be tested on what it was made of",
-            )
+    sets = (("extract", trait.extract_questions), ("eval", trait.eval_questions))
+    for name, questions in sets:
+        first_seen: dict[str, int] = {}
+        for index, question in enumerate(questions):
+            earlier = first_seen.setdefault(folded(question), index)
+            if earlier != index and question.strip():
+                where = f"questions.{name}[{index}]"
+                yield _warning(where, f"the same question as questions.{name}[{earlier}]")
+    unshared = len(trait.eval_questions) - len(trait.shared_questions)
+    for index in sorted(trait.shared_questions):
+        yield (_warning if unshared else _error)(
+            f"questions.eval[{index}]",
+            "the same question as one for extraction: a vector would be tested on what it was made "
+            "from, so evaluations leave it out",
+        )
 
 
 def _prompt(trait: Trait) -> Iterator[TraitIssue]:
@@ -181,7 +199,7 @@ def _prompt(trait: Trait) -> Iterator[TraitIssue]:
 
 
 def _assistants(trait: Trait) -> Iterator[TraitIssue]:
-    if _folded(trait.assistant_pos) == _folded(trait.assistant_neg):
+    if folded(trait.assistant_pos) == folded(trait.assistant_neg):
         yield _error(
             "assistant_names", f"pos and neg are both {trait.assistant_pos!r}; they must differ"
         )
@@ -191,11 +209,6 @@ def _numbered_questions(trait: Trait) -> Iterator[tuple[str, str]]:
     for name, questions in (("extract", trait.extract_questions), ("eval", trait.eval_questions)):
         for index, question in enumerate(questions):
             yield f"questions.{name}[{index}]", question
-
-
-def _folded(text: str) -> str:
-    """Return ``text`` as it compares: neither case nor spacing makes a difference."""
-    return " ".join(text.casefold().split())
 
 
 def _unbalanced_brace(text: str) -> int | None:

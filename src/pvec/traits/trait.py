@@ -94,6 +94,31 @@ class Trait:
             )
         return questions
 
+    @cached_property
+    def shared_questions(self) -> frozenset[int]:
+        """Positions in ``eval_questions`` of those that are extraction questions too.
+
+        A vector would be tested on what it was made from, so evaluations leave them out. Neither
+        case nor spacing makes a difference.
+        """
+        extract = {folded(question) for question in self.extract_questions}
+        return frozenset(n for n, q in enumerate(self.eval_questions) if folded(q) in extract)
+
+    def held_out_questions(self) -> dict[int, str]:
+        """Return the evaluation questions, by position, that no vector is made from.
+
+        Raises ``InputError`` when there are none.
+        """
+        questions = dict(enumerate(self.questions("eval")))
+        kept = {n: text for n, text in questions.items() if n not in self.shared_questions}
+        if not kept:
+            raise InputError(
+                f"every evaluation question of trait {self.name!r} is an extraction question too, "
+                f"so a vector would be tested on what it was made from; write other questions into "
+                f"{self.source or 'its file'}."
+            )
+        return kept
+
     def to_json(self) -> dict[str, Any]:
         """Return the trait in pvec's own file format."""
         return {
@@ -169,6 +194,11 @@ def check_name(name: str) -> None:
     problem = _name_problem(name)
     if problem is not None:
         raise InputError(f"A trait cannot be called {name!r}: {problem}.")
+
+
+def folded(text: str) -> str:
+    """Return ``text`` as it compares: neither case nor spacing makes a difference."""
+    return " ".join(text.casefold().split())
 
 
 def indefinite_article(word: str) -> str:

@@ -70,6 +70,10 @@ def output_path(out: Path, *, trait: str) -> Path:
         raise InputError(
             f"pvec cannot write {out.suffix} files: end the name in .safetensors, .pt or .gguf."
         )
+    if out.suffix.lower() == ".gguf":
+        from pvec.vectors.gguf import require_gguf
+
+        require_gguf()
     probe_writable(out.parent)
     return out
 

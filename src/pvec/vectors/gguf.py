@@ -43,6 +43,15 @@ _NUM_LAYERS = "pvec.num_layers"
 _BLOCK_0 = "direction.0 is taken for layer 1 (block 0); llama.cpp itself refuses such a file"
 
 
+def require_gguf() -> ModuleType:
+    """Return the gguf package. Raises ``InputError`` with the install command without it."""
+    try:
+        import gguf
+    except ImportError as exc:
+        raise InputError(f"GGUF files need the gguf package: {install_command('gguf')}.") from exc
+    return gguf
+
+
 def save_gguf(
     vector: PersonaVector,
     path: Path,
@@ -57,7 +66,7 @@ def save_gguf(
     residual stream are left out. Raises ``InputError`` when the architecture is unknown or no
     layer can be expressed, and ``StoreError`` when the file cannot be written.
     """
-    gguf = _package()
+    gguf = require_gguf()
     model_type = vector.metadata.get("model_type", "")
     hint = model_hint or vector.metadata.get("model_hint")
     hint = hint or LLAMA_CPP_NAMES.get(model_type, model_type)
@@ -122,7 +131,7 @@ def load_gguf(path: Path) -> PersonaVector:
     included, which other tools write and llama.cpp refuses. Raises ``InputError`` for a file that
     is damaged or is not a control vector.
     """
-    gguf = _package()
+    gguf = require_gguf()
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OSError) as exc:
@@ -190,7 +199,7 @@ def _tensor_rows(path: Path, reader: Any) -> dict[int, NDArray[Any]]:
 def _check_written(path: Path, aside: Path, rows: Mapping[int, NDArray[Any]]) -> None:
     """Raise ``StoreError`` unless the file holds what was to be written (a disk may be full)."""
     try:
-        written = _tensor_rows(aside, _package().GGUFReader(aside))
+        written = _tensor_rows(aside, require_gguf().GGUFReader(aside))
         whole = written.keys() == rows.keys() and all(
             np.array_equal(written[layer], row) for layer, row in rows.items()
         )
@@ -206,11 +215,3 @@ def _check_written(path: Path, aside: Path, rows: Mapping[int, NDArray[Any]]) ->
 def _text(reader: Any, key: str) -> str:
     entry = reader.get_field(key)
     return "" if entry is None else str(entry.contents())
-
-
-def _package() -> ModuleType:
-    try:
-        import gguf
-    except ImportError as exc:
-        raise InputError(f"GGUF files need the gguf package: {install_command('gguf')}.") from exc
-    return gguf
