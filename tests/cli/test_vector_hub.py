@@ -74,6 +74,20 @@ def test_what_is_pushed_can_be_pulled_and_is_explained(hub: HubServer, tmp_path:
     assert load_vector(tmp_path / "got/evil.safetensors").trait == "evil"
 
 
+def test_two_files_of_one_name_are_not_pulled_over_each_other(
+    hub: HubServer, tmp_path: Path
+) -> None:
+    content = save_vector(vector("evil"), tmp_path / "evil.safetensors").read_bytes()
+    hub.hub.repos["me/vectors"] = {"a/evil.safetensors": content, "b/evil.safetensors": content}
+    both = pvec(hub, "pull", "me/vectors", "--out", "got", cwd=tmp_path)
+    assert both.returncode == 2
+    assert "two files called evil.safetensors (a/evil.safetensors and b/" in both.stderr
+    assert not list((tmp_path / "got").iterdir())
+    one = pvec(hub, "pull", "me/vectors", "b/evil.safetensors", "--out", "got", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    assert (tmp_path / "got/evil.safetensors").read_bytes() == content
+
+
 def test_a_second_push_keeps_the_rest_of_the_card(hub: HubServer, tmp_path: Path) -> None:
     evil = save_vector(vector("evil"), tmp_path / "evil.safetensors")
     funny = save_vector(vector("humorous", seed=1), tmp_path / "humorous.safetensors")

@@ -19,7 +19,7 @@ from pvec.models.decoder import block_index
 from pvec.runs.files import atomic_write, store_error
 from pvec.types import VectorKind
 from pvec.vectors.tensors import kind_from_name, trait_from_name
-from pvec.vectors.vector import DEFAULT_KIND, MISSING_LAYERS, PersonaVector
+from pvec.vectors.vector import DEFAULT_KIND, MISSING_LAYERS, MOST_LAYERS, PersonaVector
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -134,7 +134,7 @@ def load_gguf(path: Path) -> PersonaVector:
     gguf = require_gguf()
     try:
         reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OSError) as exc:
+    except (ValueError, IndexError, KeyError, OSError, OverflowError, MemoryError) as exc:
         raise InputError(f"{path} is not a GGUF file that can be read; make it again.") from exc
     architecture = _text(reader, "general.architecture")
     if architecture != ARCHITECTURE:
@@ -143,11 +143,12 @@ def load_gguf(path: Path) -> PersonaVector:
             "give the file that llama.cpp takes with --control-vector."
         )
     rows = _tensor_rows(path, reader)
-    depth = reader.get_field(_NUM_LAYERS)
+    depth = _text(reader, _NUM_LAYERS)
+    known = int(depth) if depth.isdecimal() and len(depth) < 5 else 0
     return _from_rows(
         path,
         rows,
-        num_layers=max([*rows, int(depth.contents()) if depth else 0]),
+        num_layers=max([*rows, known]),
         model_hint=_text(reader, "controlvector.model_hint"),
     )
 
@@ -185,7 +186,10 @@ def _layer(path: Path, tensor_name: str) -> int:
             f"{path} has a tensor {tensor_name!r}; a control vector has only direction.1, "
             "direction.2, …"
         )
-    return int(match.group(1)) + 1
+    layer = int(match.group(1)[:9]) + 1
+    if layer > MOST_LAYERS:
+        raise InputError(f"{path} has a direction for layer {layer}; make it again.")
+    return layer
 
 
 def _tensor_rows(path: Path, reader: Any) -> dict[int, NDArray[Any]]:

@@ -11,7 +11,7 @@ from pvec.errors import InputError, did_you_mean
 from pvec.runs.files import atomic_write, probe_writable
 from pvec.vectors import repository as hub
 from pvec.vectors.find import SUFFIX, load_vectors
-from pvec.vectors.formats import load_vector, save_vector
+from pvec.vectors.formats import READABLE, load_vector, save_vector
 
 _LARGEST = 2**30
 """Bytes: a file larger than this is a model's weights, not a vector."""
@@ -79,11 +79,19 @@ def pull(
 ) -> PullResult:
     """Fetch vector files of a model repository (default: all) into the folder ``out``.
 
-    Raises ``InputError`` for a repository or file that is not there, and for files that are no
-    vectors; ``StoreError`` when they cannot be written.
+    Raises ``InputError`` for a repository or file that is not there, for files that are no vectors,
+    and for two files of one name in different folders; ``StoreError`` when they cannot be written.
     """
     probe_writable(out)
     chosen = _choose(repo, hub.list_files(repo, revision=revision), names)
+    by_name: dict[str, str] = {}
+    for name in chosen:
+        first = by_name.setdefault(Path(name).name, name)
+        if first != name:
+            raise InputError(
+                f"{repo} has two files called {Path(name).name} ({first} and {name}): name one of "
+                f"them, or pull them into two folders with --out."
+            )
     fetched = [hub.fetch_file(repo, name, revision=revision) for name in chosen]
     vectors = [load_vector(path) for path in fetched]  # all are vectors before any is kept
     files = []
@@ -98,8 +106,8 @@ def pull(
 
 def _choose(repo: str, there: Sequence[hub.RemoteFile], names: Sequence[str]) -> list[str]:
     files = {file.name: file for file in there}
-    vectors = [name for name in files if name.endswith((SUFFIX, ".pt", ".gguf"))]
-    chosen = [_named(repo, name, vectors) for name in names] or vectors
+    vectors = [name for name in files if name.endswith(READABLE)]
+    chosen = list(dict.fromkeys(_named(repo, name, vectors) for name in names)) or vectors
     if not chosen:
         raise InputError(f"{repo} has no vector files.")
     large = [name for name in chosen if (files[name].size or 0) > _LARGEST]

@@ -78,7 +78,7 @@ def summarize(vector: PersonaVector, *, kind: VectorKind = DEFAULT_KIND) -> Vect
         for layer, norm in enumerate(norms)
     )
     layer, reason = suggest_layer(vector, kind=kind)
-    counts = {sign: int(vector.metadata.get(f"kept_{sign}", 0)) for sign in SIGNS}
+    counts = {sign: _count(vector.metadata.get(f"kept_{sign}", "")) for sign in SIGNS}
     return VectorSummary(layers=rows, suggested_layer=layer, reason=reason, counts=counts)
 
 
@@ -242,6 +242,10 @@ def _best_middle_layer(scores: np.ndarray) -> tuple[list[int], int]:
 def _middle_layers(depth: int) -> list[int]:
     low, high = (share * depth for share in SUGGESTED_DEPTHS)
     return [layer for layer in range(1, depth + 1) if low <= layer <= high] or [depth]
+
+
+def _count(text: str) -> int:
+    return int(text) if text.isdecimal() and len(text) < 10 else 0
 
 
 def _spread(vector: PersonaVector, name: str, layer: int) -> Spread:

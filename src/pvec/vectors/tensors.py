@@ -25,6 +25,7 @@ from pvec.vectors.vector import (
     MEAN_NORM,
     MINIMUM_DEPTH,
     MISSING_LAYERS,
+    MOST_LAYERS,
     POST_FINAL_NORM,
     ROW_0,
     PersonaVector,
@@ -34,6 +35,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LAYER_KEY = re.compile(r"(?:(?:layers?|blocks?|direction)[._ -]?)?(\d+)", re.IGNORECASE)
+
+_DAMAGED = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    RuntimeError,
+)
+"""What torch and NumPy raise while they read a file that is not whole."""
 
 _LISTED = 8
 """Names of vectors that a message lists."""
@@ -114,11 +131,10 @@ def trait_from_name(path: Path) -> str:
 def _read_pt(path: Path) -> Any:
     import torch
 
-    unreadable = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError)
     try:
         with warnings.catch_warnings(action="ignore"):  # it is read or refused, nothing between
             return torch.load(path, map_location="cpu", weights_only=True)
-    except unreadable as exc:
+    except _DAMAGED as exc:
         if "GLOBAL" in str(exc):  # how torch names what it would have to import
             raise InputError(
                 f"{path} needs code to be unpickled, which could do anything, so pvec refuses it; "
@@ -131,7 +147,7 @@ def _read_numpy(path: Path) -> Any:
     try:
         content = np.load(path, allow_pickle=False)
         return content if isinstance(content, np.ndarray) else dict(content)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as exc:
+    except _DAMAGED as exc:
         raise InputError(
             f"{path} is not a NumPy file that can be read without running code; save the plain "
             "array [layers + 1, hidden size] with numpy.save."
@@ -197,7 +213,7 @@ def _layers_by_key(content: Mapping[str, Any]) -> dict[int, NDArray[Any]]:
         match = _LAYER_KEY.fullmatch(key)
         if match is None or not isinstance(value, np.ndarray) or value.ndim != 1:
             return {}
-        numbered[int(match[1])] = value
+        numbered[int(match[1][:9])] = value
     return numbered if len(numbered) == len(content) else {}
 
 
@@ -227,6 +243,8 @@ def _rows(
     if isinstance(content, Mapping):
         numbered = _layers_by_key(content)
         widths = {len(vector) for vector in numbered.values()}
+        if max(numbered) >= MOST_LAYERS:
+            raise InputError(f"{path} has a vector for block {max(numbered)}; make it again.")
         if len(widths) > 1:
             raise InputError(f"{path} has vectors of different widths; save those of one model.")
         rows = np.zeros((max(numbered) + 2, widths.pop()), dtype=np.float32)
@@ -237,7 +255,7 @@ def _rows(
         return rows, entries, ("its keys are taken for block numbers: key k is layer k + 1",)
     if content.ndim != 1:
         return content, {ROW_0: "embedding"}, ()
-    if layer is None or layer < 1:
+    if layer is None or not 1 <= layer <= MOST_LAYERS:
         raise InputError(
             f"{path} holds a single vector of width {len(content)} and does not say its layer; "
             "add --layer N, counted from 1."

@@ -36,6 +36,9 @@ ROW_0 = "row_0"
 
 RowMeaning = Literal["embedding", "layer 1"]
 
+MOST_LAYERS = 10_000
+"""More than any model has: a file that says so is damaged."""
+
 MINIMUM_DEPTH = "minimum_depth"
 """Metadata ``"true"``: the model may have more layers than the file has rows."""
 
