@@ -231,7 +231,7 @@ class PersonaVector:
         """
         if self.is_incremental:
             raise InputError(
-                f"the vector of {self.trait!r} holds increments already; omit incremental and "
+                f"the vector of {self.trait!r} holds the increments already; omit incremental and "
                 "steer all layers, or give the vector that it was made from."
             )
         last = max(self.steering_layers, default=0)
