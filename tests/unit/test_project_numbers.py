@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from helpers.models import tiny_tokenizer
 
-from pvec.data.conversations import Chat, Columns, Ids, Pair, SpanMaker, conversation_of
+from pvec.data.conversations import Chat, Columns, Ids, Pair, conversation_of
+from pvec.data.spans import SpanMaker
 from pvec.errors import InputError, ModelError
 from pvec.projection.base_responses import predict_base
 from pvec.projection.screen import score_dataset

@@ -12,6 +12,7 @@ from pvec.cli import monitor, screen, shift
 from pvec.cli.console import Console, table
 from pvec.cli.options import RETIRED_PANEL, console_from, new_app, options, settings_from
 from pvec.cli.projection import READING, SkipBad, Vectors, line, output_options
+from pvec.cli.render import thinking_note
 from pvec.errors import InputError
 
 if TYPE_CHECKING:
@@ -160,12 +161,13 @@ def _render(console: Console, result: ProjectResult) -> None:
     """Show what was added to a file, and what was odd about its rows."""
     counts = result.counts
     notes = [
-        (result.left_out, "rows left out that cannot be read"),
+        (result.left_out, "rows left out that cannot be used"),
         (counts.empty, "answers without a token (empty cells)"),
         (counts.unanswered, "conversations that do not end with an answer"),
         (counts.truncated, "rows longer than the context (their prompt's beginning was cut)"),
         (counts.cut_answers, "of them with an answer that is longer by itself (it was cut too)"),
         (counts.merged, "answers whose first token began in the prompt"),
+        (counts.thinking, thinking_note(counts.think_tokens)),
         (len(result.kept), "columns kept as they were (--overwrite computes them again)"),
         (result.resumed, "rows done before"),
     ]

@@ -194,13 +194,26 @@ def bar(value: float, longest: float) -> str:
     return "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
 
 
+def thinking_note(tokens: int) -> str:
+    """Return what is said, after their number, of answers whose thinking is left out."""
+    return (
+        f"answers think: their {tokens:,} tokens of thinking are left out, while the reference "
+        f"implementation counts them (--thinking on includes them)"
+    )
+
+
 def _render_thinking(console: Console, thinking: Thinking) -> None:
     if not thinking.answers:
         return
-    counts = "counts" if thinking.averaged else "does not count"
+    if thinking.averaged:
+        console.line(
+            f"{thinking.answers:,} of {thinking.of:,} answers think; that is {thinking.share:.1%} "
+            f"of all answer tokens and counts towards the vector"
+        )
+        return
     console.line(
-        f"{thinking.answers:,} of {thinking.of:,} answers think; that is {thinking.share:.1%} of "
-        f"all answer tokens and {counts} towards the vector"
+        f"{thinking.answers:,} of {thinking.of:,} {thinking_note(thinking.tokens)}, "
+        f"{thinking.share:.1%} of all answer tokens"
     )
 
 

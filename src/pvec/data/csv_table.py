@@ -153,6 +153,7 @@ class _Lines:
         self.taken: list[bytes] = []
         self.line = 0
         self.undecodable = False
+        self.ended = False
 
     def __iter__(self) -> Iterator[str]:
         for line in self._stream:
@@ -164,6 +165,7 @@ class _Lines:
             except UnicodeDecodeError:
                 self.undecodable = True
                 yield text.decode("utf-8", "replace")
+        self.ended = True
 
     def take(self) -> bytes:
         """Return the bytes of the lines since the last call."""
@@ -190,6 +192,10 @@ def _records(stream: IO[bytes], delimiter: str) -> Iterator[_Record]:
         if lines.undecodable:
             problem = "is not UTF-8 text"
             lines.undecodable = False
+        elif lines.ended and not problem:  # the reader asked for more of this record
+            problem = "has a quoted cell that is never closed"
+        elif b"\0" in raw:
+            problem = "holds NUL bytes, so it is not UTF-8 text (is it UTF-16?)"
         if cells or problem:
             yield _Record(first, raw, cells, problem)
 

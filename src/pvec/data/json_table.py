@@ -9,6 +9,7 @@ from typing import IO
 
 from pvec.data.table import BadRow, Cell, Row, Table, TableWriter
 from pvec.errors import InputError
+from pvec.parsing import TextError, parse_json
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -80,6 +81,11 @@ class JsonTable(JsonlTable):
                 raise InputError(
                     f"{self.path}:{error.lineno} is not valid JSON ({error.msg}): correct it."
                 ) from None
+            except (RecursionError, ValueError):
+                raise InputError(
+                    f"{self.path}:{line} holds a row that is nested too deeply or a number that is "
+                    f"too long: correct it."
+                ) from None
             yield line, text[place:end].encode("utf-8", "surrogatepass")
             place = _space(text, end)
             if text[place : place + 1] == ",":
@@ -113,11 +119,9 @@ class _ListWriter(_LinesWriter):
 def parse_row(raw: bytes, *, number: int, line: int) -> Row | BadRow:
     """Return the JSON object in ``raw`` as a row, or as a bad one that says what is wrong."""
     try:
-        values = json.loads(raw.removeprefix(_BOM))
-    except UnicodeDecodeError:
-        return BadRow(line=line, reason="is not UTF-8 text")
-    except json.JSONDecodeError as exc:
-        return BadRow(line=line, reason=f"is not valid JSON ({exc.msg} at column {exc.colno})")
+        values = parse_json(raw)
+    except TextError as error:
+        return BadRow(line=line, reason=str(error))
     if not isinstance(values, dict):
         return BadRow(line=line, reason="is not a JSON object")
     return Row(number=number, line=line, values=values, raw=raw)
@@ -129,12 +133,20 @@ def extended_line(row: Row, new: Mapping[str, Cell]) -> bytes:
     body = raw.rstrip()
     end = raw[len(body) :] or b"\n"
     if any(name in row.values for name in new):
-        body = json.dumps({**row.values, **new}, ensure_ascii=False).encode()
+        body = encoded({**row.values, **new})
     elif new:
-        addition = json.dumps(new, ensure_ascii=False)[1:-1].encode()
+        addition = encoded(new)[1:-1]
         comma = b", " if row.values else b""
         body = body[:-1].rstrip() + comma + addition + b"}"
     return body + end
+
+
+def encoded(value: Mapping[str, object]) -> bytes:
+    """Return an object as UTF-8 JSON; half of a surrogate pair stays an escape."""
+    try:
+        return json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value).encode()
 
 
 def _space(text: str, place: int) -> int:

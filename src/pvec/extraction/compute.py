@@ -34,12 +34,13 @@ from pvec.vectors.quality import VectorSummary, summarize
 
 @dataclass(frozen=True, kw_only=True)
 class Thinking:
-    """How much of the answers is thinking: ``answers`` of ``of`` think, and ``share`` of all the
-    answers' tokens; ``averaged`` says whether it counts towards the vector.
+    """How much of the answers is thinking: ``answers`` of ``of`` think, with ``tokens`` that are
+    ``share`` of all the answers' tokens; ``averaged`` says whether they count towards the vector.
     """
 
     answers: int
     of: int
+    tokens: int
     share: float
     averaged: bool
 
@@ -225,6 +226,7 @@ def _result(
         thinking=Thinking(
             answers=sum(response.think_tokens > 0 for response in responses),
             of=len(responses),
+            tokens=thinking,
             share=thinking / tokens if tokens else 0.0,
             averaged=averaged,
         ),

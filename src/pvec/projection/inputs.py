@@ -8,14 +8,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from pvec.backends.planned import PromptCache
 from pvec.backends.session import ModelSession
-from pvec.data.conversations import Chat, Columns, Conversation, Ids, Pair, conversation_of
+from pvec.data.conversations import (
+    Chat,
+    Columns,
+    Conversation,
+    Ids,
+    Pair,
+    conversation_of,
+    has_conversations,
+)
 from pvec.data.csv_table import CsvRowWriter
+from pvec.data.json_table import JsonlTable
+from pvec.data.spans import TemplateCheck
 from pvec.data.tables import (
     BadRow,
     Row,
@@ -61,6 +71,16 @@ class Source:
                 yield row, self.conversation(row)
             except InputError as error:
                 yield BadRow(line=row.line, reason=str(error))
+
+    def checked(self, check: Callable[[Conversation], None]) -> Source:
+        """Return the same rows, of which those that ``check`` refuses (``InputError``) are bad."""
+
+        def conversation(row: Row) -> Conversation:
+            found = self.conversation(row)
+            check(found)
+            return found
+
+        return replace(self, conversation=conversation)
 
     def rows(self) -> Iterator[tuple[Row, Conversation]]:
         """Yield the good rows."""
@@ -146,11 +166,8 @@ def open_source(path: Path, settings: ProjectSettings) -> Source:
     if (path / FILE_NAME).is_file():
         return Source(table=RunTable(path), conversation=_recorded)
     table, columns = open_table(path), columns_of(settings)
-    if columns.messages not in table.columns:
-        need = [columns.prompt, columns.answer]
-        if not set(need) & set(table.columns) and path.suffix in (".jsonl", ".ndjson", ".json"):
-            need = [columns.messages]
-        require_columns(path, columns=table.columns, need=need)
+    if not isinstance(table, JsonlTable) and not has_conversations(table.columns, columns):
+        require_columns(path, columns=table.columns, need=(columns.prompt, columns.answer))
     return Source(table=table, conversation=lambda row: conversation_of(row.values, columns))
 
 
@@ -214,13 +231,17 @@ class Samples:
 
 def open_samples(source: Source, session: ModelSession, *, skip_bad: bool) -> Samples:
     """Read the prompts of ``source``. Raises ``InputError`` for rows that cannot be read."""
+    source = source.checked(TemplateCheck(session.metadata.tokenizer))
     cache = PromptCache(session)
     keys, lines, answered = [], [], []
     distinct: dict[str, Prompt] = {}
 
     def add(found: tuple[Row, Conversation]) -> None:
         row, conversation = found
-        prompt = prompt_of(conversation, session, cache)
+        try:
+            prompt = prompt_of(conversation, session, cache)
+        except InputError as error:
+            raise InputError(f"{source.path}:{row.line} is refused: {error}") from error
         keys.append(prompt.key)
         lines.append(row.line)
         answered.append(len(_answer(conversation)) > 0)

@@ -19,7 +19,8 @@ from typing import IO
 import numpy as np
 
 from pvec.backends.session import ModelSession, Notify, ignore
-from pvec.data.conversations import Conversation, Counts
+from pvec.data.conversations import Conversation
+from pvec.data.spans import Counts, TemplateCheck
 from pvec.data.tables import Row, TableWriter
 from pvec.errors import InputError, PvecError, StoreError
 from pvec.projection.inputs import DEFAULT_OUTPUT, OutputOptions, Source, is_same_file, open_source
@@ -38,8 +39,8 @@ _UNIMPORTANT = ("scale_out", "workers", "natural", "naturals", "subset", "percen
 """Settings that change no number of a projected file and not its place."""
 
 OnProgress = Callable[[Progress], None]
-Chunk = tuple[list[tuple[Row, Conversation]], list[list[Values]]]
-"""Rows of the file with their projections: one tuple per turn that counts."""
+Chunk = tuple[list[tuple[Row, Conversation]], list[list[Values]], dict[int, str]]
+"""Rows of the file, their projections (a tuple per turn that counts), and why some have none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,8 @@ def run(
         columns = loaded.plan_of(*settings.project.types).columns(model=model_name(session))
         there = set() if output.overwrite else set(source.table.columns)
         numbers, report = count(1), _reporter(on_progress, stage="reading")
+        check = TemplateCheck(session.metadata.tokenizer, turns=settings.project.turns)
+        source = source.checked(check)
         rows, bad = source.check(skip_bad=output.skip_bad, on_row=lambda _: report(next(numbers)))
         if bad and output.in_place:
             raise InputError(
@@ -141,6 +144,7 @@ class _Job:
         self.columns = self.plan.columns(model=model_name(session))
         self.counts = Counts()
         self.resumed = 0
+        self.left_out = 0
 
     def run(self, folder: Path, result: ProjectResult) -> ProjectResult:
         """Project what the log in ``folder`` does not hold yet, and write the output."""
@@ -152,8 +156,10 @@ class _Job:
             if next(read_jsonl(path), None) is None:
                 log.append({"input": stamp, "identity": self._identity()})
             with self._writer(stream, result.kept) as writer:
-                for rows, values in self._chunks(log, total=result.rows):
+                for rows, values, refused in self._chunks(log, total=result.rows):
                     sums.add(values)
+                    for number, reason in refused.items():
+                        self._refuse(rows[number][0], reason)
                     for (row, _), turns in zip(rows, values, strict=True):
                         self._write(writer, row, turns)
             if self.source.table.stamp() != stamp:
@@ -166,6 +172,8 @@ class _Job:
             columns=sums.summaries(self.columns, without=result.kept),
             counts=self.counts,
             resumed=self.resumed,
+            rows=result.rows - self.left_out,
+            left_out=result.left_out + self.left_out,
         )
 
     def _check_log(self, log: Path, stamp: Sequence[str | int]) -> None:
@@ -186,7 +194,8 @@ class _Job:
         for _, record in islice(read_jsonl(log.path), 1, None):
             self.counts += Counts(**record["counts"])
             self.resumed += len(record["rows"])
-            yield list(islice(rows, len(record["rows"]))), record["rows"]
+            refused = {int(number): reason for number, reason in record["refused"].items()}
+            yield list(islice(rows, len(record["rows"]))), record["rows"], refused
         if self.resumed == total:
             return
         if self.resumed:
@@ -200,11 +209,11 @@ class _Job:
                 [conversation for _, conversation in chunk],
                 on_done=lambda n, done=done: report(min(done + n, total)),  # type: ignore[misc]
             )
-            log.append({"rows": made.rows, "counts": vars(made.counts)})
+            log.append({"rows": made.rows, "counts": vars(made.counts), "refused": made.refused})
             self.counts += made.counts
             done += len(chunk)
             report(done)
-            yield chunk, made.rows
+            yield chunk, made.rows, made.refused
 
     def _writer(self, stream: IO[bytes], kept: Sequence[str]) -> TableWriter:
         turn = (TURN,) if self.options.turns == "each" else ()
@@ -218,6 +227,15 @@ class _Job:
             if not self.output.overwrite:
                 cells |= {name: row.values[name] for name in cells if name in row.values}
             writer.write(row, {TURN: turn, **cells})
+
+    def _refuse(self, row: Row, reason: str) -> None:
+        """Count a row that the chat template refuses, where such rows may be left out."""
+        if not self.output.skip_bad or self.output.in_place:
+            raise InputError(
+                f"{self.source.path}:{row.line} is refused: {reason.removesuffix('.')}. "
+                f"Correct it, or leave such rows out with --skip-bad."
+            )
+        self.left_out += 1
 
     def _identity(self) -> str:
         """Everything that could change a number or its place."""
@@ -245,6 +263,7 @@ class _Sums:
 
     def add(self, rows: Sequence[Sequence[Values]]) -> None:
         table = np.array([turn for turns in rows for turn in turns], dtype=np.float64)
+        table = table.reshape(-1, len(self._n))
         self._rows += len(table)
         self._n += np.isfinite(table).sum(axis=0)
         self._totals += np.nansum(np.stack([table, table**2]), axis=1)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from pvec.backends.session import ModelSession, ignore
-from pvec.data.conversations import Conversation, Counts, SpanMaker, Turns
+from pvec.data.conversations import Conversation
+from pvec.data.spans import Counts, SpanMaker, Turns
 from pvec.errors import InputError
 from pvec.models.decoder import describe_layer
 from pvec.types import Progress, SpanMeans, TokenSpans, VectorKind
@@ -43,11 +44,21 @@ class Suggest(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Projected:
-    """Projections of several conversations: ``rows[i]`` holds one tuple per turn that counts."""
+class Projections:
+    """Projections of several conversations: ``rows[i]`` holds one tuple per turn that counts.
+
+    ``refused`` says of the rows that have none what the chat template has against them.
+    """
 
     rows: list[list[Values]]
     counts: Counts
+    refused: dict[int, str]
+
+    def require_all(self) -> list[list[Values]]:
+        """Return the rows. Raises ``InputError`` that names the first one that was refused."""
+        for number, reason in self.refused.items():
+            raise InputError(f"Conversation {number + 1} is refused: {reason}")
+        return self.rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,7 +111,7 @@ class Projector:
 
     def __call__(
         self, conversations: Sequence[Conversation], *, on_done: Callable[[int], None] = ignore
-    ) -> Projected:
+    ) -> Projections:
         """Return the projections of every conversation; ``on_done`` hears of finished sequences."""
         made = self._spans(conversations)
         values: dict[str, Values] = {}
@@ -112,7 +123,7 @@ class Projector:
             [values.get(f"{number}:{turn}", empty) for turn in range(self._turns(spans))]
             for number, spans in enumerate(made.rows)
         ]
-        return Projected(rows=rows, counts=made.counts)
+        return Projections(rows=rows, counts=made.counts, refused=made.refused)
 
     def _turns(self, spans: Sequence[TokenSpans]) -> int:
         return min(len(spans), 1) if self._pooled else len(spans)
@@ -166,7 +177,7 @@ def project_table(
     project, remaining = projector(session, plan, turns="last"), iter(conversations)
     rows: list[Values] = []
     while chunk := list(islice(remaining, session.settings.project.chunk_rows)):
-        rows += [turns[0] for turns in project(chunk).rows]
+        rows += [turns[0] for turns in project(chunk).require_all()]
         session.on_progress(Progress(stage=stage, done=len(rows), total=total, unit="rows"))
     return np.array(rows, dtype=np.float64).reshape(len(rows), len(plan.columns()))
 

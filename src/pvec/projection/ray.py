@@ -17,6 +17,7 @@ from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.arrow_table import with_column
 from pvec.data.conversations import Conversation, conversation_of
 from pvec.data.json_table import extended_line, parse_row
+from pvec.data.spans import TemplateCheck
 from pvec.data.tables import BadRow
 from pvec.errors import InputError, install_command
 from pvec.projection.inputs import DEFAULT_OUTPUT, OutputOptions, columns_of
@@ -69,6 +70,9 @@ class RayWorker:
         loaded = open_vectors(self._session, job.vectors)
         plan = loaded.plan_of(*job.settings.project.types)
         self._project = projector(self._session, plan)
+        self._check = TemplateCheck(
+            self._session.metadata.tokenizer, turns=job.settings.project.turns
+        )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return a block of rows with the wanted columns added."""
@@ -108,15 +112,17 @@ class RayWorker:
     def _conversation(self, values: Mapping[str, Any], what: str) -> Conversation | None:
         """Return a row's conversation, or None where bad rows may be left out."""
         try:
-            return conversation_of(values, columns_of(self.job.settings.project))
+            conversation = conversation_of(values, columns_of(self.job.settings.project))
+            self._check(conversation)
         except InputError as error:
             self._refuse(f"{what} that {error}")
             return None
+        return conversation
 
     def _cells(self, conversations: Sequence[Conversation]) -> list[dict[str, float | None]]:
         rows = [
             dict(zip(self.job.columns, t[0], strict=True))
-            for t in self._project(conversations).rows
+            for t in self._project(conversations).require_all()
         ]
         return [{name: row[name] for name in self.job.new} for row in rows]
 

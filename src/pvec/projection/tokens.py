@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pvec.backends.hf.backend import HFBackend
-from pvec.data.conversations import Chat, Conversation, Pair, Turns
+from pvec.data.conversations import Chat, Conversation, Pair
+from pvec.data.spans import Turns
 from pvec.errors import InputError
 from pvec.models.chat import prompt_ids
 from pvec.models.decoder import find_decoder
@@ -70,7 +71,7 @@ def project(
     made = projector([_conversation(one) for one in conversations])
     columns = plan.columns()
     rows: list[dict[str, float | None]] = []
-    for answers in made.rows:
+    for answers in made.require_all():
         for number, values in enumerate(answers, start=1):
             place = {"turn": float(number)} if turns == "each" else {}
             rows.append({**place, **dict(zip(columns, values, strict=True))})

@@ -26,10 +26,13 @@ _SHOWN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRow:
-    """One conversation and where it stands (``file:line``)."""
+    """One conversation and where it stands (``file:line``); ``without_loss`` are the places of
+    messages that are not learnt.
+    """
 
     where: str
     messages: tuple[Message, ...]
+    without_loss: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,31 +123,38 @@ def read_chats(sources: Sequence[str]) -> list[ChatRow]:
                 faults.append(f"{where} {row.reason}")
                 continue
             try:
-                chats.append(ChatRow(where=where, messages=tuple(_messages(row))))
+                chats.append(_chat_row(row, where))
             except InputError as error:
                 faults.append(f"{where} {error}")
     if faults:
-        shown = "; ".join(faults[:_SHOWN])
-        more = f"; and {len(faults) - _SHOWN:,} more" if len(faults) > _SHOWN else ""
-        rows_are = "row is" if len(faults) == 1 else "rows are"
-        problems.append(f"{len(faults):,} training {rows_are} wrong: {shown}{more}.")
+        problems.append(_sentence(faults))
     if problems:
         raise InputError(" ".join(problems))
     return chats
 
 
-def _messages(row: Row) -> Sequence[Message]:
-    """Return the messages of a row. Raises ``InputError``, the end of a sentence, for bad ones."""
-    conversation = conversation_of(row.values, Columns())
-    if not isinstance(conversation, Chat):
-        raise InputError("has no list of messages")
-    messages = conversation.messages
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+def _sentence(faults: Sequence[str]) -> str:
+    shown = "; ".join(faults[:_SHOWN])
+    more = f"; and {len(faults) - _SHOWN:,} more" if len(faults) > _SHOWN else ""
+    rows_are = "row is" if len(faults) == 1 else "rows are"
+    return f"{len(faults):,} training {rows_are} wrong: {shown}{more}."
+
+
+def _chat_row(row: Row, where: str) -> ChatRow:
+    """Return a row's conversation. Raises ``InputError``, the end of a sentence, for a bad one."""
+    chat = conversation_of(row.values, Columns())
+    if not isinstance(chat, Chat):
+        raise InputError("has a prompt and its answer as text: write them as a list of messages")
+    answers = [
+        message["content"]
+        for place, message in enumerate(chat.messages)
+        if message["role"] == "assistant" and place not in chat.without_loss
+    ]
     if not answers:
-        raise InputError("has no assistant turn")
+        raise InputError("has no assistant turn" + (" to learn" if chat.without_loss else ""))
     if not all(answer.strip() for answer in answers):
         raise InputError("has an empty assistant turn")
-    return messages
+    return ChatRow(where=where, messages=tuple(chat.messages), without_loss=chat.without_loss)
 
 
 def _tokenized(
@@ -154,16 +164,24 @@ def _tokenized(
     *,
     tick: Callable[[int], None],
 ) -> list[TokenizedRow]:
-    rows = []
+    rows: list[TokenizedRow] = []
+    faults: list[str] = []
     for number, chat in enumerate(chats, start=1):
         try:
             rows.append(
-                tokenize_conversation(tokenizer, chat.messages, loss_on_all=part.loss_on == "all")
+                tokenize_conversation(
+                    tokenizer,
+                    chat.messages,
+                    loss_on_all=part.loss_on == "all",
+                    without_loss=chat.without_loss,
+                )
             )
         except InputError as error:
-            raise InputError(f"{chat.where}: {error}") from None
+            faults.append(f"{chat.where} is refused: {error}".removesuffix("."))
         if number % 100 == 0:
             tick(number)
+    if faults:
+        raise InputError(_sentence(faults))
     return rows
 
 

@@ -51,9 +51,11 @@ def tokenize_conversation(
     messages: Sequence[Message],
     *,
     loss_on_all: bool = False,
+    without_loss: frozenset[int] = frozenset(),
 ) -> TokenizedRow:
     """Tokenise a conversation and label the assistant's tokens (all of them with ``loss_on_all``).
 
+    ``without_loss`` are the places of assistant's messages that stay without a label.
     Raises ``InputError`` for a template that refuses the conversation, rewrites an assistant's
     text, or ends its turn without a token; and for a tokenizer without offsets.
     """
@@ -66,14 +68,13 @@ def tokenize_conversation(
         )
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = encoding["input_ids"]
-    if loss_on_all:
-        return TokenizedRow(token_ids=tuple(ids), labels=tuple(ids))
     offsets: list[tuple[int, int]] = encoding["offset_mapping"]
-    labels = [IGNORED_LABEL] * len(ids)
+    labels = list(ids) if loss_on_all else [IGNORED_LABEL] * len(ids)
     for turn, message in enumerate(turns):
-        if message["role"] == "assistant":
+        learnt = turn not in without_loss
+        if message["role"] == "assistant" and learnt != loss_on_all:
             for position in _turn_tokens(tokenizer, turns, turn, text, ids, offsets):
-                labels[position] = ids[position]
+                labels[position] = ids[position] if learnt else IGNORED_LABEL
     return TokenizedRow(token_ids=tuple(ids), labels=tuple(labels))
 
 
