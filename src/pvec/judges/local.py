@@ -67,6 +67,11 @@ class LocalJudge(Judge):
         self._owns = owns
         self._replies: dict[JudgeScale, _Replies] = {}
 
+    @property
+    def fenced(self) -> bool:
+        """The bundled judge was trained on the plain form and follows no instruction."""
+        return not self.model.info.bundled
+
     def score(self, queries: Iterable[JudgeQuery]) -> Iterator[Score]:
         """Yield scores chunk by chunk; a query that does not fit the model becomes an error."""
         source = iter(queries)

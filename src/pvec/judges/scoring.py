@@ -7,7 +7,7 @@ comes, so that nothing paid for is lost.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -27,7 +27,7 @@ from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.settings.tree import JudgeSettings
-from pvec.types import JudgeScale, Progress, Score
+from pvec.types import JudgeQuery, JudgeScale, Progress, Score
 
 if TYPE_CHECKING:
     from pvec.backends.base import Backend
@@ -154,7 +154,13 @@ def score_responses(
     Raises ``JudgeError`` when asking is pointless, or when the first round over these answers ends
     without a single score; what was scored has then been handed over.
     """
-    left = sum(1 for _ in missing_queries(responses, metrics, judge=judge.name, scored=scored))
+
+    def queries() -> Iterator[JudgeQuery]:
+        return missing_queries(
+            responses, metrics, judge=judge.name, fenced=judge.fenced, scored=scored
+        )
+
+    left = sum(1 for _ in queries())
     skipped = len(responses) * len(metrics) - left
     counts: Counter[str] = Counter()
     detail = ""
@@ -166,8 +172,7 @@ def score_responses(
         )
 
     show()
-    queries = missing_queries(responses, metrics, judge=judge.name, scored=scored)
-    for score in judge.score(queries):
+    for score in judge.score(queries()):
         on_score(score)
         counts[score.status] += 1
         detail = score.detail or detail
