@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pvec.closing import Closing
+from pvec.documents import read_record
 from pvec.errors import InputError, StoreError, did_you_mean
 from pvec.runs.files import WriterLock, atomic_write, probe_writable
 from pvec.runs.jsonl import JsonlLog, read_jsonl
@@ -181,21 +182,21 @@ class Run(Closing):
         for number, data in read_jsonl(path):
             try:
                 yield ResponseRecord.from_json(data)
-            except (KeyError, TypeError) as exc:
-                raise _bad_line(path, number, exc) from exc
+            except ValueError as exc:
+                raise _bad_line(path, number, exc) from None
 
     def scores(self) -> Iterator[Score]:
         """Yield the judgements as they were written; of two with the same id the later counts."""
         path = self.path / "scores.jsonl"
         for number, data in read_jsonl(path):
             try:
-                yield Score(**data)
-            except TypeError as exc:
-                raise _bad_line(path, number, exc) from exc
+                yield read_record(Score, data)
+            except ValueError as exc:
+                raise _bad_line(path, number, exc) from None
 
     def response_ids(self) -> set[str]:
         """Return the ids of all finished answers."""
-        return {str(data["id"]) for _, data in read_jsonl(self.path / "responses.jsonl")}
+        return {str(data.get("id")) for _, data in read_jsonl(self.path / "responses.jsonl")}
 
     def scored_ids(self) -> set[str]:
         """Return the ids of judgements that need no repeating: all but those that ended in error.
