@@ -78,7 +78,8 @@ def test_aliases_that_would_grow_without_bound_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a: &a {b: *a}", "a: !!int x", "a: !!timestamp 2026-99-99", "a: !!binary 'x'", "? [1]\n: 2", "<<: 3",
+    ["a: &a {b: *a}", "a: !!int x", "a: !!timestamp 2026-99-99", "a: !!binary 'x'", "? [1]\n: 2",
+     "<<: 3",
      "!!python/object/apply:os.system [echo]", "\x00", "*a", "\t- x", "a: b: c", "a: !!float z"],
 )  # fmt: skip
 def test_yaml_that_cannot_be_read_is_one_sentence(text: str) -> None:
