@@ -151,9 +151,12 @@ def score_responses(
 ) -> JudgeReport:
     """Score what is not in ``scored`` yet; each score goes to ``on_score`` as it finishes.
 
+    A response that failed is not an answer and gets no score.
+
     Raises ``JudgeError`` when asking is pointless, or when the first round over these answers ends
     without a single score; what was scored has then been handed over.
     """
+    responses = [response for response in responses if response.finish_reason != "failed"]
 
     def queries() -> Iterator[JudgeQuery]:
         return missing_queries(

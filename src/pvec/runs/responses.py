@@ -46,6 +46,8 @@ class ResponseRecord:
     sampling: Sampling
     think_tokens: int = 0
     steering: tuple[Mapping[str, Json], ...] = field(default=())
+    detail: str = ""
+    """Why an answer failed (``finish_reason`` ``failed``); empty otherwise."""
 
     @property
     def seed(self) -> int:
@@ -53,8 +55,11 @@ class ResponseRecord:
         return self.sampling.seed
 
     def to_json(self) -> dict[str, Any]:
-        """Return the line as a JSON object."""
-        return asdict(self)
+        """Return the line as a JSON object; ``detail`` only where there is one."""
+        line = asdict(self)
+        if not self.detail:
+            del line["detail"]
+        return line
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -27,6 +27,11 @@ from pvec.types import FinishReason, Generation, Progress, Request, StreamChunk
 Notify = Callable[[str], None]
 """Receives a sentence for the user: a smaller batch, a shorter answer."""
 
+_NOT_FINITE = (
+    "the logits after {} tokens are not finite numbers: the steering is too strong, or the number "
+    "format too narrow"
+)
+
 _REFILL_BELOW = 0.75
 """The queue is tapped when fewer rows than this share of the last full batch are left."""
 
@@ -179,6 +184,7 @@ def _generation(done: _Finished, tokenizer: PreTrainedTokenizerBase) -> Generati
         text=str(tokenizer.decode(done.row.tokens, skip_special_tokens=True)),
         finish_reason=done.reason,
         touched=done.touched,
+        detail=_NOT_FINITE.format(len(done.row.tokens)) if done.reason == "failed" else "",
     )
 
 
@@ -250,9 +256,14 @@ class _Batch:
             [row.request.sampling for row in self.rows],
             [len(row.tokens) for row in self.rows],
         )
+        # A number that is infinite or not a number reaches the maximum of its row.
+        usable = torch.isfinite(self._logits.amax(dim=-1)).tolist()
         finished: list[_Finished] = []
         going: list[int] = []
         for index, (row, token) in enumerate(zip(self.rows, sampled, strict=True)):
+            if not usable[index]:
+                finished.append(self._finish(index, "failed"))
+                continue
             stops = token in self._model.stop_ids
             if not stops:
                 row.tokens.append(token)
