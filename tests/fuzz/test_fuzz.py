@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import stat
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,8 +286,13 @@ def test_nothing_but_our_own_errors(
     for variable, value in case.environ:
         monkeypatch.setenv(variable, value)
     before = contents(folder)
-    done = run_pvec(case.command)
     shown = f"pvec {case.command[:300]}\n{case.file} {case.environ}\n"
+    try:
+        done = run_pvec(case.command)
+    except Exception as error:  # what the command line would call a bug
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "/pvec/" in f.filename]
+        where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames[-4:]))
+        pytest.fail(f"{type(error).__name__}: {str(error)[:300]} ({where}): {shown}")
     shown += done.out[-1500:] + done.err[-3000:]
     assert done.code in (0, 2), f"exit code {done.code}: {shown}"
     found = OTHERS_WORDS.search(done.err) or CONTROL.search(done.out) or CONTROL.search(done.err)

@@ -27,6 +27,7 @@ import typer.main
 from typer.core import TyperCommand, TyperGroup
 
 from pvec import __version__
+from pvec.cli.console import visible
 from pvec.cli.options import Config, Debug, Json, Quiet, Verbose, record
 from pvec.errors import InputError, PvecError, did_you_mean
 
@@ -194,7 +195,7 @@ class _Reporter:
         self._report(kind.__name__, f"unexpected {kind.__name__}: {error}{hint}", 1)
 
     def _report(self, kind: str, message: str, code: int) -> None:
-        line = f"Error: {message}"
+        line = f"Error: {visible(message)}"
         if self.json:
             line = json.dumps({"error": {"type": kind, "message": message, "exit_code": code}})
         sys.stderr.write(f"{line}\n")
