@@ -12,10 +12,11 @@ import pytest
 
 from pvec.errors import InputError, JudgeError
 from pvec.judges.base import Judge
+from pvec.judges.choice import choose_judge, open_judge
 from pvec.judges.local import LocalJudge
 from pvec.judges.openai import DEFAULT_MODEL, OpenAIJudge
 from pvec.judges.prompts import COHERENCE_METRIC, Metric, build_query, fence, fill, missing_queries
-from pvec.judges.scoring import choose_judge, estimate_scoring, open_judge, score_responses
+from pvec.judges.scoring import score_responses
 from pvec.runs.responses import ResponseRecord
 from pvec.settings.tree import JudgeSettings
 from pvec.types import JudgeQuery, ModelInfo, Progress, Sampling, Score
@@ -209,12 +210,6 @@ def test_progress_counts_what_is_left_and_what_is_missing() -> None:
     score_responses(ANSWERS, [EVIL], judge=judge, on_score=lambda _: None, on_progress=seen.append)
     assert [(step.done, step.total) for step in seen] == [(n, 5) for n in range(6)]
     assert seen[-1].extra == {"missing": 1.0}
-
-
-def test_an_estimate_counts_every_call() -> None:
-    found = estimate_scoring(["Why?", "How?"] * 50, METRICS, answer_tokens=100, price=None)
-    assert found.calls == 200
-    assert found.prompt_tokens > 200 * 100
 
 
 # -- who judges -----------------------------------------------------------------------------------
