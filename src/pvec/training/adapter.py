@@ -28,6 +28,10 @@ _ROUTERS = frozenset(("gate", "router", "shared_expert_gate"))
 """Modules that choose experts: a part of a module's path is one of these names."""
 
 
+_STATE_SPACE = frozenset(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"))
+"""Architectures whose ``out_proj`` peft does not adapt: a fused kernel reads its weight."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AdapterPlan:
     """What is adapted and what stays frozen. ``parameters`` are those of the adapter.
@@ -89,12 +93,14 @@ def plan_adapter(
 
 def _empty_model(config: TrainConfig, metadata: ModelMetadata) -> PreTrainedModel:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from pvec.models.weights import auto_model_class
 
     model_config = AutoConfig.from_pretrained(
         metadata.files.folder, trust_remote_code=config.model.trust_remote_code
     )
-    build: Any = AutoModelForCausalLM.from_config
+    build = auto_model_class(model_config.to_dict(), name=metadata.id).from_config
     with torch.device("meta"):
         model: PreTrainedModel = build(model_config)
     return model
@@ -126,6 +132,8 @@ def _lora_config(
     names = _linear_names(model)
     wanted = [n for n in names if n.startswith(blocks) and not _ROUTERS & set(n.split("."))]
     leaves = {_leaf(name) for name in wanted}
+    if metadata.model_type in _STATE_SPACE:
+        leaves.discard("out_proj")
     others = sorted({name for name in names if _leaf(name) in leaves} - set(wanted))
     if any(weight.ndim == 3 for weight in model.parameters()):
         _add_experts(lora, _empty_model(config, metadata))
