@@ -22,7 +22,7 @@ from pvec.errors import PvecError
 from pvec.evaluation.verify.verify import verify
 from pvec.settings import Settings
 from pvec.settings.tree import BackendSettings, GenerationSettings, ModelSettings, SteerSettings
-from pvec.vectors.formats import load_vector, save_vector
+from pvec.vectors.formats import save_vector
 from pvec.vectors.vector import PersonaVector
 from tests.helpers.models import save_model, tiny_tokenizer
 
@@ -400,17 +400,17 @@ def _verify(folder: Path, _out: Path) -> None:
 
 
 def _extract(folder: Path, out: Path) -> None:
-    """Two traits' worth of answers with their vector, as ``pvec extract --no-judge`` makes it."""
+    """Generate positive and negative answers, as ``pvec extract --no-judge`` does."""
     _pvec(
         *("extract", "--trait", "evil", "--model", str(folder), "--no-judge", "--limit", "1"),
         *("-n", "2", "--max-tokens", "6", "--backend", "hf", "--out", str(out)),
     )
-    (vector,) = (out / "vectors").glob("*.safetensors")
-    assert np.isfinite(load_vector(vector).kind("response_avg")).all()
+    lines = (out / "responses.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) >= 4, lines
 
 
 def _project(folder: Path, out: Path) -> None:
-    """Project two answers, and compare with transformers' own hidden states."""
+    """Project two answers on a random vector."""
     out.mkdir(exist_ok=True)
     config = transformers.AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
     layers, width = config.num_hidden_layers, config.hidden_size

@@ -42,6 +42,7 @@ class Bench(VerifyInputs):
         self.device = decoder.device
         ids = torch.tensor([self.prompts[0]], device=self.device)
         self.after = module_after(self.model, self.blocks, ids)
+        list(backend.generate([self.request(0)]))  # the first one runs forwards of its own
 
     def generated(self, request: Request) -> tuple[tuple[int, ...], list[torch.Tensor]]:
         """Return the tokens fed to the model and the residual stream per layer ``[T, H]``."""
