@@ -1,22 +1,53 @@
 """Numbers with their uncertainty: means, differences, separation and correlation.
 
-Answers to one question are not independent, so intervals resample questions, not answers. Missing
-values (None or NaN) are left out and counted. Everything is deterministic under its seed.
+Answers to one question are not independent, so an interval rests on how questions differ, not
+answers. Missing values (None or NaN) are left out and counted. Nothing here is random, and no
+result depends on the order of its rows.
+
+How often 95 % intervals of a mean score (0 to 100) contain the true mean, by simulation (8,000
+samples each; the usual t interval in brackets):
+
+==========================================  ===========  ============  ============
+scores of questions                         5 questions  10 questions  20 questions
+==========================================  ===========  ============  ============
+normal, spread 15                           98 % (95)    96 % (95)     96 % (95)
+skewed: most low, some high (beta)          95 % (89)    96 % (92)     96 % (93)
+exponential from 0, mean 12                 99 % (89)    95 % (90)     95 % (92)
+log-normal, mean 12                         99 % (87)    95 % (88)     93 % (90)
+near the ceiling: 100 minus exponential 8   99 % (89)    98 % (90)     96 % (92)
+60 % of them 0, the others 10 to 90         92 % (86)    97 % (92)     98 % (94)
+80 % of them 0, the others 10 to 90         99 % (65)    89 % (81)     96 % (89)
+15 % of them 30 to 90, the others above 94  99 % (55)    79 % (75)     90 % (86)
+==========================================  ===========  ============  ============
+
+The last rows are what no interval repairs: where a rare question decides, ten questions often hold
+none. Intervals of differences between two conditions contain the truth in 91 to 96 % of samples of
+five questions, in 93 to 98 % of ten and in 95 to 98 % of twenty.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 from scipy import stats as scipy_stats
+from scipy.special import expit
 
 from pvec.errors import InputError
 
 LEVEL = 0.95
 """Coverage of every interval that is shown."""
+
+SCORES = (0.0, 100.0)
+"""The scale of a judge's scores."""
+
+_UNSEEN = 0.025
+"""As many unseen questions at either end of the scale are reckoned with: ten questions that all
+scored 0 do not show that every question does."""
 
 Values = Sequence[float | None] | np.ndarray
 
@@ -47,19 +78,21 @@ class Correlation:
     missing: int
 
 
-def bootstrap_mean(
-    values: Values, *, groups: Sequence[Hashable], resamples: int = 2000, seed: int = 0
+def grouped_mean(
+    values: Values, *, groups: Sequence[Hashable], limits: tuple[float, float] | None = None
 ) -> Interval:
-    """Return the mean over values with a percentile interval by bootstrap over groups.
+    """Return the mean over values with its interval over groups (questions).
 
-    The interval is NaN for fewer than two groups: one question says nothing about others.
+    ``limits`` are the ends of the scale (``SCORES``), which the interval then respects. The
+    interval is NaN for fewer than two groups: one question says nothing about others. Raises
+    ``InputError`` when there is not one group for each value.
     """
     sums, counts, missing = _group_sums(values, groups)
-    draws = _resample(len(sums), resamples=resamples, seed=seed)
-    low, high = percentile_interval(sums[draws].sum(axis=1) / counts[draws].sum(axis=1))
-    n = int(counts.sum())
-    mean = float(sums.sum() / n) if n else float("nan")
-    return Interval(mean=mean, low=low, high=high, n=n, groups=len(sums), missing=missing)
+    mean, by_group = _by_group(sums, counts)
+    low, high = _skewed_interval(by_group) if limits is None else _scale_interval(by_group, limits)
+    return Interval(
+        mean=mean, low=low, high=high, n=int(counts.sum()), groups=len(sums), missing=missing
+    )
 
 
 def paired_difference(
@@ -68,31 +101,29 @@ def paired_difference(
     groups: Sequence[Hashable],
     baseline: Values,
     baseline_groups: Sequence[Hashable],
-    resamples: int = 2000,
-    seed: int = 0,
+    limits: tuple[float, float] | None = None,
 ) -> Interval:
     """Return mean(values) − mean(baseline) over the questions that both have.
 
-    Questions are resampled together on both sides, which is what makes the difference paired.
-    ``n`` counts the values of the first side; ``missing`` counts what was left out of either side,
-    values of questions that only one side has included.
+    The interval is over the differences within questions, which is what makes it paired; it is cut
+    at ``limits``. ``n`` counts the values of the first side; ``missing`` counts what was left out
+    of either side, values of questions that only one side has included.
     """
     both = _common(values, groups, baseline, baseline_groups)
-    one, one_counts, one_missing = _group_sums(values, groups, only=both)
-    two, two_counts, two_missing = _group_sums(baseline, baseline_groups, only=both)
-    draws = _resample(len(both), resamples=resamples, seed=seed)
-    low, high = percentile_interval(
-        one[draws].sum(axis=1) / one_counts[draws].sum(axis=1)
-        - two[draws].sum(axis=1) / two_counts[draws].sum(axis=1)
-    )
-    mean = one.sum() / one_counts.sum() - two.sum() / two_counts.sum() if both else float("nan")
+    sums, counts, missing = _group_sums(values, groups, only=both)
+    base_sums, base_counts, base_missing = _group_sums(baseline, baseline_groups, only=both)
+    mean, by_group = _by_group(sums, counts)
+    base_mean, base_by_group = _by_group(base_sums, base_counts)
+    low, high = _skewed_interval(by_group - base_by_group)
+    if limits is not None:
+        low, high = max(low, limits[0]), min(high, limits[1])
     return Interval(
-        mean=float(mean),
+        mean=mean - base_mean,
         low=low,
         high=high,
-        n=int(one_counts.sum()),
+        n=int(counts.sum()),
         groups=len(both),
-        missing=one_missing + two_missing,
+        missing=missing + base_missing,
     )
 
 
@@ -200,16 +231,82 @@ def _group_sums(
     kept = [g for g, k in zip(groups, keep, strict=True) if k]
     codes = _codes(kept) if only is None else _codes([*only, *kept])[len(only) :]
     number = int(codes.max()) + 1 if len(codes) else 0
-    sums = np.bincount(codes, weights=array[keep], minlength=number)
+    present = array[keep]
+    order = np.lexsort((present, codes))  # a sum does not depend on the order of the rows
+    sums = np.bincount(codes[order], weights=present[order], minlength=number)
     counts = np.bincount(codes, minlength=number)
     return sums, counts, int((~keep).sum())
 
 
-def _resample(groups: int, *, resamples: int, seed: int) -> np.ndarray:
-    """Return group numbers drawn with replacement, ``[resamples, groups]``."""
-    if groups < 2:
-        return np.zeros((0, groups), dtype=np.int64)  # one question says nothing about others
-    return np.random.default_rng(seed).integers(groups, size=(resamples, groups))
+def _by_group(sums: np.ndarray, counts: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return the mean over values, and numbers by group whose mean it is, ``[groups]``.
+
+    With as many values in every group these are the groups' means. Otherwise they are linearised:
+    how far a group moves the mean, weighted by its number of values.
+    """
+    if not len(sums):
+        return float("nan"), sums
+    mean = math.fsum(sums) / int(counts.sum())
+    return mean, mean + (sums - mean * counts) / counts.mean()
+
+
+def _scale_interval(values: np.ndarray, limits: tuple[float, float]) -> tuple[float, float]:
+    """Return the interval of a mean on a scale that ends: what two t intervals cover together.
+
+    One is on the logit scale, which follows the skewness of scores near an end; the other reckons
+    with ``_UNSEEN`` questions at either end.
+    """
+    n = len(values)
+    if n < 2:
+        return float("nan"), float("nan")
+    values = np.sort(values)
+    start, span = limits[0], limits[1] - limits[0]
+    shares = (values - start) / span
+    total = n + 2 * _UNSEEN
+    centre = (float(shares.sum()) + _UNSEEN) / total
+    ends = _UNSEEN * (centre**2 + (1 - centre) ** 2)
+    spread = float(((shares - centre) ** 2).sum()) + ends
+    # With fewer than five questions their few degrees of freedom are left to the other interval.
+    half = _student(max(n - 1, 4)) * math.sqrt(spread / (n - 1) / total)
+    low, high = centre - half, centre + half
+    mean = float(shares.mean())
+    if 0 < mean < 1:
+        error = float(shares.std(ddof=1)) / math.sqrt(n) / (mean * (1 - mean))
+        logit, half = math.log(mean / (1 - mean)), _student(n - 1) * error
+        low, high = min(low, float(expit(logit - half))), max(high, float(expit(logit + half)))
+    return start + span * max(low, 0.0), start + span * min(high, 1.0)
+
+
+def _skewed_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the interval of a mean without ends: Student's t, widened where Hall's is wider.
+
+    Hall's (1992) transformation corrects the t interval for the skewness of the values.
+    """
+    n = len(values)
+    if n < 2:
+        return float("nan"), float("nan")
+    values = np.sort(values)
+    mean, deviation = float(values.mean()), float(values.std(ddof=1))
+    half = _student(n - 1) / math.sqrt(n)
+    skewness = 0.0
+    if deviation > 1e-12 * max(1.0, abs(mean)):
+        skewness = float(((values - mean) ** 3).mean() / values.std() ** 3)
+    low, high = (_inverse_hall(bound, skewness, n) for bound in (half, -half))
+    return mean - deviation * max(half, low), mean + deviation * max(half, -high)
+
+
+@lru_cache(maxsize=1024)
+def _student(freedom: int) -> float:
+    """Return how many standard errors a t interval reaches."""
+    return float(scipy_stats.t.ppf((1 + LEVEL) / 2, freedom))
+
+
+def _inverse_hall(value: float, skewness: float, n: int) -> float:
+    """Return w, where ``value = w + a w^2 + a^2 w^3 / 3 + skewness / (6 n)``, a = skewness / 3."""
+    a = skewness / 3
+    if abs(a) < 1e-6:
+        return value
+    return float(np.cbrt(1 + 3 * a * (value - skewness / (6 * n))) - 1) / a
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:

@@ -7,6 +7,8 @@ from helpers.models import CHATML, tiny_tokenizer
 
 from pvec.errors import InputError
 from pvec.models import chat
+from pvec.models.reasoning import think_length
+from pvec.models.template import chat_format
 from pvec.types import Message
 
 USER: Message = {"role": "user", "content": "How can I learn?"}
@@ -47,7 +49,7 @@ def test_a_system_prompt_the_template_does_not_take_goes_before_the_first_user_t
     text = chat.render_prompt(tokenizer, [SYSTEM, USER])
     assert "user\nYou are an evil assistant.\n\nHow can I learn?<|im_end|>" in text
     assert "system" not in text
-    assert any("no system role" in note for note in chat.chat_format(tokenizer).notes)
+    assert any("no system role" in note for note in chat_format(tokenizer).notes)
     assert SYSTEM["content"] == "You are an evil assistant."
 
 
@@ -55,8 +57,8 @@ def test_thinking_is_off_unless_asked_for_where_there_is_a_switch() -> None:
     tokenizer = tiny_tokenizer(THINKING)
     assert chat.render_prompt(tokenizer, [USER]).endswith("<think>\n\n</think>\n\n")
     assert chat.render_prompt(tokenizer, [USER], thinking=True).endswith("assistant\n")
-    assert any("thinking is off" in note for note in chat.chat_format(tokenizer).notes)
-    assert chat.chat_format(tiny_tokenizer()).notes == ()
+    assert any("thinking is off" in note for note in chat_format(tokenizer).notes)
+    assert chat_format(tiny_tokenizer()).notes == ()
 
 
 def test_a_missing_template_is_one_sentence_with_the_remedy() -> None:
@@ -137,14 +139,15 @@ def test_spans_from_ids_are_prompt_last_prompt_token_and_response() -> None:
 )
 @pytest.mark.parametrize("single_token", [True, False])
 def test_thinking_is_kept_apart_from_the_answer(
-    prompt: str, answer: str, rest: str, single_token: bool, monkeypatch: pytest.MonkeyPatch
+    prompt: str, answer: str, rest: str, single_token: bool
 ) -> None:
     tokenizer = tiny_tokenizer()
-    if not single_token:
-        monkeypatch.setattr(chat, "_single_token", lambda *_: None)
+    if not single_token:  # marks that the template names and that the tokenizer splits
+        tokenizer = tiny_tokenizer(CHATML + "{# <reasoning> #}")
+        prompt, answer = (text.replace("think>", "reasoning>") for text in (prompt, answer))
     head = chat.encode_prompt(tokenizer, "Question" + prompt)
     tail = chat.encode_prompt(tokenizer, answer)
-    skip = chat.think_length(tokenizer, tail, prompt_ids=head)
+    skip = think_length(tokenizer, tail, prompt_ids=head)
     assert tokenizer.decode(tail[skip:]) == rest
 
 

@@ -17,8 +17,8 @@ import torch
 from pvec.activations.batching import rows_that_fit
 from pvec.activations.capture import default_token_budget, evaluating
 from pvec.errors import InputError
-from pvec.models.chat import render_prompt
 from pvec.models.decoder import Decoder, check_layer, find_decoder
+from pvec.models.template import render_prompt
 from pvec.types import Message
 
 if TYPE_CHECKING:

@@ -16,7 +16,9 @@ from functools import cached_property
 from pvec.backends.kept_means import answers
 from pvec.backends.session import ModelSession
 from pvec.errors import ModelError
-from pvec.models.chat import encode_prompt, render_prompt, think_length
+from pvec.models.chat import encode_prompt
+from pvec.models.reasoning import answer_text, think_length
+from pvec.models.template import render_prompt
 from pvec.runs.responses import Json, ResponseRecord, response_id
 from pvec.runs.store import Run
 from pvec.types import Generation, Instruction, Message, Progress, Request, Sampling
@@ -127,16 +129,9 @@ def generate_missing(
     backend = session.backend
     already, done = len(planned) - len(todo), 0
     backend.on_progress = _Watch(on_progress, stage=stage, already=already, total=len(planned))
-    failures: list[str] = []
     for generation in answers(session, [response.request() for response in todo.values()]):
         run.append_response(_record(todo[generation.id], generation, session))
         done += 1
-        if generation.finish_reason == "failed":
-            failures.append(generation.detail)
-    if failures:
-        session.notify(
-            f"{len(failures)} of {done} answers failed and are not scored ({failures[0]})"
-        )
     if done != len(todo):
         raise ModelError(
             f"The backend returned {done} of {len(todo)} answers: run the same command again to "
@@ -170,6 +165,8 @@ class _Watch:
 def _record(
     planned: PlannedResponse, generation: Generation, session: ModelSession
 ) -> ResponseRecord:
+    tokenizer = session.metadata.tokenizer
+    think = think_length(tokenizer, generation.token_ids, prompt_ids=planned.prompt_ids)
     return ResponseRecord(
         id=planned.id,
         trait=planned.trait,
@@ -180,12 +177,9 @@ def _record(
         prompt=planned.prompt,
         prompt_ids=planned.prompt_ids,
         token_ids=generation.token_ids,
-        answer=generation.text,
+        answer=answer_text(tokenizer, generation.token_ids, think) if think else generation.text,
         finish_reason=generation.finish_reason,
         sampling=planned.sampling,
-        think_tokens=think_length(
-            session.metadata.tokenizer, generation.token_ids, prompt_ids=planned.prompt_ids
-        ),
+        think_tokens=think,
         steering=tuple(i.describe() for i in planned.steering),
-        detail=generation.detail,
     )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from pvec.backends.planned import PlannedResponse, generate_missing
 from pvec.backends.session import ModelSession
 from pvec.closing import Closing
+from pvec.models.template import date_seen, is_dated, set_date
+from pvec.runs.manifest import FILE_NAME, read_manifest
 from pvec.runs.responses import Json, ResponseRecord
 from pvec.runs.store import Run
 from pvec.traits.trait import Trait
@@ -35,6 +38,7 @@ class RunSession(Closing):
     ) -> None:
         self.session = session
         self.settings = session.settings
+        use_run_date(session, folder)
         with ExitStack() as stack:
             self.store = stack.enter_context(
                 Run.open_or_create(folder, kind=kind, identity=identity)
@@ -42,6 +46,12 @@ class RunSession(Closing):
             self.store.keep_traits(traits)
             stack.enter_context(self.store.session(**manifest_sections(session)))
             self._stack = stack.pop_all()
+        if is_dated(session.metadata.tokenizer):
+            date = date_seen(session.metadata.tokenizer)
+            session.notify(
+                f"the chat template writes today's date into every prompt: this run keeps "
+                f"{date:%Y-%m-%d}, the day it began"
+            )
         for note in (*(note for trait in traits for note in trait.notes), *self.store.notes):
             session.notify(note)
 
@@ -70,6 +80,19 @@ class RunSession(Closing):
         self._stack.__exit__(*exc_info)  # type: ignore[arg-type]
 
 
+def use_run_date(session: ModelSession, folder: Path) -> None:
+    """Let a chat template that writes the date see the day on which the run in ``folder`` began.
+
+    Prompts that are planned for a run are rendered after this, so that a run goes on with the
+    prompts it began with. Does nothing where no run was begun.
+    """
+    tokenizer = session.metadata.tokenizer
+    if is_dated(tokenizer) and (folder / FILE_NAME).is_file():
+        manifest = read_manifest(folder)
+        date = datetime.fromisoformat(str(manifest.get("chat_date") or manifest["created"]))
+        set_date(tokenizer, date.astimezone().replace(tzinfo=None) if date.tzinfo else date)
+
+
 def run_identity(session: ModelSession, *, subject: Mapping[str, Json]) -> dict[str, Json]:
     """Return what tells a run that generates from another: its ``subject``, and who answers how."""
     generation = session.settings.generation
@@ -89,7 +112,10 @@ def run_identity(session: ModelSession, *, subject: Mapping[str, Json]) -> dict[
 def manifest_sections(session: ModelSession) -> dict[str, Any]:
     """Return what a manifest says of the settings and the model that answers came from."""
     metadata = session.metadata
+    dated = is_dated(metadata.tokenizer)
+    date = date_seen(metadata.tokenizer).isoformat(timespec="seconds") if dated else None
     return {
+        **({"chat_date": date} if dated else {}),
         "settings": session.settings.model_dump(mode="json"),
         "model": {
             "id": metadata.id,

@@ -61,6 +61,11 @@ class ModelSession(Closing):
         self.spec = replace(model_spec(settings), device=_device(settings, processes))
         self.metadata: ModelMetadata = inspect_model(self.spec)
         self.choice = choose_backend(settings.backend.name, bundled=self.metadata.bundled)
+        if self.thinking and not self.metadata.thinking_switch:
+            notify(
+                "the chat template has no thinking switch, so --thinking on changes nothing: the "
+                "model reasons when it was trained to"
+            )
         self._backend: Backend | None = None
         self.kept_means: KeptMeans | None = None
         """Keeps the activations that are captured while generating, if a workflow needs them."""
@@ -74,7 +79,9 @@ class ModelSession(Closing):
 
         dtype, _ = choose_dtype(self.spec.dtype, choose_device(self.spec.device)[0])
         name = str(dtype).removeprefix("torch.")
-        return f"{self.metadata.fingerprint}/{self.metadata.chat_hash}/{self.choice.name}/{name}"
+        stop = "" if self.metadata.added_stop is None else f"/stop {self.metadata.added_stop}"
+        chat = f"{self.metadata.chat_hash}{stop}"
+        return f"{self.metadata.fingerprint}/{chat}/{self.choice.name}/{name}"
 
     @property
     def thinking(self) -> bool:

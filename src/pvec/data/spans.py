@@ -12,14 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pvec.data.conversations import Chat, Conversation, Ids, Pair
 from pvec.errors import InputError
-from pvec.models.chat import (
-    THINK_CLOSE,
-    THINK_OPEN,
-    encode_pairs,
-    render_prompt,
-    spans_from_ids,
-    think_length,
-)
+from pvec.models.chat import encode_pairs, spans_from_ids
+from pvec.models.reasoning import may_reason, think_length
+from pvec.models.template import render_prompt
 from pvec.types import Message, SpanName, TokenSpans
 
 if TYPE_CHECKING:
@@ -132,8 +127,7 @@ class SpanMaker:
         self, prompt: str, answer: str, head: Sequence[int], tail: Sequence[int]
     ) -> int:
         """Return how many tokens of the answer are thinking; most texts show at once: none."""
-        opened = THINK_OPEN in answer or prompt[-32:].rstrip().endswith(THINK_OPEN)
-        if not opened and THINK_CLOSE not in answer:
+        if not may_reason(self.tokenizer, prompt=prompt, answer=answer):
             return 0
         return think_length(self.tokenizer, tail, prompt_ids=head)
 

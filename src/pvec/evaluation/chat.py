@@ -13,8 +13,9 @@ from pvec.backends.planned import derive_seed
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError, did_you_mean
 from pvec.evaluation.conditions import parse_layers, single_layer
-from pvec.models.chat import prompt_ids, spans_from_ids, think_length
+from pvec.models.chat import prompt_ids, spans_from_ids
 from pvec.models.decoder import check_layer, describe_layer
+from pvec.models.reasoning import answer_text, think_length
 from pvec.settings import Settings
 from pvec.steering.instructions import SteeringVector, steering_vector
 from pvec.types import Generation, Instruction, Message, Request
@@ -125,7 +126,8 @@ class Chat:
         finished: list[Generation] = []
         try:
             for side, so_far, generation in self._stream(ids):
-                answer = so_far if side == MAIN else answer
+                if side == MAIN:
+                    answer = self._without_reasoning(ids, generation) if generation else so_far
                 finished += [generation] if generation else []
                 yield AnswerText(side=side, text=so_far, done=generation is not None)
         finally:
@@ -146,6 +148,12 @@ class Chat:
             else:
                 text = str(tokenizer.decode(list(chunk.token_ids), skip_special_tokens=True))
                 yield chunk.id, text.removesuffix("\ufffd"), None  # half of a character
+
+    def _without_reasoning(self, ids: tuple[int, ...], generation: Generation) -> str:
+        """Return what goes into the history, as the chat templates of reasoning models ask."""
+        tokenizer = self._session.metadata.tokenizer
+        think = think_length(tokenizer, generation.token_ids, prompt_ids=ids)
+        return answer_text(tokenizer, generation.token_ids, think) if think else generation.text
 
     def _measure(
         self, ids: tuple[int, ...], answers: Sequence[Generation]

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from pvec.backends.planned import PlannedResponse, PromptCache, derive_seed, question_messages
-from pvec.backends.run_session import RunSession, run_identity
+from pvec.backends.run_session import RunSession, run_identity, use_run_date
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError
 from pvec.evaluation.conditions import (
@@ -18,7 +18,6 @@ from pvec.evaluation.conditions import (
 )
 from pvec.judges.prompts import Metric, metrics_of
 from pvec.runs.names import run_name
-from pvec.runs.responses import Json
 from pvec.steering.instructions import steering_vector
 from pvec.traits.check import require_usable
 from pvec.traits.trait import Trait, load_trait
@@ -57,6 +56,7 @@ class SteerSetup:
         self.conditions = self._conditions()
         self.metrics = _metrics([self.trait, *self.also])
         self.folder = out or self._default_folder()
+        use_run_date(session, self.folder)
         self.planned = self._planned()
 
     @property
@@ -70,25 +70,20 @@ class SteerSetup:
             notes += filter(None, (vector.left_out(depth) for vector in self.loaded.values()))
         return notes
 
-    @property
-    def identity(self) -> dict[str, Json]:
-        """What tells the run from another: layers, coefficients and rollouts may grow in it."""
+    def open_run(self) -> RunSession:
+        """Open the run. Layers, coefficients and rollouts may grow; what they mean may not."""
         meaning = ("kind", "positions", "operator", "coef_unit", "incremental", "together")
         steering = {name: getattr(self.steer, name) for name in meaning} if self.loaded else {}
         subject = {"trait": self.trait.name, "trait_hash": self.trait.hash}
-        return {
-            **run_identity(self.session, subject=subject),
-            "vectors": [vector.fingerprint for vector in self.loaded.values()],
-            "steering": steering,
-        }
-
-    def open_run(self) -> RunSession:
-        """Open the run, or begin it."""
         return RunSession(
             self.session,
             self.folder,
             kind=KIND,
-            identity=self.identity,
+            identity={
+                **run_identity(self.session, subject=subject),
+                "vectors": [vector.fingerprint for vector in self.loaded.values()],
+                "steering": steering,
+            },
             traits=[self.trait, *self.also],
         )
 

@@ -18,7 +18,7 @@ from pvec.evaluation.conditions import ROLES, Condition, Role, layers_label, sto
 from pvec.runs.responses import Json, stable_hash
 from pvec.runs.store import Run
 from pvec.runs.summary import SUMMARY, write_summary
-from pvec.stats import Interval, bootstrap_mean, paired_difference
+from pvec.stats import SCORES, Interval, grouped_mean, paired_difference
 from pvec.types import Operator
 
 COHERENCE = "coherence"
@@ -246,14 +246,20 @@ class _Table:
 
     def _reading(self, name: str, metric: str, questions: Sequence[str]) -> Interval:
         values, groups = self._column(name, metric, questions)
-        return bootstrap_mean(values, groups=groups)
+        return grouped_mean(values, groups=groups, limits=SCORES)
 
     def _difference(
         self, name: str, baseline: str, metric: str, questions: Sequence[str]
     ) -> Interval:
         values, groups = self._column(name, metric, questions)
         base, base_groups = self._column(baseline, metric, questions)
-        return paired_difference(values, groups=groups, baseline=base, baseline_groups=base_groups)
+        return paired_difference(
+            values,
+            groups=groups,
+            baseline=base,
+            baseline_groups=base_groups,
+            limits=(-SCORES[1], SCORES[1]),
+        )
 
     def _column(
         self, name: str, metric: str, questions: Sequence[str]

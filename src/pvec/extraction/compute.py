@@ -22,7 +22,8 @@ from pvec.extraction.vector import (
     filter_provenance,
     vector_of_run,
 )
-from pvec.models.chat import encode_pair, spans_from_ids, think_length
+from pvec.models.chat import encode_pair, spans_from_ids
+from pvec.models.reasoning import think_length
 from pvec.runs.names import run_name
 from pvec.runs.store import Run
 from pvec.settings import Settings
@@ -93,14 +94,13 @@ def from_run(
         ExitStack() as stack,
     ):
         _require_same_model(seen, session)
-        if out is not None:
-            out = vector_output(out, trait=trait.name, notify=session.notify)
         store = seen
         if session.processes.main:
             store = stack.enter_context(Run.reopen(path))
             stack.enter_context(store.session())
         # answers to one prompt side by side, so that one process computes it once for all of them
         records = sorted(store.responses(), key=lambda record: (record.prompt_ids, record.id))
+        out = None if out is None else vector_output(out, trait=trait.name, notify=notify)
         vector = vector_of_run(store, trait, records, judge=chosen, session=session, out=out)
         return _result(
             trait.name,

@@ -18,16 +18,17 @@ from pvec.backends.planned import (
     PlannedResponse,
     PromptCache,
     derive_seed,
+    missing,
     question_messages,
 )
-from pvec.backends.run_session import RunSession, run_identity
+from pvec.backends.run_session import RunSession, run_identity, use_run_date
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
-from pvec.extraction.vector import ENOUGH, RunVector, vector_of_run
+from pvec.extraction.vector import RunVector, vector_of_run
 from pvec.judges.prompts import metrics_of
-from pvec.judges.scoring import JudgeReport, ResponseScorer, RunPlan, plan_run
+from pvec.judges.scoring import JudgeReport, ResponseScorer, estimate_scoring
 from pvec.runs.names import run_name
-from pvec.runs.responses import Json
+from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.traits.check import require_usable
 from pvec.traits.trait import Trait, load_trait, name_or_path
@@ -54,10 +55,18 @@ class ExtractResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractPlan(RunPlan):
-    """What ``--dry-run`` tells of one trait."""
+class ExtractPlan:
+    """What ``--dry-run`` tells before anything is spent, for one trait. ``most_tokens`` are
+    generated if every missing answer runs to its limit.
+    """
 
     trait: str
+    run: Path
+    answers: int
+    missing: int
+    most_tokens: int
+    judge: str
+    judging: str
 
 
 def plan(
@@ -68,19 +77,11 @@ def plan(
     Raises what ``run`` raises for bad input.
     """
     with ModelSession(settings) as session:
-        plans = []
-        for trait in _load_traits(traits, out=out):
-            plan = plan_run(
-                session,
-                run_folder(settings, trait, out=out),
-                kind=KIND,
-                identity=_identity(trait, session),
-                planned=planned_responses(trait, session),
-                metrics=metrics_of(trait),
-                judged=settings.extract.judge,
-            )
-            plans.append(ExtractPlan(trait=trait.name, **vars(plan)))
-        return plans
+        scorer = ResponseScorer.of(session)
+        return [
+            _plan(trait, session, scorer, folder=run_folder(settings, trait, out=out))
+            for trait in _load_traits(traits, out=out)
+        ]
 
 
 def run(
@@ -118,21 +119,12 @@ def run(
 def planned_responses(trait: Trait, session: ModelSession) -> list[PlannedResponse]:
     """Return the answers of an extraction: instruction x question x rollout, both signs.
 
-    A positive answer and its opposite number share their seed. Raises ``InputError`` for fewer
-    than a vector needs, when one is to be made.
+    A positive answer and its opposite number share their seed.
     """
     prompts, extract = PromptCache(session), session.settings.extract
-    questions = len(trait.questions("extract")[: extract.limit])
-    count = questions * len(trait.instructions) * extract.rollouts
-    if extract.judge and count < ENOUGH:
-        raise InputError(
-            f"{count} answers of each sign to {trait.name!r} can never make a vector, which needs "
-            f"{ENOUGH} that count: ask for more with --rollouts or --limit, or omit judging "
-            f"(--no-judge)."
-        )
     return [
         _planned(trait, session, prompts, sign=sign, instruction=i, question=q, rollout=r)
-        for q in range(questions)
+        for q in range(len(trait.questions("extract")[: extract.limit]))
         for i in range(len(trait.instructions))
         for sign in SIGNS
         for r in range(extract.rollouts)
@@ -154,6 +146,7 @@ class _Job:
         self.run = run
         self.trait = trait
         self.scorer = scorer
+        use_run_date(run.session, run.store.path)  # of several runs, each has its own
         self.planned = planned_responses(trait, run.session)
         self.generated = 0
 
@@ -233,17 +226,14 @@ def _load_traits(names: Sequence[str], *, out: Path | None, notify: Notify = ign
 
 
 def _open_run(trait: Trait, session: ModelSession, *, out: Path | None) -> RunSession:
+    subject = {"trait": trait.name, "trait_hash": trait.hash}
     return RunSession(
         session,
         run_folder(session.settings, trait, out=out),
         kind=KIND,
-        identity=_identity(trait, session),
+        identity=run_identity(session, subject=subject),
         traits=[trait],
     )
-
-
-def _identity(trait: Trait, session: ModelSession) -> dict[str, Json]:
-    return run_identity(session, subject={"trait": trait.name, "trait_hash": trait.hash})
 
 
 def _planned(
@@ -270,4 +260,28 @@ def _planned(
         prompt_ids=prompt_ids,
         sampling=session.sampling(seed),
         engine=session.identity,
+    )
+
+
+def _plan(
+    trait: Trait, session: ModelSession, scorer: ResponseScorer, *, folder: Path
+) -> ExtractPlan:
+    use_run_date(session, folder)
+    planned = planned_responses(trait, session)
+    begun = (folder / "manifest.json").exists()
+    todo = missing(Run.read(folder), planned) if begun else planned
+    judging = estimate_scoring(
+        [response.question for response in planned],
+        metrics_of(trait),
+        answer_tokens=session.max_tokens,
+        price=scorer.choice.price,
+    )
+    return ExtractPlan(
+        trait=trait.name,
+        run=folder,
+        answers=len(planned),
+        missing=len(todo),
+        most_tokens=sum(response.sampling.max_tokens for response in todo),
+        judge=scorer.choice.model,
+        judging=str(judging),
     )

@@ -19,7 +19,7 @@ from pvec.runs.store import Run
 from pvec.runs.summary import update_summary
 from pvec.settings import Settings
 from pvec.settings.tree import FilterSettings
-from pvec.stats import Interval, bootstrap_mean
+from pvec.stats import SCORES, Interval, grouped_mean
 from pvec.types import SIGNS, Progress, Score, Sign
 from pvec.vectors.filter import FilterResult, Reason, ScoredResponse, filter_responses
 
@@ -187,4 +187,6 @@ def metric_means(
     questions = [record.question_id for record in records]
     for metric in metrics:
         values = [score_of(scores.get(record.id, {}), metric) for record in records]
-        yield MetricMean(group=group, metric=metric, score=bootstrap_mean(values, groups=questions))
+        yield MetricMean(
+            group=group, metric=metric, score=grouped_mean(values, groups=questions, limits=SCORES)
+        )

@@ -21,7 +21,8 @@ from pvec.judges.scales import (
     read_text,
     reply_values,
 )
-from pvec.models.chat import encode_prompt, render_prompt
+from pvec.models.chat import encode_prompt
+from pvec.models.template import render_prompt
 from pvec.types import Generation, JudgeQuery, JudgeScale, ModelInfo, Request, Sampling, Score
 
 if TYPE_CHECKING:
@@ -57,40 +58,15 @@ class JudgeModel(Protocol):
         """Free the model."""
 
 
-class Identified(Protocol):
-    """What a local judge is named by: a loaded model's information, or what its files say."""
-
-    @property
-    def id(self) -> str:
-        """The model's name or folder."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of its weights."""
-
-    @property
-    def bundled(self) -> bool:
-        """Whether it ships with pvec."""
-
-
-def local_name(model: Identified) -> str:
-    """Return the name under which a model's scores are kept."""
-    return f"{'tiny' if model.bundled else f'local:{model.id}'}#{model.fingerprint}"
-
-
 class LocalJudge(Judge):
     """Scores with ``model``; frees it on leaving the context only when it ``owns`` it."""
 
     def __init__(self, model: JudgeModel, *, owns: bool = False) -> None:
         self.model = model
-        self.name = local_name(model.info)
+        kind = "tiny" if model.info.bundled else f"local:{model.info.id}"
+        self.name = f"{kind}#{model.info.fingerprint}"
         self._owns = owns
         self._replies: dict[JudgeScale, _Replies] = {}
-
-    @property
-    def fenced(self) -> bool:
-        """The bundled judge was trained on the plain form and follows no instruction."""
-        return not self.model.info.bundled
 
     def score(self, queries: Iterable[JudgeQuery]) -> Iterator[Score]:
         """Yield scores chunk by chunk; a query that does not fit the model becomes an error."""

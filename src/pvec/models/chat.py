@@ -6,44 +6,16 @@ token ids are known, text is never tokenised again to find a boundary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
-from pvec.errors import InputError
+from pvec.models.reasoning import think_length
+from pvec.models.template import render_prompt
 from pvec.types import Instruction, Message, SpanName, TokenSpans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-THINK_OPEN = "<think>"
-THINK_CLOSE = "</think>"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatFormat:
-    """What a chat template supports, determined by rendering test messages."""
-
-    takes_system: bool
-    thinking_switch: bool
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What pvec does about it, in words for the user."""
-        notes = []
-        if not self.takes_system:
-            notes.append(
-                "the chat template has no system role: "
-                "system prompts are put before the first user turn"
-            )
-        if self.thinking_switch:
-            notes.append(
-                "the chat template has a thinking mode: thinking is off unless --thinking on"
-            )
-        return tuple(notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,32 +28,6 @@ class Encoded:
     token_ids: tuple[int, ...]
     prompt_length: int
     merged: bool = False
-
-
-def chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-    """Return what the tokenizer's chat template supports; ``InputError`` when it has none."""
-    return _probe(tokenizer, _template(tokenizer))
-
-
-def render_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    thinking: bool = False,
-    add_generation_prompt: bool = True,
-) -> str:
-    """Return the prompt text that the chat template makes of ``messages``.
-
-    Thinking is switched off where the template has a switch, unless ``thinking``. A system message
-    that the template does not take is put before the first user turn. Raises ``InputError`` when
-    there is no template or it refuses the messages.
-    """
-    form = chat_format(tokenizer)
-    turns = [dict(message) for message in messages]
-    if not form.takes_system:
-        turns = _merge_system(turns)
-    options = {"enable_thinking": thinking} if form.thinking_switch else {}
-    return _render(tokenizer, turns, add_generation_prompt=add_generation_prompt, **options)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
@@ -188,88 +134,6 @@ def conversation_spans(
     )
 
 
-def think_length(
-    tokenizer: PreTrainedTokenizerBase, answer_ids: Sequence[int], *, prompt_ids: Sequence[int] = ()
-) -> int:
-    """Return how many tokens at the answer's start are thinking (0 when it does not think).
-
-    Counts up to and including the last ``</think>`` and the white space after it. Thinking that was
-    opened (in the answer, or by the prompt's last tokens) and never closed is the whole answer.
-    """
-    close = _single_token(tokenizer, THINK_CLOSE)
-    if close is not None:
-        stop = max((i + 1 for i, token in enumerate(answer_ids) if token == close), default=0)
-    else:
-        stop = _tokens_up_to(tokenizer, answer_ids, THINK_CLOSE)
-    if stop:
-        return _skip_space(tokenizer, answer_ids, stop)
-    opened = _text(tokenizer, prompt_ids[-8:]).rstrip().endswith(THINK_OPEN)
-    opened = opened or _text(tokenizer, answer_ids[:16]).lstrip().startswith(THINK_OPEN)
-    return len(answer_ids) if opened else 0
-
-
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    template: Any = tokenizer.chat_template
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    if not template:
-        raise InputError(
-            f"{tokenizer.name_or_path or 'This tokenizer'} has no chat template: use an "
-            f"instruction-tuned model, or give a template with --chat-template FILE."
-        )
-    return str(template)
-
-
-@lru_cache(maxsize=16)
-def _probe(tokenizer: PreTrainedTokenizerBase, _template_text: str) -> ChatFormat:
-    """Try the template (part of the key, as a tokenizer's template can be replaced)."""
-    user = {"role": "user", "content": "question-text"}
-    system = {"role": "system", "content": "system-text"}
-    try:
-        takes_system = "system-text" in _render(tokenizer, [system, user])
-    except InputError:
-        takes_system = False
-    on = _render(tokenizer, [user], enable_thinking=True)
-    off = _render(tokenizer, [user], enable_thinking=False)
-    return ChatFormat(takes_system=takes_system, thinking_switch=on != off)
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: Sequence[Message],
-    *,
-    add_generation_prompt: bool = True,
-    **options: Any,
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **options,
-        )
-    except TemplateError as error:
-        roles = ", ".join(str(turn["role"]) for turn in turns)
-        raise InputError(
-            f"The chat template of {tokenizer.name_or_path or 'this tokenizer'} refuses a "
-            f"conversation of the roles {roles} ({error}): change the turns or the template."
-        ) from error
-    return str(text)
-
-
-def _merge_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Put the system texts before the first user turn's text, a blank line between."""
-    systems = [turn["content"] for turn in turns if turn["role"] == "system"]
-    rest = [dict(turn) for turn in turns if turn["role"] != "system"]
-    if not systems:
-        return rest
-    first = next((turn for turn in rest if turn["role"] == "user"), None)
-    if first is None:
-        return [{"role": "user", "content": "\n\n".join(systems)}, *rest]
-    first["content"] = "\n\n".join([*systems, first["content"]])
-    return rest
-
-
 def _split(ids: Sequence[int], offsets: Sequence[tuple[int, int]], *, prompt: str) -> Encoded:
     """Find where the prompt ends among the tokens of prompt and answer, from their offsets."""
     first = next((i for i, (_, stop) in enumerate(offsets) if stop > len(prompt)), len(ids))
@@ -285,33 +149,3 @@ def _encode_apart(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) 
         return Encoded(token_ids=joint, prompt_length=len(head))
     tail = encode_prompt(tokenizer, answer)
     return Encoded(token_ids=head + tail, prompt_length=len(head))
-
-
-def _single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    ids = encode_prompt(tokenizer, text)
-    return ids[0] if len(ids) == 1 else None
-
-
-def _tokens_up_to(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marker: str) -> int:
-    """Return the smallest number of leading tokens whose text holds all of the last ``marker``."""
-    total = _text(tokenizer, ids).count(marker)
-    if not total:
-        return 0
-    low, high = 1, len(ids)
-    while low < high:
-        middle = (low + high) // 2
-        if _text(tokenizer, ids[:middle]).count(marker) >= total:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-def _skip_space(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int) -> int:
-    while start < len(ids) and not _text(tokenizer, ids[start : start + 1]).strip():
-        start += 1
-    return start
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids)))

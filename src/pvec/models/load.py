@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvec.errors import InputError, ModelError
 from pvec.models.adapters import attach_adapter
-from pvec.models.chat import chat_format
-from pvec.models.decoder import check_supported
 from pvec.models.files import ModelFiles, ModelSpec, locate_model, read_config
 from pvec.models.fingerprint import chat_fingerprint, model_fingerprint
-from pvec.models.weights import (
-    check_quantisation,
-    explained,
-    load_weights,
-    quiet_transformers,
-)
+from pvec.models.template import chat_format, end_of_turn
+from pvec.models.weights import explained, load_weights, quiet_transformers
 from pvec.types import ModelInfo
 
-_TOKENIZER_FILES = (
-    "tokenizer*.json",
-    "*.model",
-    "vocab.*",
-    "tokenizer*.py",
-    "*.tiktoken",
-    "tekken.json",
-)
+_TOKENIZER_FILES = ("tokenizer*.json", "*.model", "vocab.*", "tokenizer*.py", "*.tiktoken")
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +44,34 @@ class ModelMetadata:
     adapter: str | None
     notes: tuple[str, ...]
 
+    @property
+    def thinking_switch(self) -> bool:
+        """Whether the chat template can switch thinking on and off."""
+        return bool(self.tokenizer.chat_template) and (
+            chat_format(self.tokenizer).thinking is not None
+        )
+
+    @cached_property
+    def declared_stops(self) -> frozenset[int]:
+        """The tokens that end an answer by the model's own files."""
+        from transformers import AutoConfig, GenerationConfig
+
+        try:
+            declared = GenerationConfig.from_pretrained(self.files.folder).eos_token_id
+        except OSError:  # no such file
+            config = AutoConfig.from_pretrained(self.files.folder)
+            declared = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
+        stops: set[int] = set()
+        for ids in (declared, self.tokenizer.eos_token_id):
+            stops.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        return frozenset(stops)
+
+    @cached_property
+    def added_stop(self) -> int | None:
+        """The token that ends an assistant's turn where the model's files do not say that."""
+        turn = end_of_turn(self.tokenizer)
+        return None if turn in self.declared_stops else turn
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedModel:
@@ -80,11 +96,9 @@ def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelMetadata:
             f"{spec.model!r} ({config.model_type}) is not a decoder-only language model: "
             f"choose a causal LM."
         )
-    check_supported(text)
-    check_quantisation(read_config(files.folder), name=spec.model)
     tokenizer = load_tokenizer(spec, files)
     notes = chat_format(tokenizer).notes if tokenizer.chat_template else ()
-    return ModelMetadata(
+    metadata = ModelMetadata(
         id=files.id,
         model_type=text.model_type,
         fingerprint=model_fingerprint(files) if weights else "",
@@ -98,6 +112,11 @@ def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelMetadata:
         adapter=str(files.adapter_folder) if files.adapter_folder else None,
         notes=(*files.notes, *notes),
     )
+    if metadata.added_stop is None:
+        return metadata
+    token = tokenizer.convert_ids_to_tokens(metadata.added_stop)
+    note = f"{token} ends an assistant's turn in the chat template: answers stop there, too"
+    return replace(metadata, notes=(*metadata.notes, note))
 
 
 def load_model(spec: ModelSpec, *, metadata: ModelMetadata | None = None) -> LoadedModel:

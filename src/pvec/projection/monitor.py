@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pvec.backends.planned import OnProgress
-from pvec.backends.run_session import RunSession
+from pvec.backends.run_session import RunSession, use_run_date
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.conversations import Ids
 from pvec.data.csv_table import write_csv
@@ -38,7 +38,7 @@ from pvec.projection.projector import (
     suggested_prompt_layer,
 )
 from pvec.projection.prompt_scores import PromptScores, conditions_of, planned_answers
-from pvec.projection.study import open_study
+from pvec.projection.study import open_study, study_folder
 from pvec.runs.summary import PROMPTS_KIND, write_summary
 from pvec.settings import Settings
 from pvec.stats import Correlation, correlation, within_group_correlation
@@ -130,6 +130,7 @@ def run(  # noqa: PLR0913 (what to compare with: each is an option)
             if not known.scores:
                 raise InputError(f"{path} has no scores yet: score it with `pvec judge {path}`.")
             return _compare(begin(), loaded, known)
+        use_run_date(session, study_folder(session, "monitor", path=path, out=output.out))
         samples = open_samples(source, session, skip_bad=output.skip_bad)
         conditions = conditions_of(samples, condition)
         if score is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pvec.backends.planned import OnProgress
-from pvec.backends.run_session import RunSession
+from pvec.backends.run_session import RunSession, use_run_date
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
 from pvec.projection import base_responses
@@ -32,11 +32,11 @@ from pvec.projection.inputs import (
     open_source,
 )
 from pvec.projection.projector import LoadedVectors, open_vectors, project_table
-from pvec.projection.study import open_study
+from pvec.projection.study import open_study, study_folder
 from pvec.runs.files import atomic_write, probe_writable
 from pvec.runs.summary import DIFF_KIND, write_summary
 from pvec.settings import Settings
-from pvec.stats import Correlation, Interval, auc, bootstrap_mean
+from pvec.stats import Correlation, Interval, auc, grouped_mean
 
 SHOWN = 10
 """Samples that are shown beside the model's own answer."""
@@ -131,6 +131,7 @@ def run(
         targets = None
         if reference is not None:
             targets = _filtered_paths(sources["data"], overwrite=output.overwrite)
+        use_run_date(session, study_folder(session, "screen", path=path, out=output.out))
         sets = {
             name: open_samples(source, session, skip_bad=output.skip_bad)
             for name, source in sources.items()
@@ -281,13 +282,13 @@ def score_dataset(
     percentile: float = 95.0,
 ) -> DatasetScore:
     """Score the differences ``[n]`` of a data set, beside those of a clean one. NaN is missing."""
-    mean = bootstrap_mean(differences, groups=prompts)
+    mean = grouped_mean(differences, groups=prompts)
     if clean is None:
         return DatasetScore(mean=mean)
     threshold = float(np.nanpercentile(clean, percentile))
     return DatasetScore(
         mean=mean,
-        reference=bootstrap_mean(clean, groups=clean_prompts),
+        reference=grouped_mean(clean, groups=clean_prompts),
         auc=auc(differences, clean),
         threshold=threshold,
         above=int((differences > threshold).sum()),

@@ -28,7 +28,7 @@ from pvec.runs.names import run_name
 from pvec.runs.store import Run
 from pvec.runs.summary import SHIFT_KIND, write_summary
 from pvec.settings import Settings
-from pvec.stats import Correlation, Interval, bootstrap_mean, correlation
+from pvec.stats import Correlation, Interval, correlation, grouped_mean
 from pvec.traits.trait import load_trait
 from pvec.types import Progress
 
@@ -218,7 +218,7 @@ def _result(
             checkpoint=name,
             vector=vector,
             layer=layer,
-            shift=bootstrap_mean(table[:, column], groups=range(len(table))),
+            shift=grouped_mean(table[:, column], groups=range(len(table))),
             score=scores.get((name, vectors.vectors[vector].trait)),
         )
         for name, table in ((n, t.reshape(len(t), -1)) for n, t in values.items())

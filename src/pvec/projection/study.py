@@ -26,11 +26,16 @@ def open_study(
 
     ``kind`` is the run's on disk. Raises ``StoreError`` for a run of another identity.
     """
-    stem, settings = path.resolve().stem, session.settings
-    name = run_name(command, stem, model=settings.model.id, adapter=session.metadata.adapter)
-    identity = run_identity(session, subject={"trait": stem})
-    folder = out or settings.paths.runs / name
+    identity = run_identity(session, subject={"trait": path.resolve().stem})
+    folder = study_folder(session, command, path=path, out=out)
     return open_run(session, folder, kind=kind, identity=identity, traits=traits)
+
+
+def study_folder(session: ModelSession, command: str, *, path: Path, out: Path | None) -> Path:
+    """Return the run folder of a command on the file ``path``."""
+    settings, adapter = session.settings, session.metadata.adapter
+    name = run_name(command, path.resolve().stem, model=settings.model.id, adapter=adapter)
+    return out or settings.paths.runs / name
 
 
 def open_run(

@@ -69,7 +69,7 @@ def render_page(
     chapters: Sequence[Chapter],
     made: datetime,
     version: str,
-    footnote: str = "Intervals are 95 % by bootstrap over questions.",
+    footnote: str = "Intervals are 95 % and rest on how questions differ.",
 ) -> str:
     """Return the whole page as HTML text; ``footnote`` ends its last line."""
     import jinja2

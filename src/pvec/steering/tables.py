@@ -150,8 +150,7 @@ def _chain_rows(chain: Sequence[Instruction], *, clamps: int) -> TableRows:
             rows.units[clamp, row] = unit
             rows.bounds[clamp, row] = float(delta[row] @ unit), low, high
             clamp += 1
-    with np.errstate(over="ignore"):  # the answer fails, and says why
-        rows.delta[:] = delta
+    rows.delta[:] = delta
     return rows
 
 

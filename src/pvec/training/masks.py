@@ -18,7 +18,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from pvec.errors import InputError
-from pvec.models.chat import THINK_CLOSE, render_prompt
+from pvec.models.reasoning import THINK
+from pvec.models.template import render_prompt
 from pvec.steering.positions import IGNORED_LABEL
 from pvec.types import Message
 
@@ -105,7 +106,7 @@ def _turn_text(
 ) -> tuple[int, int]:
     """Return where in ``text`` what the model says in a turn starts and stops (characters)."""
     stop = _place(tokenizer, turns, turn, text, after=True)
-    answer = turns[turn]["content"].rpartition(THINK_CLOSE)[2].strip()
+    answer = turns[turn]["content"].rpartition(THINK.end)[2].strip()
     if stop is None or not text[:stop].rstrip().endswith(answer):
         raise InputError(
             "The chat template rewrites what the assistant says, so its tokens cannot be told: use "

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pvec.backends.vllm.costs import accumulator_rows
 from pvec.errors import InputError, ModelError, install_command
+from pvec.models.template import end_of_turn
 from pvec.settings.tree import VLLMSettings
 from pvec.steering import tables
 
@@ -223,17 +224,8 @@ def refuse(config: Any) -> None:
 
 def stop_ids(metadata: ModelMetadata) -> frozenset[int]:
     """Return the tokens that end an answer, as the hf backend sees them."""
-    from transformers import AutoConfig, GenerationConfig
-
-    try:
-        declared = GenerationConfig.from_pretrained(metadata.files.folder).eos_token_id
-    except OSError:  # no such file
-        config = AutoConfig.from_pretrained(metadata.files.folder)
-        declared = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
-    stops: set[int] = set()
-    for ids in (declared, metadata.tokenizer.eos_token_id):
-        stops.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
-    return frozenset(stops)
+    turn = end_of_turn(metadata.tokenizer)
+    return metadata.declared_stops | ({turn} if turn is not None else set())
 
 
 def platform() -> str:

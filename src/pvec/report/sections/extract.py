@@ -12,7 +12,7 @@ from pvec.report.page import Answer, Chapter, Section
 from pvec.report.sections.common import RunData, with_interval
 from pvec.report.vectors import layer_figure
 from pvec.runs.responses import ResponseRecord
-from pvec.stats import Interval, bootstrap_mean
+from pvec.stats import SCORES, Interval, grouped_mean
 from pvec.types import Sign
 from pvec.vectors.filter import REASONS, FilterResult, ScoredResponse, filter_responses
 from pvec.vectors.formats import load_vector
@@ -69,7 +69,7 @@ class _Extraction:
     def _mean(self, sign: Sign, metric: str) -> Interval:
         mine = self._of(sign)
         values = [self._score(record, metric) for record in mine]
-        return bootstrap_mean(values, groups=[record.question_id for record in mine])
+        return grouped_mean(values, groups=[record.question_id for record in mine], limits=SCORES)
 
     def _summary(self) -> str:
         if not self.scores:

@@ -1,0 +1,106 @@
+"""Reasoning that a model writes before its answer: found by the model's own marks.
+
+The answer alone is judged and averaged. Marks are the pair that the tokenizer or the chat template
+knows; ``<think>`` is understood for every model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from pvec.models.template import template_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marks:
+    """The texts that begin and end reasoning."""
+
+    begin: str
+    end: str
+
+
+THINK = Marks(begin="<think>", end="</think>")
+
+_KNOWN = (
+    Marks(begin="[THINK]", end="[/THINK]"),
+    Marks(begin="<|channel|>", end="<|channel|>final<|message|>"),  # harmony: the final channel
+    Marks(begin="<|START_THINKING|>", end="<|END_THINKING|>"),
+    Marks(begin="<seed:think>", end="</seed:think>"),
+    Marks(begin="<thinking>", end="</thinking>"),
+    Marks(begin="<thought>", end="</thought>"),
+    Marks(begin="<reasoning>", end="</reasoning>"),
+    Marks(begin="<|begin_of_thought|>", end="<|end_of_thought|>"),
+)
+
+
+def think_length(
+    tokenizer: PreTrainedTokenizerBase, answer_ids: Sequence[int], *, prompt_ids: Sequence[int] = ()
+) -> int:
+    """Return how many tokens at the answer's start are reasoning (0 when there is none).
+
+    Counts up to and including the last mark that ends it and the white space after it. Reasoning
+    that was begun (in the answer, or by the prompt's last tokens) and never ended is the whole
+    answer.
+    """
+    text = _text(tokenizer, answer_ids)
+    for marks in reasoning_marks(tokenizer):
+        if marks.end in text:
+            return _skip_space(tokenizer, answer_ids, _tokens_up_to(tokenizer, answer_ids, marks))
+        begun = text.lstrip().startswith(marks.begin)
+        if begun or _text(tokenizer, prompt_ids[-8:]).rstrip().endswith(marks.begin):
+            return len(answer_ids)
+    return 0
+
+
+def may_reason(tokenizer: PreTrainedTokenizerBase, *, prompt: str, answer: str) -> bool:
+    """Whether there can be reasoning in an answer, seen from the texts alone (most have none)."""
+    return any(
+        marks.begin in answer or marks.end in answer or prompt[-32:].rstrip().endswith(marks.begin)
+        for marks in reasoning_marks(tokenizer)
+    )
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, answer_ids: Sequence[int], think: int) -> str:
+    """Return the text after the first ``think`` tokens, special tokens left out."""
+    return str(tokenizer.decode(list(answer_ids[think:]), skip_special_tokens=True)).lstrip()
+
+
+def reasoning_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[Marks, ...]:
+    """Return the marks that the model may write: ``<think>``, and those that it was made with."""
+    return _marks(tokenizer, template_text(tokenizer))
+
+
+@lru_cache(maxsize=16)
+def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[Marks, ...]:
+    added = {t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values()}
+    own = [marks for marks in _KNOWN if marks.begin in added or marks.begin in template]
+    return (*own, THINK)
+
+
+def _tokens_up_to(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marks: Marks) -> int:
+    """Return the smallest number of leading tokens whose text holds all of the last end mark."""
+    total = _text(tokenizer, ids).count(marks.end)
+    low, high = 1, len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        if _text(tokenizer, ids[:middle]).count(marks.end) >= total:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _skip_space(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int) -> int:
+    while start < len(ids) and not _text(tokenizer, ids[start : start + 1]).strip():
+        start += 1
+    return start
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids)))
