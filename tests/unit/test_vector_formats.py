@@ -83,7 +83,7 @@ def test_a_gguf_of_rows_without_embedding_steers_at_the_right_blocks(tmp_path: P
     result = convert(path, tmp_path / "v.gguf", model_hint="qwen2", num_layers=DEPTH)
     assert any("row 0 is layer 1" in note for note in result.notes)
     tensors = {t.name: t.data[0] for t in gguf.GGUFReader(tmp_path / "v.gguf").tensors}
-    assert tensors == {"direction.1": 2, "direction.2": 3, "direction.3": 4}
+    assert tensors == {"direction.1": 2, "direction.2": 3, "direction.3": 4, "direction.4": 5}
     unsure = convert(path, tmp_path / "w.gguf", model_hint="qwen2")
     assert any("does not say what its 5 rows are" in note for note in unsure.notes)
 

@@ -46,7 +46,7 @@ def extract(ctx: typer.Context, trait: Traits, out: Out = None, dry_run: DryRun 
 
     settings, console = settings_from(ctx), console_from(ctx)
     if dry_run:
-        plans = workflow.plan(settings, trait, out=out)
+        plans = workflow.plan(settings, trait, out=out, notify=console.note)
         console.emit(plans, lambda shown: _render_plans(shown, plans))
         return
     with console.progress() as on_progress:

@@ -79,7 +79,7 @@ def steer_eval(
     settings, console = settings_from(ctx), console_from(ctx)
     asked: dict[str, Any] = {"vectors": vector or (), "also": also or (), "out": out}
     if dry_run:
-        plan = workflow.plan(settings, trait, **asked)
+        plan = workflow.plan(settings, trait, notify=console.note, **asked)
         console.emit(plan, lambda shown: _render_plan(shown, plan))
         return
     with console.progress() as on_progress:

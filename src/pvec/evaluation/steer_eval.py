@@ -73,10 +73,13 @@ def plan(
     vectors: Sequence[Path] = (),
     also: Sequence[str] = (),
     out: Path | None = None,
+    notify: Notify = ignore,
 ) -> SteerEvalPlan:
     """Say what ``run`` would do and what judging would cost; loads no weights, asks nobody."""
     with ModelSession(settings) as session:
         setup = SteerSetup(session, trait, vectors=vectors, also=also, out=out)
+        for note in setup.notes:
+            notify(note)
         scorer = ResponseScorer.of(session)
         begun = (setup.folder / "manifest.json").exists()
         todo = missing(Run.read(setup.folder), setup.planned) if begun else setup.planned

@@ -70,7 +70,7 @@ class ExtractPlan:
 
 
 def plan(
-    settings: Settings, traits: Sequence[str], *, out: Path | None = None
+    settings: Settings, traits: Sequence[str], *, out: Path | None = None, notify: Notify = ignore
 ) -> list[ExtractPlan]:
     """Say what ``run`` would do and what judging would cost; loads no weights, asks nobody.
 
@@ -80,7 +80,7 @@ def plan(
         scorer = ResponseScorer.of(session)
         return [
             _plan(trait, session, scorer, folder=run_folder(settings, trait, out=out))
-            for trait in _load_traits(traits, out=out)
+            for trait in _load_traits(traits, out=out, notify=notify)
         ]
 
 

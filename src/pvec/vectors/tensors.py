@@ -20,6 +20,7 @@ import numpy as np
 from pvec.errors import InputError, did_you_mean
 from pvec.types import VectorKind
 from pvec.vectors.vector import (
+    BLOCK_OUTPUT,
     DEFAULT_KIND,
     KINDS,
     MEAN_NORM,
@@ -250,7 +251,7 @@ def _rows(
         rows = np.zeros((max(numbered) + 2, widths.pop()), dtype=np.float32)
         for block, vector in numbered.items():
             rows[block + 1] = vector
-        entries = {ROW_0: "layer 1", MINIMUM_DEPTH: "true"}
+        entries = {ROW_0: "layer 1", MINIMUM_DEPTH: "true", "last_row": BLOCK_OUTPUT}
         entries[MISSING_LAYERS] = _absent(len(rows), {block + 1 for block in numbered})
         return rows, entries, ("its keys are taken for block numbers: key k is layer k + 1",)
     if content.ndim != 1:
@@ -262,12 +263,9 @@ def _rows(
         )
     rows = np.zeros((layer + 1, len(content)), dtype=np.float32)
     rows[layer] = content
-    entries = {MINIMUM_DEPTH: "true", MISSING_LAYERS: _absent(layer + 1, {layer})}
-    return (
-        rows,
-        {**entries, "last_row": "block_output"},
-        (f"its one vector is taken for layer {layer}",),
-    )
+    entries = {MINIMUM_DEPTH: "true", "last_row": BLOCK_OUTPUT}
+    entries[MISSING_LAYERS] = _absent(layer + 1, {layer})
+    return rows, entries, (f"its one vector is taken for layer {layer}",)
 
 
 def _absent(count: int, present: set[int]) -> str:
