@@ -80,10 +80,15 @@ paper: $(STAMP) ## Replay the paper's findings on the bundled model, in one repo
 	$(OFFLINE) $(BIN)/python -m examples.paper $(PAPER)
 
 test: $(STAMP) ## Run the tests that take seconds
-	$(PYTEST) -n $(JOBS) -m 'not slow and not vllm'
+	$(PYTEST) -n $(JOBS) -m 'not slow and not vllm and not fuzz'
 
 test-slow: $(STAMP) ## Run the tests that take minutes
 	$(PYTEST) -m 'slow and not vllm'
+
+# FUZZ_SEED=1 draws other inputs, FUZZ_SCALE=4 four times as many.
+.PHONY: test-fuzz
+test-fuzz: $(STAMP) ## Give damaged files, settings and options to every command
+	$(PYTEST) -n $(JOBS) tests/fuzz
 
 .PHONY: coverage
 coverage: $(STAMP) ## Run all tests but vLLM's and report the coverage in build/coverage

@@ -41,7 +41,9 @@ ProjectionKind = Literal["proj", "prompt_last_proj", "cos_sim", "prompt_avg"]
 stream. ``prompt_last_proj``: the last prompt token's. ``prompt_avg``: the mean over the prompt's.
 ``cos_sim``: the cosine between the mean response activation and the vector."""
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "failed"]
+"""``stop``: an end-of-turn token was sampled. ``length``: the token limit was reached. ``failed``:
+the model computed no probabilities, mostly because steering was too strong; not an answer."""
 
 JudgeScale = Literal["0-100", "0-10", "binary", "binary-text"]
 """What a judge is asked to reply with: a number, YES or NO, or free text that ends in a verdict.
@@ -156,9 +158,10 @@ class Generation:
     """One finished answer.
 
     ``token_ids`` are the answer's tokens without the end-of-turn token; ``text`` is their decoding
-    (special tokens skipped). ``finish_reason`` is ``stop`` (an end-of-turn token was sampled) or
-    ``length``. ``touched`` counts, per steering instruction of the request and in its order, the
-    positions that the instruction changed; the backend has already checked them.
+    (special tokens skipped). Where ``finish_reason`` is ``failed``, ``detail`` says why, and tokens
+    and text are what was generated before. ``touched`` counts, per steering instruction of the
+    request and in its order, the positions that the instruction changed; the backend has
+    already checked them.
     """
 
     id: str
@@ -166,6 +169,7 @@ class Generation:
     text: str
     finish_reason: FinishReason
     touched: tuple[int, ...] = ()
+    detail: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,8 +102,14 @@ def failed(*args: str) -> int:
         (("config", "--seed", "-1"), "generation.seed = -1 (from command line)"),
         (("config", "--backend", "hff"), "Invalid value for '--backend'"),
         (("config", "extra"), "unexpected extra argument"),
-        (("config", "--config", "nope.yaml"), "There is no configuration file nope.yaml."),
-        (("--config", "nope.yaml", "config"), "There is no configuration file nope.yaml."),
+        (
+            ("config", "--config", "nope.yaml"),
+            "There is no configuration file nope.yaml: check the path.",
+        ),
+        (
+            ("--config", "nope.yaml", "config"),
+            "There is no configuration file nope.yaml: check the path.",
+        ),
     ],
 )
 def test_what_the_user_can_fix_is_one_line_and_code_2(
@@ -133,7 +140,7 @@ def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert failed("config", "--config", "nope.yaml", "--debug") == 2
     said = capsys.readouterr().err
     assert said.startswith("Traceback")
-    assert said.endswith("Error: There is no configuration file nope.yaml.\n")
+    assert said.endswith("Error: There is no configuration file nope.yaml: check the path.\n")
 
 
 CONFIG_RAISES = """
@@ -172,7 +179,105 @@ def test_a_full_disk_is_no_bug(tmp_path: Path) -> None:
     code = CONFIG_RAISES.format(error="OSError(errno.ENOSPC, 'No space left on device', 'runs/x')")
     done = pvec("config", cwd=tmp_path, code=code)
     assert done.returncode == 2
-    assert done.stderr == "Error: runs/x cannot be written or read: No space left on device.\n"
+    assert done.stderr == (
+        "Error: cannot read or write runs/x (No space left on device): the disk is full; free some "
+        "space or choose a folder on another disk.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        ("MemoryError()", "There is not enough memory: use a smaller model"),
+        ("RecursionError('deep')", "The input is nested too deeply"),
+        (
+            "FileNotFoundError(2, 'No such file or directory', 'a.csv')",
+            "cannot read or write a.csv",
+        ),
+        ("ConnectionRefusedError(111, 'Connection refused')", "The connection failed"),
+        ("OSError('odd')", "could not be used (odd)"),
+        ("IsADirectoryError(21, 'Is a directory', 'runs')", "that is a folder, not a file"),
+    ],
+)
+def test_errors_of_the_system_are_one_sentence_with_a_remedy(
+    error: str, sentence: str, tmp_path: Path
+) -> None:
+    done = pvec("config", cwd=tmp_path, code=CONFIG_RAISES.format(error=error))
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+PVEC = (sys.executable, "-m", "pvec")
+WAITS = """
+import sys, time
+import pvec.cli.config as config
+from pvec.cli.app import main
+
+def wait(ctx):
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("closed", flush=True)
+
+config.resolved_from = wait
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "word"),
+    [("SIGTERM", 143, "Terminated"), ("SIGHUP", 129, "Terminated"), ("SIGINT", 130, "Interrupted")],
+)
+def test_a_signal_closes_everything_and_is_one_line(
+    name: str, code: int, word: str, tmp_path: Path
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS, "config"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "ready\n"
+        running.send_signal(getattr(signal, name))
+        out, err = running.communicate(timeout=60)
+    assert running.returncode == code
+    assert out == "closed\n"
+    assert err == (
+        f"Error: {word}; what was finished is kept, and the same command continues from there.\n"
+    )
+
+
+def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
+    code = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{WAITS}".replace(
+        "60", "1"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "config"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None
+        running.stdout.readline()
+        running.send_signal(signal.SIGHUP)
+        assert running.wait(timeout=60) == 1  # the end of this test's fake, not of the signal
+
+
+@pytest.mark.parametrize(
+    "args", [("--help",), ("config",), ("config", "--json"), ("trait", "list")]
+)
+def test_a_reader_that_goes_away_ends_it_quietly(args: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$0" "$@" | head -c 1', *PVEC, *args],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)  # short output fits into the pipe
 
 
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
@@ -189,6 +294,7 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     )
     os.close(write)
     assert done.stderr == ""
+    assert done.returncode == 141
 
 
 def test_completion_offers_the_commands(tmp_path: Path) -> None:

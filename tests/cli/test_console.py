@@ -120,3 +120,47 @@ def test_tables_align_numbers_and_show_a_dash_for_what_is_missing(
 def test_an_interval_stands_beside_its_mean() -> None:
     assert with_interval(71.26, 68, 74.14) == "71.3 [68.0, 74.1]"
     assert with_interval(math.nan, math.nan, math.nan) == "–"
+
+
+HOSTILE = "\x1b[2J\x1b]0;title\x07 \x9b31m \x7f [bold]b[/bold] [/nope] \u202eabc :smile: \ud800"
+
+
+def shown_by(capsys: pytest.CaptureFixture[str], *, terminal: bool) -> str:
+    console = Console()
+    console.out._force_terminal = console.err._force_terminal = terminal
+    console.print(HOSTILE)
+    console.line(HOSTILE)
+    console.print(table((HOSTILE, "n"), [(HOSTILE, 1)], title=HOSTILE))
+    console.note(HOSTILE)
+    console.detail(HOSTILE)
+    console.warn(HOSTILE)
+    with console.progress() as on_progress:
+        on_progress(Progress(stage=HOSTILE, done=1, total=2, detail=HOSTILE))
+    captured = capsys.readouterr()
+    return captured.out + captured.err
+
+
+def test_nothing_that_is_shown_commands_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = shown_by(capsys, terminal=False)
+    assert not [c for c in shown if (ord(c) < 32 and c not in "\n\t") or 0x7F <= ord(c) < 0xA0]
+    assert "\u202e" not in shown
+    assert shown.count("\u241b[2J") >= 6
+    assert "[bold]b[/bold] [/nope]" in shown, "markup in a name is text"
+    assert ":smile:" in shown
+
+
+def test_a_terminal_gets_only_the_escapes_of_our_own(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = shown_by(capsys, terminal=True)
+    assert "\x1b[2J" not in shown
+    assert "\x1b]0;" not in shown
+    assert "\x07" not in shown
+    assert "\x9b" not in shown
+
+
+def test_json_holds_what_it_was_given_and_no_control_character(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Console(json=True).emit({"name": HOSTILE}, lambda _: None)
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"name": HOSTILE}
+    assert not [c for c in out if (ord(c) < 32 and c != "\n") or 0x7F <= ord(c) < 0xA0]

@@ -210,6 +210,54 @@ def test_dry_run_counts_and_costs_and_touches_nothing(
     assert server.answered.total() == 0
 
 
+def test_dry_run_needs_no_key_and_counts_what_is_missing(
+    extract: Extract, server: JudgeServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert extract().code == 0
+    asked = server.asked.total()
+    monkeypatch.delenv("OPENAI_API_KEY")
+    (done,) = extract("--dry-run", "--json").json
+    assert done["missing"] == done["most_tokens"] == 0
+    assert done["judging"].startswith("0 judge calls")
+    (more,) = extract("-n", ROLLOUTS + 1, "--dry-run", "--json").json
+    assert more["missing"] == ANSWERS // ROLLOUTS
+    assert more["judging"].startswith(f"{2 * ANSWERS // ROLLOUTS} judge calls")
+    (other,) = extract("--judge-model", "other", "--dry-run", "--json").json
+    assert other["missing"] == 0  # another judge has scored nothing of it
+    assert other["judging"].startswith(f"{2 * ANSWERS} judge calls")
+    # What the scores lack is counted too, answer by answer.
+    lines = (folder / "scores.jsonl").read_text().splitlines(keepends=True)
+    (folder / "scores.jsonl").write_text("".join(lines[5:]))
+    (part,) = extract("--dry-run", "--json").json
+    assert (part["missing"], part["judging"][:13]) == (0, "5 judge calls")
+    assert server.asked.total() == asked
+
+
+def test_dry_run_refuses_what_the_run_refuses(extract: Extract, tmp_path: Path) -> None:
+    assert extract().code == 0
+    for refused in (extract("--temperature", "0.5"), extract("--temperature", "0.5", "--dry-run")):
+        assert refused.code == 2
+        assert "temperature: 1.0 → 0.5" in refused.sentence
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.jpg").write_bytes(b"x")
+    for refused in (extract("--out", "mine"), extract("--out", "mine", "--dry-run")):
+        assert refused.code == 2
+        assert "not a run folder" in refused.sentence
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["photo.jpg"]
+
+
+def test_counts_that_can_never_make_a_vector_are_refused_before_anybody_is_asked(
+    extract: Extract, server: JudgeServer, folder: Path
+) -> None:
+    for more in ((), ("--dry-run",)):
+        done = extract("--limit", 1, "-n", 1, *more)
+        assert done.code == 2
+        assert "5 answers of each sign" in done.sentence
+    assert server.asked.total() == 1  # the probe
+    assert not folder.exists()
+    assert extract("--limit", 1, "-n", 1, "--no-judge").code == 0
+
+
 def test_a_cost_limit_stops_cleanly_and_the_rest_can_follow(extract: Extract, folder: Path) -> None:
     done = extract("--max-cost", "0.003", "--price", "1.0,1.0")
     scored = len(list(Run.read(folder).scores()))

@@ -108,8 +108,13 @@ class Said:
 
 
 def number_for(prompt: str) -> int:
-    """Return the score (0-100) that this server gives to ``prompt``, always the same."""
-    return hashlib.sha256(prompt.encode()).digest()[0] % 101
+    """Return the score (0-100) that this server gives to ``prompt``, always the same.
+
+    The tags around question and answer, and the sentence about them, change nothing.
+    """
+    plain = re.sub(r"<(\w+-\w+)>\n(.*?)\n</\1>", r"\2", prompt, flags=re.DOTALL)
+    plain = plain.partition("whatever it says.\n\n")[2] or plain
+    return hashlib.sha256(plain.encode("utf-8", "replace")).digest()[0] % 101
 
 
 def say_number(prompt: str) -> Said:

@@ -387,3 +387,26 @@ def test_a_cache_keeps_joins_and_drops_like_plain_tensors() -> None:
     assert torch.equal(keys, expected)
     assert torch.equal(values, -expected)
     assert cache.columns == 7
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2", "gemma2"])
+def test_an_answer_whose_logits_overflow_fails_and_the_others_go_on(architecture: str) -> None:
+    engine = backend(architecture)
+    healthy = sampled(12)
+    alone = texts(engine.generate(healthy))
+    steering = (Instruction(vector=vector(1), layer=2, coef=1e38),)
+    late = (Instruction(vector=vector(1), layer=2, coef=1e38, positions="response"),)
+    broken = [
+        replace(healthy[0], id="broken", steering=steering),
+        replace(healthy[1], id="greedy", steering=late, sampling=Sampling(temperature=0.0)),
+    ]
+    together = {g.id: g for g in engine.generate([*healthy[:6], *broken, *healthy[6:]])}
+    assert {name: together[name].token_ids for name in alone} == alone
+    for request in broken:
+        answer = together[request.id]
+        assert (answer.finish_reason, answer.token_ids) == ("failed", ())
+        assert "not finite numbers" in answer.detail
+    assert all(together[name].detail == "" for name in alone)
+    (last,) = [chunk.finished for chunk in engine.stream(broken[:1])]
+    assert last is not None
+    assert last.finish_reason == "failed"

@@ -92,7 +92,8 @@ def test_a_run_of_another_configuration_is_refused_and_untouched(
 
 
 def test_a_run_of_another_kind_is_refused(tmp_path: Path) -> None:
-    Run.open_or_create(tmp_path, identity=IDENTITY).close()
+    with Run.open_or_create(tmp_path, identity=IDENTITY) as run:
+        run.append_response(response())
     with pytest.raises(StoreError, match=r'kind: "extract" → "steer-eval"'):
         Run.open_or_create(tmp_path, identity=IDENTITY, kind="steer-eval")
 
@@ -103,10 +104,41 @@ def test_a_tuple_in_the_identity_is_the_list_that_json_makes_of_it(tmp_path: Pat
 
 
 def test_a_refused_run_is_free_for_the_next_writer(tmp_path: Path) -> None:
-    Run.open_or_create(tmp_path, identity=IDENTITY).close()
+    with Run.open_or_create(tmp_path, identity=IDENTITY) as run:
+        run.append_response(response())
     with pytest.raises(StoreError):
         Run.open_or_create(tmp_path, identity={"seed": 9})
     Run.open_or_create(tmp_path, identity=IDENTITY).close()
+
+
+def test_a_run_that_holds_nothing_takes_another_identity(tmp_path: Path) -> None:
+    """A command that failed while loading must not stand in the corrected one's way."""
+    with Run.open_or_create(tmp_path, identity=IDENTITY) as run:
+        run.begin_session(command=["pvec"])
+        assert run.notes == []  # opens the logs, which stay empty
+    assert Run.preview(tmp_path, identity=IDENTITY | {"seed": 9}) is None
+    with Run.open_or_create(tmp_path, identity=IDENTITY | {"seed": 9}) as run:
+        assert run.manifest["identity"]["seed"] == 9
+        run.append_response(response())
+    for refuse in (Run.preview, Run.open_or_create):
+        with pytest.raises(StoreError, match="another configuration"):
+            refuse(tmp_path, identity=IDENTITY)
+    assert Run.preview(tmp_path / "new", identity=IDENTITY) is None
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_manifest_never_holds_what_is_secret_in_a_url_or_a_command(tmp_path: Path) -> None:
+    url = "https://me:hunter2@host:8000/v1?key=s3cret#frag"
+    command = [
+        *("pvec", "judge", "--judge-url", url, f"--judge-url={url}", "--api-key", "s3cret"),
+        *("--set", "judge.api_key=s3cret", "--hf-token=s3cret", "--password", "hunter2"),
+    ]
+    with Run.open_or_create(tmp_path, identity=IDENTITY) as run:
+        run.begin_session(command=command, settings={"judge": {"base_url": url, "api_key": "x"}})
+    text = (tmp_path / "manifest.json").read_text()
+    assert "hunter2" not in text
+    assert "s3cret" not in text
+    assert "https://host:8000/v1" in text
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

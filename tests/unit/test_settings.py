@@ -114,7 +114,7 @@ def test_a_missing_unreadable_or_binary_file_is_refused() -> None:
     with pytest.raises(InputError, match="cannot be read"):
         resolve(config_file=Path("folder.yaml"), environ={})
     Path("binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is not UTF-8 text"):
         resolve(config_file=Path("binary.yaml"), environ={})
 
 

@@ -259,7 +259,7 @@ def test_a_file_that_is_absent_or_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bytes.json").write_bytes(b'{"name": "\xff"}')
     with pytest.raises(InputError, match="not UTF-8"):
         load_trait(tmp_path / "bytes.json")
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match="cannot be read"):
         load_trait(tmp_path)
 
 

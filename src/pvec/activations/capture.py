@@ -115,7 +115,7 @@ class CaptureRunner:
         self._decoder = decoder
         self._layers = layers
         self._budget = token_budget
-        self._share = share_prompts
+        self._share = share_prompts and decoder.keys_and_values_only
         self._on_retry = on_retry
         self._names: tuple[SpanName, ...] = _SPANS
 

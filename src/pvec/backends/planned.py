@@ -129,9 +129,16 @@ def generate_missing(
     backend = session.backend
     already, done = len(planned) - len(todo), 0
     backend.on_progress = _Watch(on_progress, stage=stage, already=already, total=len(planned))
+    failures: list[str] = []
     for generation in answers(session, [response.request() for response in todo.values()]):
         run.append_response(_record(todo[generation.id], generation, session))
         done += 1
+        if generation.finish_reason == "failed":
+            failures.append(generation.detail)
+    if failures:
+        session.notify(
+            f"{len(failures)} of {done} answers failed and are not scored ({failures[0]})"
+        )
     if done != len(todo):
         raise ModelError(
             f"The backend returned {done} of {len(todo)} answers: run the same command again to "
@@ -182,4 +189,5 @@ def _record(
         sampling=planned.sampling,
         think_tokens=think,
         steering=tuple(i.describe() for i in planned.steering),
+        detail=generation.detail,
     )

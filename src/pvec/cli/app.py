@@ -6,20 +6,16 @@ module-level ``app = new_app()`` from ``cli/options.py`` and its functions decor
 is the same with ``new_app("What the group is about.")``. Its module is imported only when the
 command runs, so that ``pvec --help`` stays fast; what it does with torch, it imports at use.
 
-Exit codes: 0 done; 1 a bug in pvec; 2 something the user can fix; 130 interrupted.
+Exit codes: 0 done; for the others see ``cli/boundary.py``.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib
-import json
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, ClassVar
 
 import typer
@@ -27,8 +23,9 @@ import typer.main
 from typer.core import TyperCommand, TyperGroup
 
 from pvec import __version__
+from pvec.cli.boundary import run_command
 from pvec.cli.options import Config, Debug, Json, Quiet, Verbose, record
-from pvec.errors import InputError, PvecError, did_you_mean
+from pvec.errors import InputError, did_you_mean
 
 MAIN = "Main commands"
 MORE = "More commands"
@@ -144,65 +141,8 @@ def root(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit; every failure is one sentence on stderr."""
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    report = _Reporter(json="--json" in args, debug="--debug" in args)
-    sys.excepthook = report.bug
-    try:
-        code = typer.main.get_command(app).main(args, prog_name="pvec", standalone_mode=False)
-    except PvecError as error:
-        report.fail(error, code=2)
-    except typer.TyperException as error:
-        report.fail(error, code=2, message=_usage(error))
-    except typer.Abort:
-        report.fail(InputError("Stopped at a question."), code=130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        what = error.filename or "A file"
-        report.fail(error, code=2, message=f"{what} cannot be written or read: {error.strerror}.")
-    else:
-        if code == 130:  # Typer turns Ctrl-C into this code
-            report.interrupted()
-        sys.exit(code if isinstance(code, int) else 0)
-
-
-class _Reporter:
-    """Says on stderr what went wrong: one line, or one JSON object with ``--json``."""
-
-    def __init__(self, *, json: bool, debug: bool) -> None:
-        self.json = json
-        self.debug = debug
-
-    def interrupted(self) -> None:
-        """Say what Ctrl-C left behind."""
-        text = "Interrupted; what was finished is kept, and the same command goes on from there."
-        self._report("Interrupted", text, 130)
-
-    def fail(self, error: Exception, *, code: int, message: str | None = None) -> None:
-        """Report what the user can fix, and exit."""
-        if self.debug:
-            traceback.print_exception(error)
-        self._report(type(error).__name__, message or str(error), code)
-        sys.exit(code)
-
-    def bug(
-        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
-        """Report what nobody foresaw; Python exits with code 1 after it."""
-        if self.debug:
-            traceback.print_exception(kind, error, trace)
-        hint = "" if self.debug else " (run again with --debug for the traceback)"
-        self._report(kind.__name__, f"unexpected {kind.__name__}: {error}{hint}", 1)
-
-    def _report(self, kind: str, message: str, code: int) -> None:
-        line = f"Error: {message}"
-        if self.json:
-            line = json.dumps({"error": {"type": kind, "message": message, "exit_code": code}})
-        sys.stderr.write(f"{line}\n")
-
-
-def _usage(error: typer.TyperException) -> str:
-    """Return a usage mistake as one sentence that says where to look."""
-    ctx = getattr(error, "ctx", None)
-    message = error.format_message() if hasattr(error, "format_message") else str(error)
-    hint = f" `{ctx.command_path} --help` lists what there is." if ctx else ""
-    return f"{message.rstrip('.')}.{hint}"
+    run_command(
+        lambda: typer.main.get_command(app).main(args, prog_name="pvec", standalone_mode=False),
+        as_json="--json" in args,
+        debug="--debug" in args,
+    )

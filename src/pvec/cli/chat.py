@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pvec.cli.console import Console
+from pvec.cli.console import Console, visible
 from pvec.cli.options import console_from, new_app, options, settings_from
 from pvec.errors import PvecError
 
@@ -78,7 +78,7 @@ def _lines(console: Console) -> Iterator[str]:
     while True:
         try:
             if typed:
-                console.out.print("[bold]you>[/bold] ", end="")
+                console.out.print("you> ", style="bold", end="")
             line = sys.stdin.readline()
         except KeyboardInterrupt:
             console.out.print("\n(/quit leaves)", markup=False)
@@ -124,7 +124,7 @@ def _show_plain(
         elif event.side == PLAIN:
             other = event.text
         else:
-            console.out.file.write(event.text[len(written) :])
+            console.out.file.write(visible(event.text[len(written) :]))
             console.out.file.flush()
             written = event.text
             if event.done and event.side == MAIN:

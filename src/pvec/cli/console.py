@@ -34,13 +34,11 @@ class Console:
     """Writes for one command. With ``json`` stdout holds nothing but the result."""
 
     def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
-        from rich.console import Console as RichConsole
-
         self.json = json
         self.quiet = quiet
         self.verbose = verbose
-        self.out: rich.console.Console = RichConsole(highlight=False)
-        self.err: rich.console.Console = RichConsole(highlight=False, stderr=True)
+        self.out = _terminal(stderr=False)
+        self.err = _terminal(stderr=True)
 
     def print(self, *renderables: Any) -> None:
         """Show a result to people: text, tables. Nothing with ``--json`` (see ``emit``)."""
@@ -49,7 +47,7 @@ class Console:
             self.out.print(*renderables, soft_wrap=text)  # a path or command stays in one piece
 
     def line(self, text: str) -> None:
-        """Show one line as it is: no markup, and in one piece so that it can be copied."""
+        """Show one line in one piece, so that it can be copied."""
         if not self.json:
             self.out.print(text, markup=False, soft_wrap=True)
 
@@ -88,6 +86,37 @@ class Console:
                 yield on_progress
         else:
             yield PlainProgress(lambda line: self.err.print(line, markup=False, soft_wrap=True))
+
+
+_VISIBLE = (
+    {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
+    | {0x7F: "\u2421"}
+    | dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
+    | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+)
+_ESCAPED = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), *range(0xD800, 0xE000))}
+
+
+def visible(text: str) -> str:
+    """Return ``text`` with every character that could command a terminal replaced by a symbol.
+
+    Answers, file names, columns and replies of servers may hold escape sequences. Line feeds and
+    tabs stay; so does everything that is only unusual.
+    """
+    return text.translate(_VISIBLE)
+
+
+def _terminal(*, stderr: bool) -> rich.console.Console:
+    """Return a console where text is text: no markup, no control characters but rich's own."""
+    from rich.console import Console as RichConsole
+    from rich.segment import Segment
+
+    class Terminal(RichConsole):
+        def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+            for text, style, control in super().render(renderable, options):
+                yield Segment(text if control else visible(text), style, control)
+
+    return Terminal(highlight=False, markup=False, emoji=False, stderr=stderr)
 
 
 class PlainProgress:
@@ -139,10 +168,10 @@ def _bars(console: rich.console.Console) -> Iterator[OnProgress]:
     from rich.progress import Progress as Bars
 
     bars = Bars(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}", style="dim"),
+        TextColumn("{task.fields[rate]}", style="dim", markup=False),
         TextColumn("{task.fields[detail]}", style="dim", markup=False),
         console=console,
     )
@@ -228,7 +257,8 @@ def with_interval(mean: float, low: float, high: float, *, digits: int = 1) -> s
 
 def emit_json(result: Any) -> None:
     """Write a result to stdout as one JSON document."""
-    sys.stdout.write(json.dumps(jsonable(result), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(jsonable(result), indent=2, ensure_ascii=False)
+    sys.stdout.write(text.translate(_ESCAPED) + "\n")
 
 
 def jsonable(value: Any) -> Any:  # noqa: PLR0911 (a line per kind of value)

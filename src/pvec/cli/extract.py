@@ -67,8 +67,8 @@ def _render_plans(console: Console, plans: Sequence[ExtractPlan]) -> None:
 
 def _render(console: Console, results: Sequence[ExtractResult]) -> None:
     for result in results:
-        console.print(
-            f"[bold]{result.trait}[/bold] in {result.model}: {result.answers:,} answers "
+        console.line(
+            f"{result.trait} in {result.model}: {result.answers:,} answers "
             f"({result.generated:,} new, {result.cut:,} truncated at the token limit)"
         )
         if result.judge is not None:

@@ -114,11 +114,8 @@ def render_computed(console: Console, result: ComputeResult) -> None:
 
 def render_description(console: Console, vector: VectorDescription) -> None:
     """Show where a vector file comes from, its layers, and what it does not hold."""
-    from rich.markup import escape
-
-    console.print(
-        f"[bold]{escape(vector.trait)}[/bold] {vector.kind}: {vector.num_layers} layers, "
-        f"{vector.hidden_size} wide"
+    console.line(
+        f"{vector.trait} {vector.kind}: {vector.num_layers} layers, {vector.hidden_size} wide"
     )
     console.line(f"  {vector.path}")
     for line in _provenance(vector.metadata):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,20 +73,24 @@ def train(
 
 
 def _render_plan(console: Console, plan: TrainPlan) -> None:
-    train, batches, sizes = plan.data.train, plan.batches, plan.sizes
+    train, batches, adapter = plan.data.train, plan.batches, plan.adapter
     passes = "1 pass" if batches.passes == 1 else f"{batches.passes} passes"
     processes = "1 process" if batches.processes == 1 else f"{batches.processes} processes"
     steering = [scheduled.description for scheduled in plan.steering]
     rows = [
         (
             "model",
-            f"{plan.metadata.id}, {sizes.model:,} parameters, {plan.dtype_name} on {plan.device}",
+            f"{plan.metadata.id}, {adapter.model_parameters:,} parameters, "
+            f"{plan.dtype_name} on {plan.device}",
         ),
         (
             "adapter",
-            f"{sizes.adapter:,} parameters ({sizes.adapter / sizes.model:.1%}) in "
-            f"{sizes.modules:,} modules",
+            f"{adapter.parameters:,} parameters "
+            f"({adapter.parameters / adapter.model_parameters:.1%}) in "
+            f"{sum(adapter.adapted.values()):,} modules",
         ),
+        ("adapted", _counts(adapter.adapted)),
+        ("frozen", _counts(adapter.frozen)),
         (
             "data",
             f"{len(train.rows):,} rows, {train.tokens:,} tokens ({train.loss_tokens:,} with loss), "
@@ -97,7 +102,7 @@ def _render_plan(console: Console, plan: TrainPlan) -> None:
             f"{passes} of up to {batches.most_tokens:,} tokens on {processes}, "
             f"{batches.padding:.0%} padding",
         ),
-        ("memory", f"about {_bytes(sizes.bytes)} per process"),
+        ("memory", f"about {_bytes(adapter.memory_bytes)} per process"),
         *(("steering", line) for line in steering or ["none"]),
         *(("note", line) for line in plan.notes),
         ("folder", str(plan.folder)),
@@ -128,6 +133,10 @@ def _render(console: Console, result: TrainResult) -> None:
         console.out.print(
             f"{'next' if position == 0 else 'then'}:   {command}", markup=False, soft_wrap=True
         )
+
+
+def _counts(kinds: Mapping[str, int]) -> str:
+    return ", ".join(kind if count == 1 else f"{kind} x {count}" for kind, count in kinds.items())
 
 
 def _bytes(count: float) -> str:

@@ -18,6 +18,7 @@ from pvec.evaluation.conditions import (
 )
 from pvec.judges.prompts import Metric, metrics_of
 from pvec.runs.names import run_name
+from pvec.runs.responses import Json
 from pvec.steering.instructions import steering_vector
 from pvec.traits.check import require_usable
 from pvec.traits.trait import Trait, load_trait
@@ -70,20 +71,25 @@ class SteerSetup:
             notes += filter(None, (vector.left_out(depth) for vector in self.loaded.values()))
         return notes
 
-    def open_run(self) -> RunSession:
-        """Open the run. Layers, coefficients and rollouts may grow; what they mean may not."""
+    @property
+    def identity(self) -> dict[str, Json]:
+        """What tells the run from another: layers, coefficients and rollouts may grow in it."""
         meaning = ("kind", "positions", "operator", "coef_unit", "incremental", "together")
         steering = {name: getattr(self.steer, name) for name in meaning} if self.loaded else {}
         subject = {"trait": self.trait.name, "trait_hash": self.trait.hash}
+        return {
+            **run_identity(self.session, subject=subject),
+            "vectors": [vector.fingerprint for vector in self.loaded.values()],
+            "steering": steering,
+        }
+
+    def open_run(self) -> RunSession:
+        """Open the run, or begin it."""
         return RunSession(
             self.session,
             self.folder,
             kind=KIND,
-            identity={
-                **run_identity(self.session, subject=subject),
-                "vectors": [vector.fingerprint for vector in self.loaded.values()],
-                "steering": steering,
-            },
+            identity=self.identity,
             traits=[self.trait, *self.also],
         )
 

@@ -12,15 +12,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pvec.backends.planned import missing
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.judged_csv import JudgedAnswer, write_judged_csv
 from pvec.errors import JudgeError
-from pvec.evaluation.setup import SteerSetup
+from pvec.evaluation.setup import KIND, SteerSetup
 from pvec.evaluation.summary import SweepSummary, keep_summary, read_sweep
 from pvec.evaluation.tasks import TaskScore, check_tasks, evaluate_tasks
 from pvec.judges.prompts import COHERENCE
-from pvec.judges.scoring import JudgeReport, ResponseScorer, estimate_scoring, score_of
+from pvec.judges.scoring import JudgeReport, ResponseScorer, RunPlan, plan_run, score_of
 from pvec.runs.names import slug
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
@@ -51,19 +50,11 @@ class SteerEvalResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerEvalPlan:
-    """What ``--dry-run`` tells before anything is spent. ``most_tokens`` are generated if every
-    missing answer runs to its limit.
-    """
+class SteerEvalPlan(RunPlan):
+    """What ``--dry-run`` tells of an evaluation."""
 
     trait: str
-    run: Path
     conditions: tuple[str, ...]
-    answers: int
-    missing: int
-    most_tokens: int
-    judge: str
-    judging: str
 
 
 def plan(
@@ -80,24 +71,19 @@ def plan(
         setup = SteerSetup(session, trait, vectors=vectors, also=also, out=out)
         for note in setup.notes:
             notify(note)
-        scorer = ResponseScorer.of(session)
-        begun = (setup.folder / "manifest.json").exists()
-        todo = missing(Run.read(setup.folder), setup.planned) if begun else setup.planned
-        judging = estimate_scoring(
-            [one.question for one in setup.planned],
-            setup.metrics,
-            answer_tokens=session.max_tokens,
-            price=scorer.choice.price,
+        plan = plan_run(
+            session,
+            setup.folder,
+            kind=KIND,
+            identity=setup.identity,
+            planned=setup.planned,
+            metrics=setup.metrics,
+            judged=settings.steer.judge,
         )
         return SteerEvalPlan(
             trait=setup.trait.name,
-            run=setup.folder,
             conditions=tuple(condition.name for condition in setup.conditions),
-            answers=len(setup.planned),
-            missing=len(todo),
-            most_tokens=sum(one.sampling.max_tokens for one in todo),
-            judge=scorer.choice.model,
-            judging=str(judging),
+            **vars(plan),
         )
 
 

@@ -94,13 +94,14 @@ def from_run(
         ExitStack() as stack,
     ):
         _require_same_model(seen, session)
+        if out is not None:
+            out = vector_output(out, trait=trait.name, notify=session.notify)
         store = seen
         if session.processes.main:
             store = stack.enter_context(Run.reopen(path))
             stack.enter_context(store.session())
         # answers to one prompt side by side, so that one process computes it once for all of them
         records = sorted(store.responses(), key=lambda record: (record.prompt_ids, record.id))
-        out = None if out is None else vector_output(out, trait=trait.name, notify=notify)
         vector = vector_of_run(store, trait, records, judge=chosen, session=session, out=out)
         return _result(
             trait.name,

@@ -18,17 +18,16 @@ from pvec.backends.planned import (
     PlannedResponse,
     PromptCache,
     derive_seed,
-    missing,
     question_messages,
 )
 from pvec.backends.run_session import RunSession, run_identity, use_run_date
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
-from pvec.extraction.vector import RunVector, vector_of_run
+from pvec.extraction.vector import ENOUGH, RunVector, vector_of_run
 from pvec.judges.prompts import metrics_of
-from pvec.judges.scoring import JudgeReport, ResponseScorer, estimate_scoring
+from pvec.judges.scoring import JudgeReport, ResponseScorer, RunPlan, plan_run
 from pvec.runs.names import run_name
-from pvec.runs.store import Run
+from pvec.runs.responses import Json
 from pvec.settings import Settings
 from pvec.traits.check import require_usable
 from pvec.traits.trait import Trait, load_trait, name_or_path
@@ -55,18 +54,10 @@ class ExtractResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractPlan:
-    """What ``--dry-run`` tells before anything is spent, for one trait. ``most_tokens`` are
-    generated if every missing answer runs to its limit.
-    """
+class ExtractPlan(RunPlan):
+    """What ``--dry-run`` tells of one trait."""
 
     trait: str
-    run: Path
-    answers: int
-    missing: int
-    most_tokens: int
-    judge: str
-    judging: str
 
 
 def plan(
@@ -77,11 +68,21 @@ def plan(
     Raises what ``run`` raises for bad input.
     """
     with ModelSession(settings) as session:
-        scorer = ResponseScorer.of(session)
-        return [
-            _plan(trait, session, scorer, folder=run_folder(settings, trait, out=out))
-            for trait in _load_traits(traits, out=out, notify=notify)
-        ]
+        plans = []
+        for trait in _load_traits(traits, out=out, notify=notify):
+            folder = run_folder(settings, trait, out=out)
+            use_run_date(session, folder)
+            plan = plan_run(
+                session,
+                folder,
+                kind=KIND,
+                identity=_identity(trait, session),
+                planned=planned_responses(trait, session),
+                metrics=metrics_of(trait),
+                judged=settings.extract.judge,
+            )
+            plans.append(ExtractPlan(trait=trait.name, **vars(plan)))
+        return plans
 
 
 def run(
@@ -119,12 +120,21 @@ def run(
 def planned_responses(trait: Trait, session: ModelSession) -> list[PlannedResponse]:
     """Return the answers of an extraction: instruction x question x rollout, both signs.
 
-    A positive answer and its opposite number share their seed.
+    A positive answer and its opposite number share their seed. Raises ``InputError`` for fewer
+    than a vector needs, when one is to be made.
     """
     prompts, extract = PromptCache(session), session.settings.extract
+    questions = len(trait.questions("extract")[: extract.limit])
+    count = questions * len(trait.instructions) * extract.rollouts
+    if extract.judge and count < ENOUGH:
+        raise InputError(
+            f"{count} answers of each sign to {trait.name!r} can never make a vector, which needs "
+            f"{ENOUGH} that count: ask for more with --rollouts or --limit, or omit judging "
+            f"(--no-judge)."
+        )
     return [
         _planned(trait, session, prompts, sign=sign, instruction=i, question=q, rollout=r)
-        for q in range(len(trait.questions("extract")[: extract.limit]))
+        for q in range(questions)
         for i in range(len(trait.instructions))
         for sign in SIGNS
         for r in range(extract.rollouts)
@@ -226,14 +236,17 @@ def _load_traits(names: Sequence[str], *, out: Path | None, notify: Notify = ign
 
 
 def _open_run(trait: Trait, session: ModelSession, *, out: Path | None) -> RunSession:
-    subject = {"trait": trait.name, "trait_hash": trait.hash}
     return RunSession(
         session,
         run_folder(session.settings, trait, out=out),
         kind=KIND,
-        identity=run_identity(session, subject=subject),
+        identity=_identity(trait, session),
         traits=[trait],
     )
+
+
+def _identity(trait: Trait, session: ModelSession) -> dict[str, Json]:
+    return run_identity(session, subject={"trait": trait.name, "trait_hash": trait.hash})
 
 
 def _planned(
@@ -260,28 +273,4 @@ def _planned(
         prompt_ids=prompt_ids,
         sampling=session.sampling(seed),
         engine=session.identity,
-    )
-
-
-def _plan(
-    trait: Trait, session: ModelSession, scorer: ResponseScorer, *, folder: Path
-) -> ExtractPlan:
-    use_run_date(session, folder)
-    planned = planned_responses(trait, session)
-    begun = (folder / "manifest.json").exists()
-    todo = missing(Run.read(folder), planned) if begun else planned
-    judging = estimate_scoring(
-        [response.question for response in planned],
-        metrics_of(trait),
-        answer_tokens=session.max_tokens,
-        price=scorer.choice.price,
-    )
-    return ExtractPlan(
-        trait=trait.name,
-        run=folder,
-        answers=len(planned),
-        missing=len(todo),
-        most_tokens=sum(response.sampling.max_tokens for response in todo),
-        judge=scorer.choice.model,
-        judging=str(judging),
     )

@@ -20,6 +20,11 @@ class Judge(Closing):
     name: str
 
     @property
+    def fenced(self) -> bool:
+        """Whether it reads instructions, so that answers must be set apart (``judges.prompts``)."""
+        return True
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know about how scores are read, each a sentence to show once."""
         return ()

@@ -58,15 +58,40 @@ class JudgeModel(Protocol):
         """Free the model."""
 
 
+class Identified(Protocol):
+    """What a local judge is named by: a loaded model's information, or what its files say."""
+
+    @property
+    def id(self) -> str:
+        """The model's name or folder."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of its weights."""
+
+    @property
+    def bundled(self) -> bool:
+        """Whether it ships with pvec."""
+
+
+def local_name(model: Identified) -> str:
+    """Return the name under which a model's scores are kept."""
+    return f"{'tiny' if model.bundled else f'local:{model.id}'}#{model.fingerprint}"
+
+
 class LocalJudge(Judge):
     """Scores with ``model``; frees it on leaving the context only when it ``owns`` it."""
 
     def __init__(self, model: JudgeModel, *, owns: bool = False) -> None:
         self.model = model
-        kind = "tiny" if model.info.bundled else f"local:{model.info.id}"
-        self.name = f"{kind}#{model.info.fingerprint}"
+        self.name = local_name(model.info)
         self._owns = owns
         self._replies: dict[JudgeScale, _Replies] = {}
+
+    @property
+    def fenced(self) -> bool:
+        """The bundled judge was trained on the plain form and follows no instruction."""
+        return not self.model.info.bundled
 
     def score(self, queries: Iterable[JudgeQuery]) -> Iterator[Score]:
         """Yield scores chunk by chunk; a query that does not fit the model becomes an error."""

@@ -6,33 +6,26 @@ comes, so that nothing paid for is lost.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Self
 
-import pvec.tiny
+from pvec.backends.planned import PlannedResponse, missing
 from pvec.backends.session import ModelSession, Notify, ignore, load_judge_model
 from pvec.closing import Closing
 from pvec.data.judged_csv import JudgedAnswer
-from pvec.errors import InputError, JudgeError
+from pvec.errors import JudgeError
 from pvec.judges.base import Judge
-from pvec.judges.cost import Budget, Estimate, Price, estimate, known_price, parse_price
-from pvec.judges.openai import DEFAULT_MODEL, OpenAIJudge
-from pvec.judges.pacing import Patience
+from pvec.judges.choice import choose_judge, judge_name, open_judge
+from pvec.judges.cost import Estimate, estimate
 from pvec.judges.prompts import COHERENCE, Metric, fill, missing_queries
-from pvec.judges.server import KEY_NAME, api_key, server_url
-from pvec.runs.responses import ResponseRecord
+from pvec.runs.responses import Json, ResponseRecord
 from pvec.runs.store import Run
 from pvec.settings import Settings
-from pvec.settings.tree import JudgeSettings
-from pvec.types import JudgeScale, Progress, Score
-
-if TYPE_CHECKING:
-    from pvec.backends.base import Backend
-
-_FREE = Price(prompt=0.0, completion=0.0)
+from pvec.types import JudgeQuery, JudgeScale, Progress, Score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +57,23 @@ class ResponseScorer(Closing):
         *,
         bundled: bool,
         session: ModelSession | None = None,
+        need_key: bool = True,
         notify: Notify = ignore,
     ) -> None:
-        self.choice: JudgeChoice = choose_judge(settings.judge, bundled=bundled)
+        self.choice = choose_judge(settings.judge, bundled=bundled, need_key=need_key)
         self._settings = settings
         self._session = session
         self._notify = notify
         self._judge: Judge | None = None
 
     @classmethod
-    def of(cls, session: ModelSession) -> Self:
+    def of(cls, session: ModelSession, *, need_key: bool = True) -> Self:
         """Choose the judge of the answers that the model of ``session`` gives."""
         return cls(
             session.settings,
             bundled=session.metadata.bundled,
             session=session,
+            need_key=need_key,
             notify=session.notify,
         )
 
@@ -133,6 +128,40 @@ class ResponseScorer(Closing):
             self._notify(f"{report.stopped}; {report.unasked} scores are left for another call")
         return replace(report, judge=self.name)
 
+    def estimate(
+        self, run: Run | None, planned: Sequence[PlannedResponse], metrics: Sequence[Metric]
+    ) -> Estimate:
+        """Estimate what it costs to score what this judge has not scored of the planned responses.
+
+        An answer that is still to be generated is taken to be as long as its limit allows, at four
+        characters a token. ``run`` is None for one that has not begun. Loads and asks nothing.
+        """
+        metrics = [_scaled(metric, self._settings.judge.scale) for metric in metrics]
+        identities = {response.id for response in planned}
+        records = [] if run is None else [r for r in run.responses() if r.id in identities]
+        answered = {record.id for record in records}
+        queries = missing_queries(
+            records,
+            metrics,
+            judge=judge_name(self.choice),
+            fenced=self.choice.kind != "tiny",
+            scored=set() if run is None else run.scored_ids(),
+        )
+        prompts = itertools.chain(
+            (query.messages[0]["content"] for query in queries),
+            (
+                fill(
+                    metric.prompt,
+                    question=response.question,
+                    answer="x" * (4 * response.sampling.max_tokens),
+                )
+                for response in planned
+                if response.id not in answered
+                for metric in metrics
+            ),
+        )
+        return estimate(prompts, price=self.choice.price)
+
     def close(self) -> None:
         """Close the judge, if one was opened."""
         if self._judge is not None:
@@ -151,10 +180,19 @@ def score_responses(
 ) -> JudgeReport:
     """Score what is not in ``scored`` yet; each score goes to ``on_score`` as it finishes.
 
+    A response that failed is not an answer and gets no score.
+
     Raises ``JudgeError`` when asking is pointless, or when the first round over these answers ends
     without a single score; what was scored has then been handed over.
     """
-    left = sum(1 for _ in missing_queries(responses, metrics, judge=judge.name, scored=scored))
+    responses = [response for response in responses if response.finish_reason != "failed"]
+
+    def queries() -> Iterator[JudgeQuery]:
+        return missing_queries(
+            responses, metrics, judge=judge.name, fenced=judge.fenced, scored=scored
+        )
+
+    left = sum(1 for _ in queries())
     skipped = len(responses) * len(metrics) - left
     counts: Counter[str] = Counter()
     detail = ""
@@ -166,8 +204,7 @@ def score_responses(
         )
 
     show()
-    queries = missing_queries(responses, metrics, judge=judge.name, scored=scored)
-    for score in judge.score(queries):
+    for score in judge.score(queries()):
         on_score(score)
         counts[score.status] += 1
         detail = score.detail or detail
@@ -186,26 +223,6 @@ def score_responses(
         stopped=judge.stopped,
         spent=judge.spent,
     )
-
-
-def estimate_scoring(
-    questions: Sequence[str],
-    metrics: Sequence[Metric],
-    *,
-    answer_tokens: int,
-    price: Price | None,
-) -> Estimate:
-    """Estimate, before there are answers, what judging one to each of ``questions`` costs.
-
-    ``answer_tokens`` is the length assumed of an answer; four characters count as a token.
-    """
-    answer = "x" * (4 * answer_tokens)
-    prompts = (
-        fill(metric.prompt, question=question, answer=answer)
-        for question in questions
-        for metric in metrics
-    )
-    return estimate(prompts, price=price)
 
 
 def score_of(scores: Mapping[str, Score], metric: str) -> float | None:
@@ -231,83 +248,49 @@ def _scaled(metric: Metric, scale: JudgeScale) -> Metric:
     return metric if metric.name == COHERENCE else replace(metric, scale=scale)
 
 
-# -- which judge it is ----------------------------------------------------------------------------
+# -- what a command would do ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeChoice:
-    """Which judge it will be, known before any model is loaded."""
-
-    kind: Literal["tiny", "local", "openai"]
-    model: str
-    base_url: str | None = None
-    price: Price | None = _FREE
-    """None when unknown; zero for a model of one's own."""
-
-
-def choose_judge(settings: JudgeSettings, *, bundled: bool) -> JudgeChoice:
-    """Choose the judge: as asked, or the bundled one for the bundled model, or OpenAI's.
-
-    Raises ``JudgeError`` when its key is missing and ``InputError`` for a wrong specification or a
-    cost limit without a price. Loads and asks nothing.
+class RunPlan:
+    """What ``--dry-run`` tells before anything is spent. ``missing`` answers are still to be
+    generated; ``most_tokens`` are, if each of them runs to its limit.
     """
-    spec = settings.model
-    if spec is None:
-        spec = "tiny" if bundled and settings.base_url is None else DEFAULT_MODEL
-    if spec == "tiny":
-        return JudgeChoice(kind="tiny", model="tiny")
-    kind, _, model = spec.partition(":")
-    if kind not in ("local", "openai"):
-        kind, model = "", spec
-    if not model:
-        raise InputError(f"--judge-model {spec} names no model: write {spec}MODEL.")
-    if kind == "local":
-        return JudgeChoice(kind="local", model=model)
-    if not kind and Path(model).is_dir():
-        raise InputError(
-            f"--judge-model {spec} is a folder: write local:{spec} to judge with that model."
-        )
-    base_url = server_url(settings.base_url, option="--judge-url")
-    if base_url is None and api_key(settings.api_key) is None:
-        raise JudgeError(
-            f"The judge {model} needs an API key: set {KEY_NAME}, or use another judge "
-            "(--judge-url URL, --judge-model local:MODEL, or --no-judge to score later)."
-        )
-    price = parse_price(settings.price) if settings.price else known_price(model)
-    Budget(limit=settings.max_cost, price=price)  # refuses a limit without a price
-    return JudgeChoice(kind="openai", model=model, base_url=base_url, price=price)
+
+    run: Path
+    answers: int
+    missing: int
+    most_tokens: int
+    judge: str
+    judging: str
 
 
-def open_judge(
-    choice: JudgeChoice,
-    settings: JudgeSettings,
+def plan_run(
+    session: ModelSession,
+    folder: Path,
     *,
-    load: Callable[[str], Backend],
-    loaded: Backend | None = None,
-) -> Judge:
-    """Open the chosen judge. ``load`` opens a model by name or folder; ``loaded`` is the model that
-    answers, used as judge too when it is the same weights.
+    kind: str,
+    identity: Mapping[str, Json],
+    planned: Sequence[PlannedResponse],
+    metrics: Sequence[Metric],
+    judged: bool,
+) -> RunPlan:
+    """Count what a run lacks of its planned responses and of their scores, and what that costs.
 
-    Call ``check()`` on the result before generating anything.
+    Needs no key, loads no weights and writes nothing; raises what the run itself would raise for
+    its settings and its folder.
     """
-    if choice.kind == "openai":
-        return OpenAIJudge(
-            choice.model,
-            base_url=choice.base_url,
-            key=api_key(settings.api_key),
-            concurrency=settings.concurrency,
-            patience=Patience(tries=settings.max_retries + 1, timeout=settings.timeout),
-            budget=Budget(limit=settings.max_cost, price=choice.price),
-        )
-    from pvec.judges.local import LocalJudge
-
-    plain = loaded if loaded is not None and loaded.info.adapter is None else None
-    if choice.kind == "local":
-        if plain is not None and plain.info.id == choice.model:
-            return LocalJudge(plain)
-        return LocalJudge(load(choice.model), owns=True)
-    if (Path(pvec.tiny.__file__).parent / "judge").is_dir():
-        return LocalJudge(load("tiny/judge"), owns=True)
-    if plain is not None and plain.info.bundled:
-        return LocalJudge(plain)
-    return LocalJudge(load("tiny"), owns=True)
+    run = Run.preview(folder, kind=kind, identity=identity)
+    left = list(planned) if run is None else missing(run, planned)
+    judge, judging = "none", "no judge calls"
+    if judged:
+        scorer = ResponseScorer.of(session, need_key=False)
+        judge, judging = scorer.choice.model, str(scorer.estimate(run, planned, metrics))
+    return RunPlan(
+        run=folder,
+        answers=len(planned),
+        missing=len(left),
+        most_tokens=sum(response.sampling.max_tokens for response in left),
+        judge=judge,
+        judging=judging,
+    )

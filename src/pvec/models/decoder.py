@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PretrainedConfig
 
+_KEY_VALUE_LAYERS = frozenset(("full_attention", "sliding_attention"))
+
 HiddenHook = Callable[["torch.Tensor"], "torch.Tensor | None"]
 """Sees the hidden state ``[B, T, H]`` of a layer; a returned tensor replaces it."""
 
@@ -58,6 +60,15 @@ class Decoder:
     def num_layers(self) -> int:
         """How many decoder blocks there are; layers run from 0 to this number."""
         return len(self.blocks)
+
+    @property
+    def keys_and_values_only(self) -> bool:
+        """Whether the state of every layer is keys and values of earlier tokens.
+
+        Only then can sequences of different lengths share a cache. Other layers (state-space,
+        convolution, linear or chunked attention) keep a state that padding would change.
+        """
+        return set(getattr(self.config, "layer_types", None) or ()) <= _KEY_VALUE_LAYERS
 
     @property
     def device(self) -> torch.device:
@@ -101,6 +112,22 @@ def check_layer(layer: int, num_layers: int) -> int:
     )
 
 
+_NO_STREAM = {
+    "gemma3n_text": "its blocks pass on several streams (AltUp) and not one residual stream",
+    "recurrent_gemma": "its recurrent blocks keep their state in the model, not by sequence",
+}
+"""Architectures on which steering, capture or generation would be wrong, and why."""
+
+
+def check_supported(config: PretrainedConfig) -> None:
+    """Raise ``ModelError`` for the text configuration of a model that pvec would run wrongly."""
+    reason = _NO_STREAM.get(config.model_type)
+    if reason is not None:
+        raise ModelError(
+            f"{config.model_type} models are not supported ({reason}): choose another model."
+        )
+
+
 def find_decoder(model: nn.Module) -> Decoder:
     """Find embedding, decoder blocks and body of a causal language model by its structure.
 
@@ -110,6 +137,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     """
     _refuse_virtual_tokens(model)
     config = _text_config(model)
+    check_supported(config)
     embed = _token_embedding(model)
     candidates = list(_candidates(model, embed=embed, length=config.num_hidden_layers))
     if not candidates:

@@ -5,12 +5,12 @@ Loads no weights. Hub models are downloaded to the local cache and are folders f
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pvec.documents import DocumentError, read_json
 from pvec.errors import ModelError, did_you_mean
 
 BUNDLED = "tiny"
@@ -85,11 +85,17 @@ def locate_model(spec: ModelSpec, *, weights: bool = True) -> ModelFiles:
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """Return a JSON file of the model as a dictionary."""
     try:
-        content: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        content = read_json(folder / name)
+    except FileNotFoundError:
+        raise ModelError(f"There is no {folder / name}: fetch or save the model again.") from None
+    except DocumentError as error:
         raise ModelError(
-            f"{folder / name} cannot be read ({error}): fetch or save the model again."
-        ) from error
+            f"{folder / name} cannot be read ({error.problem}): fetch or save the model again."
+        ) from None
+    if not isinstance(content, dict):
+        raise ModelError(
+            f"{folder / name} does not hold a JSON object: fetch or save the model again."
+        )
     return content
 
 

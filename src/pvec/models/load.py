@@ -9,13 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 from pvec.errors import InputError, ModelError
 from pvec.models.adapters import attach_adapter
+from pvec.models.decoder import check_supported
 from pvec.models.files import ModelFiles, ModelSpec, locate_model, read_config
 from pvec.models.fingerprint import chat_fingerprint, model_fingerprint
 from pvec.models.template import chat_format, end_of_turn
-from pvec.models.weights import explained, load_weights, quiet_transformers
+from pvec.models.weights import (
+    check_quantisation,
+    explained,
+    load_weights,
+    quiet_transformers,
+)
 from pvec.types import ModelInfo
 
-_TOKENIZER_FILES = ("tokenizer*.json", "*.model", "vocab.*", "tokenizer*.py", "*.tiktoken")
+_TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "*.model",
+    "vocab.*",
+    "tokenizer*.py",
+    "*.tiktoken",
+    "tekken.json",
+)
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +109,8 @@ def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelMetadata:
             f"{spec.model!r} ({config.model_type}) is not a decoder-only language model: "
             f"choose a causal LM."
         )
+    check_supported(text)
+    check_quantisation(read_config(files.folder), name=spec.model)
     tokenizer = load_tokenizer(spec, files)
     notes = chat_format(tokenizer).notes if tokenizer.chat_template else ()
     metadata = ModelMetadata(

@@ -6,6 +6,7 @@ the model lacks; both are only log messages. Here they are errors that name the 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -46,14 +47,14 @@ def load_weights(
     or when tensors are missing, left over or of another size; known prefixes of wrappers
     (``_orig_mod.``, ``module.``) are removed from tensor names with a note.
     """
-    from transformers import AutoModelForCausalLM
-
+    declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    auto_class = auto_model_class(declared, name=name)
     prefixes = _wrapped(folder)
     if prefixes:
         options["key_mapping"] = {WRAPPERS.pattern: ""}
     with quiet_transformers():
         loaded: Any = explained(
-            lambda: AutoModelForCausalLM.from_pretrained(
+            lambda: auto_class.from_pretrained(
                 folder,
                 use_safetensors=None if pickle else True,
                 output_loading_info=True,
@@ -76,17 +77,75 @@ def load_weights(
     return model, notes
 
 
+def auto_model_class(config: Mapping[str, Any], *, name: str) -> Any:
+    """Return transformers' auto class for a configuration: a causal or an image-text model.
+
+    ``config`` is the content of config.json. Raises ``ModelError`` for any other kind of model.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    kind = config.get("model_type")
+    if kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in config:
+        return AutoModelForCausalLM
+    if kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    raise ModelError(
+        f"{name!r} ({kind}) is not a language model that transformers can load: choose a causal "
+        f"language model, or a newer transformers."
+    )
+
+
+_QUANTISERS = {
+    "aqlm": ("aqlm", "aqlm"),
+    "auto-round": ("auto_round", "auto-round"),
+    "awq": ("gptqmodel", "gptqmodel"),
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
+    "eetq": ("kernels", "kernels"),
+    "gptq": ("gptqmodel", "gptqmodel optimum"),
+    "higgs": ("flute", "flute-kernel"),
+    "hqq": ("hqq", "hqq"),
+    "quanto": ("optimum.quanto", "optimum-quanto"),
+    "quark": ("quark", "amd-quark"),
+    "spqr": ("spqr_quant", "spqr_quant"),
+    "torchao": ("torchao", "torchao"),
+    "vptq": ("vptq", "vptq"),
+}
+"""Method of a quantised checkpoint -> the module that transformers needs, and what to install."""
+
+
+def check_quantisation(config: Mapping[str, Any], *, name: str) -> None:
+    """Raise ``ModelError`` when a quantised checkpoint needs a package that is not installed."""
+    quantisation = config.get("quantization_config") or {}
+    method = str(quantisation.get("quant_method", ""))
+    if not method and (quantisation.get("load_in_4bit") or quantisation.get("load_in_8bit")):
+        method = "bitsandbytes"
+    module, packages = _QUANTISERS.get(method, ("torch", ""))
+    try:
+        installed = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around the module
+        installed = False
+    if not installed:
+        raise ModelError(
+            f"The weights of {name!r} are quantised ({method}), which needs a package that is not "
+            f"installed: pip install {packages}, or use the full-precision model (for an adapter: "
+            f"--model BASE --adapter ADAPTER)."
+        )
+
+
 def check_checkpoint(folder: Path, *, name: str, pickle: bool = False) -> None:
     """Raise ``ModelError`` when a checkpoint does not hold exactly the tensors of its model.
 
     For engines that load the weights themselves; no memory is taken for them. Quantised
     checkpoints and architectures that transformers has no causal model of are left to the engine.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    known = config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not known or "quantization_config" in config:
+    if "quantization_config" in config:
+        return
+    try:
+        auto_model_class(config, name=name)
+    except ModelError:
         return
     load_weights(folder, name=name, pickle=pickle, device_map="meta")
     if _wrapped(folder):

@@ -39,6 +39,18 @@ def store_error(path: Path, exc: OSError) -> StoreError:
     return StoreError(f"cannot write {path}: {reason}.")
 
 
+def os_error_sentence(error: OSError) -> str:
+    """Return an ``OSError`` that nobody handled as one sentence with the remedy."""
+    reason = " ".join(str(error.strerror or error).split()) or type(error).__name__
+    if isinstance(error, ConnectionError | TimeoutError):
+        return f"The connection failed ({reason}): check the network and the server, and try again."
+    if error.filename is None and error.errno is None:
+        return f"A file or connection could not be used ({reason}): check it and try again."
+    what = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
+    remedy = _REMEDIES.get(error.errno or 0, "check the path")
+    return f"cannot read or write {what} ({reason}): {remedy}."
+
+
 def probe_writable(folder: Path, *, need_bytes: int = _SPARE_BYTES) -> None:
     """Create ``folder`` and make sure that a file can be written in it.
 

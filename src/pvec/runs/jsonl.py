@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pvec.closing import Closing
+from pvec.documents import check_regular, parse_record
 from pvec.errors import StoreError
 from pvec.runs.files import store_error
 
@@ -99,7 +100,7 @@ class JsonlLog(Closing):
         tail = _unterminated_tail(self._descriptor, size)
         if not tail:
             return
-        if _parse(tail) is not None:
+        if parse_record(tail) is not None:
             self._write(b"\n")
             return
         os.ftruncate(self._descriptor, size - len(tail))
@@ -116,12 +117,13 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     is not a JSON object raises ``StoreError`` naming file and line. A missing file is empty.
     """
     path = Path(path)
+    check_regular(path)
     try:
         with path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if not line.strip():
                     continue
-                record = _parse(line)
+                record = parse_record(line)
                 if record is not None:
                     yield number, record
                 elif line.endswith(b"\n"):
@@ -140,14 +142,6 @@ def encode_line(record: Mapping[str, Any]) -> bytes:
         return text.encode() + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
         return json.dumps(record, ensure_ascii=True, allow_nan=False).encode() + b"\n"
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:  # covers JSONDecodeError and UnicodeDecodeError
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _unterminated_tail(descriptor: int, size: int) -> bytes:

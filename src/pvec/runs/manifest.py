@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pvec.documents import DocumentError, read_json
 from pvec.errors import StoreError
 from pvec.runs.files import atomic_write
 from pvec.runs.secrets import without_secrets
@@ -23,6 +24,8 @@ FORMAT = "pvec-run"
 FORMAT_VERSION = 1
 
 _ABSENT = object()
+_KINDS = {"format_version": int, "kind": str, "identity": dict, "sessions": list}
+"""What every manifest has, and of which type."""
 _PACKAGES = ("pvec", "torch", "transformers", "peft", "vllm", "numpy")
 
 
@@ -43,26 +46,34 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest in ``folder``. Raises ``StoreError`` when there is none to be read."""
     path = folder / FILE_NAME
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = read_json(path)
     except FileNotFoundError:
         raise StoreError(
             f"{folder} is not a run folder (it has no {FILE_NAME}); "
             "give the folder of a run, or a new one."
         ) from None
-    except OSError as exc:
-        raise StoreError(f"cannot read {path}: {exc.strerror}; check the path.") from exc
-    except ValueError as exc:
-        raise StoreError(
-            f"{path} is damaged ({exc}); restore it from a copy or start a new run folder."
-        ) from exc
+    except DocumentError as exc:
+        raise _damaged(path, exc.problem) from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise StoreError(f"{path} was not written by pvec; give another folder.")
-    if manifest["format_version"] > FORMAT_VERSION:
+    version = manifest.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise StoreError(
-            f"{folder} was made by a newer pvec (run format {manifest['format_version']}, this "
+            f"{folder} was made by a newer pvec (run format {version}, this "
             f"one reads up to {FORMAT_VERSION}); update pvec or use another folder."
         )
+    for key, kind in _KINDS.items():
+        if not isinstance(manifest.get(key), kind) or isinstance(manifest[key], bool):
+            raise _damaged(path, f"it has no {key!r}, or another kind of value there")
+    if not all(isinstance(session, dict) for session in manifest["sessions"]):
+        raise _damaged(path, "its 'sessions' are not a list of objects")
     return manifest
+
+
+def _damaged(path: Path, problem: str) -> StoreError:
+    return StoreError(
+        f"{path} is damaged ({problem}); restore it from a copy or start a new run folder."
+    )
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from pvec.documents import read_record
 from pvec.types import FinishReason, Instruction, Sampling
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
@@ -45,6 +46,8 @@ class ResponseRecord:
     sampling: Sampling
     think_tokens: int = 0
     steering: tuple[Mapping[str, Json], ...] = field(default=())
+    detail: str = ""
+    """Why an answer failed (``finish_reason`` ``failed``); empty otherwise."""
 
     @property
     def seed(self) -> int:
@@ -52,31 +55,19 @@ class ResponseRecord:
         return self.sampling.seed
 
     def to_json(self) -> dict[str, Any]:
-        """Return the line as a JSON object."""
-        return asdict(self)
+        """Return the line as a JSON object; ``detail`` only where there is one."""
+        line = asdict(self)
+        if not self.detail:
+            del line["detail"]
+        return line
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Build a record from a line's object. Raises ``KeyError`` or ``TypeError`` for a bad one.
+        """Build a record from a line's object. Raises ``ValueError`` for a bad one.
 
-        Keys that this version does not know are left aside, so that newer runs stay readable.
+        Keys that this version does not know are ignored, so that newer runs stay readable.
         """
-        return cls(
-            id=data["id"],
-            trait=data["trait"],
-            condition=data["condition"],
-            question=data["question"],
-            question_id=data["question_id"],
-            system=data["system"],
-            prompt=data["prompt"],
-            prompt_ids=tuple(data["prompt_ids"]),
-            token_ids=tuple(data["token_ids"]),
-            answer=data["answer"],
-            finish_reason=data["finish_reason"],
-            sampling=Sampling(**data["sampling"]),
-            think_tokens=data["think_tokens"],
-            steering=tuple(data["steering"]),
-        )
+        return read_record(cls, data)
 
 
 def response_id(

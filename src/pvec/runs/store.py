@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pvec.closing import Closing
+from pvec.documents import read_record
 from pvec.errors import InputError, StoreError, did_you_mean
 from pvec.runs.files import WriterLock, atomic_write, probe_writable
 from pvec.runs.jsonl import JsonlLog, read_jsonl
@@ -72,19 +73,28 @@ class Run(Closing):
         """
         folder = Path(path)
         identity = {"kind": kind, **identity}
-        begun = (folder / FILE_NAME).exists()
-        if not begun and folder.is_dir() and any(map(_is_foreign, folder.iterdir())):
-            raise StoreError(
-                f"{folder} is not empty and not a run folder; choose a new or an empty one."
-            )
+        _refuse_foreign(folder)
         probe_writable(folder)
         with ExitStack() as resources:
             resources.enter_context(WriterLock(folder / _LOCK))
-            if not (folder / FILE_NAME).exists():
+            manifest = _manifest_to_continue(folder, identity)
+            if manifest is None:
                 write_manifest(folder, new_manifest(kind=kind, identity=identity))
-            manifest = read_manifest(folder)
-            refuse_other_identity(folder, recorded=manifest["identity"], current=identity)
+                manifest = read_manifest(folder)
             return cls(folder, manifest, resources.pop_all())
+
+    @classmethod
+    def preview(
+        cls, path: str | Path, *, identity: Mapping[str, Json], kind: str = "extract"
+    ) -> Self | None:
+        """Return the run that ``open_or_create`` would continue, to be read; None for a new one.
+
+        Writes nothing. Raises ``StoreError`` for a folder that ``open_or_create`` would refuse.
+        """
+        folder = Path(path)
+        _refuse_foreign(folder)
+        manifest = _manifest_to_continue(folder, {"kind": kind, **identity})
+        return None if manifest is None else cls(folder, manifest, None)
 
     @classmethod
     def reopen(cls, path: str | Path) -> Self:
@@ -181,21 +191,21 @@ class Run(Closing):
         for number, data in read_jsonl(path):
             try:
                 yield ResponseRecord.from_json(data)
-            except (KeyError, TypeError) as exc:
-                raise _bad_line(path, number, exc) from exc
+            except ValueError as exc:
+                raise _bad_line(path, number, exc) from None
 
     def scores(self) -> Iterator[Score]:
         """Yield the judgements as they were written; of two with the same id the later counts."""
         path = self.path / "scores.jsonl"
         for number, data in read_jsonl(path):
             try:
-                yield Score(**data)
-            except TypeError as exc:
-                raise _bad_line(path, number, exc) from exc
+                yield read_record(Score, data)
+            except ValueError as exc:
+                raise _bad_line(path, number, exc) from None
 
     def response_ids(self) -> set[str]:
         """Return the ids of all finished answers."""
-        return {str(data["id"]) for _, data in read_jsonl(self.path / "responses.jsonl")}
+        return {str(data.get("id")) for _, data in read_jsonl(self.path / "responses.jsonl")}
 
     def scored_ids(self) -> set[str]:
         """Return the ids of judgements that need no repeating: all but those that ended in error.
@@ -290,9 +300,45 @@ class Run(Closing):
         yield from {score.id: score for score in self.scores()}.values()
 
 
-def _is_foreign(path: Path) -> bool:
-    """Whether pvec did not put ``path`` there; a kill at the very start leaves hidden files."""
-    return not path.name.startswith(".")
+def _refuse_foreign(folder: Path) -> None:
+    """Raise ``StoreError`` for a folder that holds something and no run.
+
+    A kill at the very start leaves hidden files, which do not count.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"cannot write into {folder}: that is a file; choose another path.")
+    begun = (folder / FILE_NAME).exists() or not folder.is_dir()
+    if not begun and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise StoreError(
+            f"{folder} is not empty and not a run folder; choose a new or an empty one."
+        )
+
+
+def _manifest_to_continue(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the manifest of the run in ``folder``, or None where one has still to begin.
+
+    A run of another identity is refused once there is something in it: one whose command failed
+    before it made anything does not stand in the way of the corrected command.
+    """
+    if not (folder / FILE_NAME).exists():
+        return None
+    manifest = read_manifest(folder)
+    try:
+        refuse_other_identity(folder, recorded=manifest["identity"], current=identity)
+    except StoreError:
+        if _holds_results(folder):
+            raise
+        return None
+    return manifest
+
+
+def _holds_results(folder: Path) -> bool:
+    """Whether a run holds more than what a command writes before its work begins."""
+    return any(
+        path.is_file() and path.stat().st_size > 0
+        for path in folder.rglob("*")
+        if path.name != FILE_NAME and not path.name.startswith(".") and path.parent.name != _TRAITS
+    )
 
 
 def _frame_row(

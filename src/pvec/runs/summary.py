@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pvec.documents import read_json
 from pvec.errors import StoreError
 from pvec.runs.files import atomic_write
 from pvec.runs.jsonl import read_jsonl
@@ -42,11 +43,15 @@ def update_summary(folder: Path, **sections: Mapping[str, Any]) -> None:
 def read_summary(folder: Path) -> dict[str, Any]:
     """Return what ``write_summary`` wrote. Raises ``StoreError`` when there is none yet."""
     try:
-        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+        summary = read_json(folder / SUMMARY)
+    except FileNotFoundError:
         raise StoreError(
             f"{folder} holds no results yet: run the command that made it again."
-        ) from exc
+        ) from None
+    if not isinstance(summary, dict):
+        raise StoreError(
+            f"{folder / SUMMARY} is damaged: run the command that made {folder} again."
+        )
     return summary
 
 

@@ -4,8 +4,8 @@
 and command line. The types of the sections are in ``pvec.settings.tree``.
 """
 
+from pvec.documents import read_yaml
 from pvec.settings.resolve import Resolved, load_dotenv, resolve
 from pvec.settings.tree import Settings
-from pvec.settings.yamlfile import read_yaml
 
 __all__ = ["Resolved", "Settings", "load_dotenv", "read_yaml", "resolve"]

@@ -17,9 +17,9 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from pvec.documents import read_yaml
 from pvec.errors import InputError, did_you_mean
 from pvec.settings.tree import ENV_PREFIX, RENAMED, Settings, env_name, fields, value_of
-from pvec.settings.yamlfile import read_yaml
 
 CONFIG_FILE = Path("pvec.yaml")
 """Read from the working directory when it is there and ``--config`` names no other."""

@@ -82,7 +82,7 @@ class SteeringVector:
 
     def _raw(self, coef: float, layer: int, operator: Operator) -> float:
         norm = math.nan if self.mean_norms is None else float(self.mean_norms[layer])
-        if not norm > 0:
+        if not 0 < norm < math.inf:
             raise InputError(
                 f"The vector {self.label!r} has no residual norm at {describe_layer(layer)}, so "
                 f"coefficients cannot be in units of it: use --coef-unit raw, or extract the "

@@ -13,8 +13,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from pvec.documents import parse_yaml, read_yaml
 from pvec.errors import InputError, did_you_mean
-from pvec.settings.yamlfile import parse_yaml, read_yaml
 from pvec.training.config import TrainConfig
 
 _TELLING = frozenset(

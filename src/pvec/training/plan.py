@@ -19,10 +19,11 @@ from pvec.backends.processes import Processes
 from pvec.errors import InputError, ModelError, PvecError
 from pvec.models.files import ModelSpec
 from pvec.models.load import ModelMetadata, choose_device, choose_dtype, inspect_model
+from pvec.training.adapter import AdapterPlan, plan_adapter
 from pvec.training.batches import CPU_PASS_COST, PASS_COST, BatchPlan, Layout, plan_batches
 from pvec.training.config import TrainConfig
 from pvec.training.data import OnRow, Rows, TrainingData, prepare_data, read_chats
-from pvec.training.model import Sizes, check_installed, check_train_packages, measure
+from pvec.training.model import check_installed, check_train_packages
 from pvec.training.monitor import monitor_shift
 from pvec.training.shift import PersonaShiftCallback
 from pvec.training.steering import ScheduledInstruction, schedule_steering, single_layer
@@ -47,7 +48,7 @@ class TrainPlan:
     data: TrainingData
     batches: BatchPlan
     steps: int
-    sizes: Sizes
+    adapter: AdapterPlan
     steering: tuple[ScheduledInstruction, ...] = ()
     shift: PersonaShiftCallback | None = None
     """What measures the persona meanwhile."""
@@ -60,7 +61,7 @@ class TrainPlan:
 
     def summary(self) -> dict[str, Any]:
         """Return the plan in numbers and words, as ``--check --json`` prints it."""
-        train, batches, sizes = self.data.train, self.batches, self.sizes
+        train, batches, adapter = self.data.train, self.batches, self.adapter
         return {
             "config": self.path,
             "folder": self.folder,
@@ -79,10 +80,12 @@ class TrainPlan:
             "most_tokens": batches.most_tokens,
             "processes": self.processes.size,
             "padding": batches.padding,
-            "parameters": sizes.model,
-            "adapter_parameters": sizes.adapter,
-            "adapter_modules": sizes.modules,
-            "memory_bytes": sizes.bytes,
+            "parameters": adapter.model_parameters,
+            "adapter_parameters": adapter.parameters,
+            "adapter_modules": sum(adapter.adapted.values()),
+            "adapted": adapter.adapted,
+            "frozen": adapter.frozen,
+            "memory_bytes": adapter.memory_bytes,
             "steering": [steering.description for steering in self.steering],
             "notes": self.notes,
         }
@@ -122,8 +125,8 @@ def make_plan(
     problems.raise_if_any()
     assert batches is not None
     steps = config.optim.max_steps or math.ceil(batches.steps_per_epoch * config.optim.epochs)
-    sizes = problems.attempt(
-        lambda: measure(config, metadata, dtype=dtype, tokens=batches.most_tokens)
+    adapter = problems.attempt(
+        lambda: plan_adapter(config, metadata, dtype=dtype, tokens=batches.most_tokens)
     )
     steering: list[ScheduledInstruction] = []
     for part in config.steering:
@@ -133,7 +136,7 @@ def make_plan(
             vector_notes += filter(None, [vectors[part.vector].left_out(metadata.num_layers)])
     shift = problems.attempt(lambda: monitor_shift(config.monitor, vectors, metadata))
     problems.raise_if_any()
-    assert sizes is not None
+    assert adapter is not None
     notes = [*metadata.notes, f"{str(dtype).removeprefix('torch.')}: {dtype_note}", *data.notes]
     notes += vector_notes
     if shift is not None:
@@ -149,7 +152,7 @@ def make_plan(
         data=data,
         batches=batches,
         steps=steps,
-        sizes=sizes,
+        adapter=adapter,
         steering=tuple(steering),
         shift=shift,
         notes=tuple(notes),

@@ -7,8 +7,10 @@ counts, and the monitoring; each in its own module.
 # ruff: noqa: ARG002 - the Trainer decides what its callbacks are given
 from __future__ import annotations
 
+import copy
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,7 +28,6 @@ from pvec.steering.proof import LayerProof, prove_steering
 from pvec.training.checkpoints import Checkpoint
 from pvec.training.forward import prove_isolation, score_loss_tokens_only
 from pvec.training.masks import TokenizedRow
-from pvec.training.model import check_targets, lora_config
 from pvec.training.plan import TrainPlan
 from pvec.training.steering import TrainingSteering
 
@@ -62,14 +63,17 @@ class PlannedTrainer(SFTTrainer):
     ) -> None:
         self.plan = plan
         held_out = plan.data.held_out.rows
-        super().__init__(
-            model=model,
-            args=training_arguments(plan, model),
-            train_dataset=_table(plan.data.train.rows),
-            eval_dataset=_table(held_out) if held_out else None,
-            processing_class=plan.metadata.tokenizer,
-            peft_config=lora_config(plan.config.lora),
-        )
+        with warnings.catch_warnings():
+            # peft follows the rank patterns that it makes for fused experts, and warns of them
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
+            super().__init__(
+                model=model,
+                args=training_arguments(plan, model),
+                train_dataset=_table(plan.data.train.rows),
+                eval_dataset=_table(held_out) if held_out else None,
+                processing_class=plan.metadata.tokenizer,
+                peft_config=copy.deepcopy(plan.adapter.config),
+            )
         self.steering = TrainingSteering(self.model, plan.steering) if plan.steering else None
         self.coefs: tuple[float, ...] = ()
         self.touched = [0] * len(plan.steering)
@@ -213,7 +217,6 @@ def train(
     1 when steering does not prove itself, and in any step in which it touched other positions than
     it should; ``InputError`` when rows were to be packed and attention does not keep them apart.
     """
-    check_targets(plan.config.lora, model)
     trainer = PlannedTrainer(plan, model, on_log=on_log, on_step=on_step)
     trainer.prove(notify)
     if resume is not None and resume.finished:

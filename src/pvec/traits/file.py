@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Never, Self
 
+from pvec.documents import parse_json, read_text
 from pvec.errors import InputError, did_you_mean
 
 _TOP_KEYS = frozenset(
@@ -32,26 +33,12 @@ class TraitFile:
     def read(cls, path: Path) -> Self:
         """Parse ``path``. Raises ``InputError`` for anything that is not a JSON object."""
         try:
-            source = path.read_text(encoding="utf-8-sig")
+            source = read_text(path)
         except FileNotFoundError:
             raise InputError(f"there is no trait file {path}; check the path.") from None
-        except UnicodeDecodeError as exc:
-            raise InputError(
-                f"{path} is not UTF-8 text (byte {exc.start}); save it as UTF-8."
-            ) from exc
-        except OSError as exc:
-            raise InputError(
-                f"cannot read {path}: {exc.strerror}; give the path of a trait's .json file."
-            ) from exc
         if not source.strip():
             raise InputError(f"{path} is empty; a trait file is a JSON object (docs/formats.md).")
-        try:
-            data = json.loads(source)
-        except json.JSONDecodeError as exc:
-            raise InputError(
-                f"{path}:{exc.lineno} is not valid JSON: {exc.msg} at column {exc.colno}; "
-                "correct that line."
-            ) from exc
+        data = parse_json(source, where=path)
         if not isinstance(data, dict):
             raise InputError(
                 f"{path} holds a JSON {type(data).__name__}; a trait file is a JSON object "

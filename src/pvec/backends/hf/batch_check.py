@@ -3,7 +3,8 @@
 Some architectures ignore the padding mask, or keep a state that pvec's cache does not hold, and
 then answer differently in a batch, with no error. So the first time that an architecture generates
 in a process, a few tokens are decoded in a padded batch and compared with transformers' plain
-forward pass of each row, without batch, padding or cache.
+forward pass of each row, without batch, padding or cache. Layers with a recurrent state run without
+padding; some compute a step otherwise than a whole pass, so the row alone is decoded too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import torch
 
 from pvec.backends.hf.forward import CausalModel, left_padded
-from pvec.backends.hf.kvcache import RowCache
 from pvec.errors import ModelError
 
 _PROMPTS = (24, 9)
@@ -58,8 +58,11 @@ def batch_difference(model: CausalModel) -> float:
     batched = _decoded(model, rows := _rows(model))  # [R, steps, V]
     worst = 0.0
     for row, logits in zip(rows, batched, strict=True):
-        ids = torch.tensor([row], device=model.device)
-        alone = model.inner(input_ids=ids, use_cache=False).logits[0, -_STEPS:].float()
+        if model.row_cache:
+            ids = torch.tensor([row], device=model.device)
+            alone = model.inner(input_ids=ids, use_cache=False).logits[0, -_STEPS:].float()
+        else:
+            alone = _decoded(model, [row])[0]
         spread = (alone - alone.mean(dim=-1, keepdim=True)).norm()
         worst = max(worst, float((logits - alone).norm() / spread))
     return worst
@@ -67,13 +70,14 @@ def batch_difference(model: CausalModel) -> float:
 
 def _rows(model: CausalModel) -> list[list[int]]:
     """Return token ids of the prompts and what follows them: fixed, and different for each row."""
+    prompts = _PROMPTS if model.row_cache else (max(_PROMPTS),) * len(_PROMPTS)
     longest = min(model.context or 1 << 20, max(_PROMPTS) + _STEPS - 1)
     count = min(model.vocab_size, int(model.decoder.embed.weight.shape[0]))  # type: ignore[index]
     special = {*model.stop_ids, model.pad_id}
     usable = [token for token in range(count) if token not in special]
     return [
         [usable[(7919 * (row + 1) * (step + 1)) % len(usable)] for step in range(length)]
-        for row, length in enumerate(min(p + _STEPS - 1, longest) for p in _PROMPTS)
+        for row, length in enumerate(min(p + _STEPS - 1, longest) for p in prompts)
     ]
 
 
@@ -81,12 +85,14 @@ def _decoded(model: CausalModel, rows: list[list[int]]) -> torch.Tensor:
     """Return the logits of the last tokens of each row, the rows decoded as one padded batch."""
     prompts = [row[: len(row) - _STEPS + 1] for row in rows]
     ids, real, positions = left_padded(prompts, pad_id=model.pad_id, device=model.device)
-    cache = RowCache()
-    steps = [model.forward(ids, mask=real, positions=positions, cache=cache)]
+    cache = model.new_cache()
+    mask = real if model.row_cache else None
+    steps = [model.forward(ids, mask=mask, positions=positions, cache=cache)]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     for step in range(1, _STEPS):
         newest = torch.tensor([[row[step - _STEPS]] for row in rows], device=model.device)
         real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
         positions = lengths[:, None] + step - 1
-        steps.append(model.forward(newest, mask=real, positions=positions, cache=cache))
+        mask = real if model.row_cache else None
+        steps.append(model.forward(newest, mask=mask, positions=positions, cache=cache))
     return torch.stack(steps, dim=1)

@@ -67,7 +67,11 @@ def continuation_logprobs(
                 f"Prompt {index} has {len(prompt)} tokens and does not fit the model's context of "
                 f"{model.context} with its continuations: shorten it."
             )
-    scorer = _Scorer(model, tree, len(continuations), _common_prefix(prompts))
+    scorer: _Scorer | _PlainScorer
+    if model.row_cache:
+        scorer = _Scorer(model, tree, len(continuations), _common_prefix(prompts))
+    else:
+        scorer = _PlainScorer(model, continuations)
     queue = deque(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
     while queue:
         now = _take(queue, prompts, tree, model, limits)
@@ -197,6 +201,32 @@ class _Scorer:
         dtype = self._model.inner.dtype
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]  # [B, 1, N, K + N]
+
+
+class _PlainScorer:
+    """Runs every prompt with every continuation: for models whose layers keep other state."""
+
+    def __init__(self, model: CausalModel, continuations: Sequence[tuple[int, ...]]) -> None:
+        self._model = model
+        self._continuations = continuations
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+        """Return one float32 ``[C]`` per prompt; fillers come last, where no token sees them."""
+        model, width = self._model, max(map(len, self._continuations))
+        filled = [(*c, *(model.pad_id,) * (width - len(c))) for c in self._continuations]
+        scores = []
+        for prompt in prompts:
+            ids = torch.tensor([(*prompt, *tokens) for tokens in filled], device=model.device)
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            logits = model.forward(
+                ids, mask=None, positions=positions, cache=None, all_logits=True
+            )[:, len(prompt) - 1 : -1]  # [C, W, V]
+            tokens = ids[:, len(prompt) :, None]
+            chosen = logits.gather(2, tokens)[..., 0] - logits.logsumexp(dim=-1)  # [C, W]
+            real = torch.tensor([[i < len(c) for i in range(width)] for c in self._continuations])
+            scores.append((chosen * real.to(chosen.device)).sum(dim=1).cpu().numpy())
+        return scores
 
 
 def _tree(continuations: Sequence[tuple[int, ...]]) -> _Tree:

@@ -12,13 +12,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pvec.backends.hf.attention import grouped_decoding, supports_grouping
-from pvec.backends.hf.kvcache import RowCache
+from pvec.backends.hf.kvcache import RowCache, StateCache
 from pvec.errors import ModelError
 from pvec.models.decoder import Decoder, find_decoder
 from pvec.models.template import end_of_turn
 from pvec.steering.hooks import Steerer
-
-_KNOWN_LAYER_TYPES = frozenset(("full_attention", "sliding_attention"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,6 +25,7 @@ class CausalModel:
 
     ``context`` is the number of positions it can hold (None: no limit known), ``stop_ids`` are the
     tokens that end a turn, ``bytes_per_token`` is what one position costs in the cache.
+    ``parameters`` are the names of arguments that ``inner`` takes.
     """
 
     inner: PreTrainedModel
@@ -36,7 +35,7 @@ class CausalModel:
     pad_id: int
     vocab_size: int
     bytes_per_token: int
-    options: dict[str, Any]
+    parameters: frozenset[str]
 
     @property
     def config(self) -> Any:
@@ -48,60 +47,74 @@ class CausalModel:
         """Where token ids go."""
         return self.decoder.device
 
+    @property
+    def row_cache(self) -> bool:
+        """Whether rows of different lengths can share a cache, and join and leave it."""
+        return self.decoder.keys_and_values_only
+
+    def new_cache(self) -> RowCache | StateCache:
+        """Return an empty cache: of rows that come and go, or else transformers' own.
+
+        Raises ``ModelError`` for a model that takes neither.
+        """
+        if self.row_cache:
+            return RowCache()
+        generating: Any = type(self.inner)
+        if not generating._supports_default_dynamic_cache():  # noqa: SLF001
+            raise ModelError(
+                f"{type(self.inner).__name__} has a cache of its own kind, with which the hf "
+                f"backend cannot generate: use --backend vllm (activations can be captured)."
+            )
+        return StateCache(config=self.config)
+
     def forward(
         self,
         token_ids: torch.Tensor,
         *,
         mask: torch.Tensor | dict[str, torch.Tensor] | None,
         positions: torch.Tensor,
-        cache: RowCache,
+        cache: RowCache | StateCache | None,
         steerer: Steerer | None = None,
         all_logits: bool = False,
     ) -> torch.Tensor:
         """Run ``token_ids`` ``[R, T]`` behind the cache; return float32 logits ``[R, V]``.
 
         The logits are those of the last token, or ``[R, T, V]`` with ``all_logits``. ``mask`` is
-        ``[R, past + T]`` (None: nothing is padding), or what transformers takes ready-made.
+        ``[R, past + T]`` (None: nothing is padding), or what transformers takes ready-made. Without
+        ``cache`` nothing is kept.
         """
         steered = steerer.attached() if steerer is not None and steerer.active else nullcontext()
         grouped = token_ids.shape[1] == 1 and supports_grouping(self.inner)
         single = grouped_decoding(self.config) if grouped else nullcontext()
+        inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions}
+        arguments = {name: value for name, value in inputs.items() if name in self.parameters}
+        state = "cache_params" if "cache_params" in self.parameters else "past_key_values"
+        if not all_logits and "logits_to_keep" in self.parameters:
+            arguments["logits_to_keep"] = 1
         with steered, single:
             output = self.inner(
-                input_ids=token_ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                **({} if all_logits else self.options),
+                input_ids=token_ids, use_cache=cache is not None, **{state: cache}, **arguments
             )
         logits: torch.Tensor = output.logits if all_logits else output.logits[:, -1]
         return logits.float()
 
 
 def causal_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> CausalModel:
-    """Describe a loaded model (PEFT wrappers included) for the decode loops.
-
-    Raises ``ModelError`` for layers whose state is not a key-value cache.
-    """
+    """Describe a loaded model (PEFT wrappers included) for the decode loops."""
     inner: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model
     config = inner.config.get_text_config(decoder=True)
-    strange = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES
-    if strange:
-        raise ModelError(
-            f"{type(inner).__name__} has layers of a kind that the hf backend cannot batch "
-            f"({', '.join(sorted(strange))}): use --backend vllm."
-        )
-    takes_keep = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    decoder = find_decoder(model)
+    rows = decoder.embed.num_embeddings
+    pad = tokenizer.pad_token_id
     return CausalModel(
         inner=inner,
-        decoder=find_decoder(model),
+        decoder=decoder,
         context=getattr(config, "max_position_embeddings", None),
         stop_ids=stop_ids(inner, tokenizer),
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        pad_id=pad if pad is not None and pad < rows else 0,  # masked, so any token serves
         vocab_size=config.vocab_size,
         bytes_per_token=_bytes_per_token(config, inner.dtype),
-        options={"logits_to_keep": 1} if takes_keep else {},
+        parameters=frozenset(inspect.signature(inner.forward).parameters),
     )
 
 
@@ -137,11 +150,14 @@ def left_padded(
 
 
 def _bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Return what keys and values of one position take; heads may differ from layer to layer."""
+    """Return what a position costs in the cache; sizes of heads may differ between layers."""
     layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
     numbers = 0
     for layer in layers:
-        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
-        width = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-        numbers += 2 * heads * width
-    return int(numbers * dtype.itemsize)
+        query_heads = getattr(layer, "num_attention_heads", None)
+        if query_heads:
+            heads = getattr(layer, "num_key_value_heads", None) or query_heads
+            numbers += heads * (
+                getattr(layer, "head_dim", None) or layer.hidden_size // query_heads
+            )
+    return max(int(2 * numbers * dtype.itemsize), 1)

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pvec.backends.hf.forward import CausalModel, left_padded
-from pvec.backends.hf.kvcache import RowCache
+from pvec.backends.hf.kvcache import RowCache, StateCache
 from pvec.backends.hf.sampling import sample_tokens
 from pvec.errors import ModelError
 from pvec.models.memory import BatchLimits, unless_out_of_memory
@@ -26,6 +26,11 @@ from pvec.types import FinishReason, Generation, Progress, Request, StreamChunk
 
 Notify = Callable[[str], None]
 """Receives a sentence for the user: a smaller batch, a shorter answer."""
+
+_NOT_FINITE = (
+    "the logits after {} tokens are not finite numbers: the steering is too strong, or the number "
+    "format too narrow"
+)
 
 _REFILL_BELOW = 0.75
 """The queue is tapped when fewer rows than this share of the last full batch are left."""
@@ -77,7 +82,9 @@ def generate(
     def advance() -> list[_Finished]:
         nonlocal most, tokens
         if queue and len(batch.rows) <= _REFILL_BELOW * most:
-            batch.extend(_take(queue, batch.rows, limits), prefill_tokens=limits.prefill_tokens)
+            batch.extend(
+                _take(queue, batch.rows, limits, model), prefill_tokens=limits.prefill_tokens
+            )
             most = len(batch.rows)
         tokens += len(batch.rows)
         return batch.step()
@@ -104,11 +111,17 @@ def stream(
     limits: BatchLimits,
     notify: Notify,
 ) -> Iterator[StreamChunk]:
-    """Yield a chunk per answer and step; see ``Backend.stream``. All requests run in one batch."""
-    rows = _admit(requests, context=model.context, notify=notify)
+    """Yield a chunk per answer and step; see ``Backend.stream``. All requests run in one batch,
+    or in a batch per prompt length where rows of different lengths cannot share a cache.
+    """
+    waiting = _admit(requests, context=model.context, notify=notify)
+    waiting.sort(key=lambda row: len(row.sequence))
     batch = _Batch(model)
-    batch.extend(rows, prefill_tokens=limits.prefill_tokens)
-    while batch.rows:
+    while waiting or batch.rows:
+        if not batch.rows:
+            now = [r for r in waiting if model.row_cache or _alike(r, waiting[0])]
+            waiting = [r for r in waiting if r not in now]
+            batch.extend(now, prefill_tokens=limits.prefill_tokens)
         running = list(batch.rows)
         ended = {id(done.row): done for done in batch.step()}
         for row in running:
@@ -142,8 +155,13 @@ def _admit(requests: Sequence[Request], *, context: int | None, notify: Notify) 
     return rows
 
 
-def _take(queue: deque[_Row], running: Sequence[_Row], limits: BatchLimits) -> list[_Row]:
-    """Take from the queue what fits beside the running rows; at least one row in all."""
+def _take(
+    queue: deque[_Row], running: Sequence[_Row], limits: BatchLimits, model: CausalModel
+) -> list[_Row]:
+    """Take from the queue what fits beside the running rows; at least one row in all.
+
+    Where rows cannot join a cache, rows of one length are taken, and only when none is running.
+    """
     taken: list[_Row] = []
     longest = max((row.full_length for row in running), default=0)
     while queue:
@@ -151,8 +169,15 @@ def _take(queue: deque[_Row], running: Sequence[_Row], limits: BatchLimits) -> l
         longest = max(longest, queue[0].full_length)
         if count > 1 and (count > limits.rows or count * longest > limits.cached_tokens):
             break
+        if not model.row_cache and (running or (taken and not _alike(taken[0], queue[0]))):
+            break
         taken.append(queue.popleft())
     return taken
+
+
+def _alike(row: _Row, other: _Row) -> bool:
+    """Whether two rows have equal lengths, so that neither needs padding."""
+    return len(row.sequence) == len(other.sequence)
 
 
 def _shrink(limits: BatchLimits, failed: Sequence[_Row], notify: Notify) -> None:
@@ -179,6 +204,7 @@ def _generation(done: _Finished, tokenizer: PreTrainedTokenizerBase) -> Generati
         text=str(tokenizer.decode(done.row.tokens, skip_special_tokens=True)),
         finish_reason=done.reason,
         touched=done.touched,
+        detail=_NOT_FINITE.format(len(done.row.tokens)) if done.reason == "failed" else "",
     )
 
 
@@ -188,7 +214,7 @@ class _Batch:
     def __init__(self, model: CausalModel) -> None:
         self.rows: list[_Row] = []
         self._model = model
-        self._cache = RowCache()
+        self._cache = model.new_cache()
         self._steerer: Steerer | None = None
         self._logits = torch.empty(0)  # [R, V]
         self._lengths: list[int] = []  # real tokens in the cache, per row
@@ -203,7 +229,7 @@ class _Batch:
         ready = self.rows[: len(self.rows) - len(rows)]
         while groups:
             width = max(len(group[0].sequence) for group in groups)
-            now = max(prefill_tokens // width, 1)
+            now = max(prefill_tokens // width, 1) if self._model.row_cache else len(groups)
             ready += self._prefill(groups[:now])
             groups = groups[now:]
         self.rows = ready
@@ -217,7 +243,7 @@ class _Batch:
         steerer = Steerer(self._model.decoder, [row.request.steering for row in firsts])
         prompts = torch.tensor([len(row.request.prompt_ids) for row in firsts], device=ids.device)
         steerer.set_roles(roles_by_length(real, prompts))
-        cache = RowCache()
+        cache = self._model.new_cache()
         logits = self._model.forward(
             ids, mask=_mask(real), positions=positions, cache=cache, steerer=steerer
         )
@@ -230,12 +256,18 @@ class _Batch:
         return [row for group in groups for row in group]
 
     def _join(
-        self, cache: RowCache, steerer: Steerer, logits: torch.Tensor, lengths: list[int]
+        self,
+        cache: RowCache | StateCache,
+        steerer: Steerer,
+        logits: torch.Tensor,
+        lengths: list[int],
     ) -> None:
         room = len(self.rows)
         if self._steerer is None or not self._lengths:
             self._cache, self._steerer, self._logits = cache, steerer, logits
         else:
+            assert isinstance(self._cache, RowCache), "rows join a row cache only"
+            assert isinstance(cache, RowCache), "rows join a row cache only"
             self._cache.join(cache, room=room)
             self._steerer.join(steerer)
             self._logits = torch.cat([self._logits, logits])
@@ -250,9 +282,14 @@ class _Batch:
             [row.request.sampling for row in self.rows],
             [len(row.tokens) for row in self.rows],
         )
+        # A number that is infinite or not a number reaches the maximum of its row.
+        usable = torch.isfinite(self._logits.amax(dim=-1)).tolist()
         finished: list[_Finished] = []
         going: list[int] = []
         for index, (row, token) in enumerate(zip(self.rows, sampled, strict=True)):
+            if not usable[index]:
+                finished.append(self._finish(index, "failed"))
+                continue
             stops = token in self._model.stop_ids
             if not stops:
                 row.tokens.append(token)
@@ -280,10 +317,12 @@ class _Batch:
         self.rows = [self.rows[i] for i in indices]
         self._lengths = [self._lengths[i] for i in indices]
         if not indices or self._steerer is None:
-            self._cache, self._steerer, self._logits = RowCache(), None, torch.empty(0)
+            self._cache, self._steerer = self._model.new_cache(), None
+            self._logits = torch.empty(0)
             return
         self._cache.keep(indices)
-        self._cache.drop_columns(self._cache.columns - max(self._lengths))
+        if isinstance(self._cache, RowCache):
+            self._cache.drop_columns(self._cache.columns - max(self._lengths))
         self._steerer.select(indices)
 
     def _run_newest(self) -> None:
@@ -291,7 +330,7 @@ class _Batch:
         device = self._model.device
         newest = torch.tensor([[row.tokens[-1]] for row in self.rows], device=device)
         lengths = torch.tensor(self._lengths, device=device)
-        columns = self._cache.columns + 1
+        columns = max(self._lengths) + 1
         real = None
         if min(self._lengths) + 1 < columns:  # some row is padded
             real = torch.arange(columns, device=device) >= (columns - 1 - lengths)[:, None]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 _SPARE_COLUMNS = 64
 
@@ -56,6 +56,17 @@ class RowCache(Cache):
 
     def _growing(self) -> list[GrowingLayer]:
         return [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
+
+
+class StateCache(DynamicCache):
+    """transformers' own cache, for layers whose state is more than keys and values.
+
+    Its rows have equal lengths, without padding; rows may leave or repeat, but none may join.
+    """
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Make row ``k`` what row ``rows[k]`` was; repeats and gaps are allowed."""
+        self.reorder_cache(torch.tensor(rows))  # type: ignore[arg-type]
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]

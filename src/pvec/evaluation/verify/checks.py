@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from pvec.backends.hf.backend import HFBackend
 
 
+_NO_EMBEDDING_STATE = frozenset(("mamba", "mamba2", "falcon_mamba"))
+
+
 class Bench(VerifyInputs):
     """A transformers model, run with and without steering while its residual stream is recorded."""
 
@@ -35,9 +38,11 @@ class Bench(VerifyInputs):
         self.model: Any = backend.model
         decoder = find_decoder(self.model)
         self.blocks: nn.ModuleList = decoder.blocks
+        self.keys_and_values_only = decoder.keys_and_values_only
         self.device = decoder.device
         ids = torch.tensor([self.prompts[0]], device=self.device)
         self.after = module_after(self.model, self.blocks, ids)
+        list(backend.generate([self.request(0)]))  # the first one runs forwards of its own
 
     def generated(self, request: Request) -> tuple[tuple[int, ...], list[torch.Tensor]]:
         """Return the tokens fed to the model and the residual stream per layer ``[T, H]``."""
@@ -49,17 +54,28 @@ class Bench(VerifyInputs):
         fed = (*request.prompt_ids, *answer.token_ids)[: states[0].shape[0]]
         return fed, states
 
-    def plain(self, token_ids: Sequence[int]) -> list[torch.Tensor]:
-        """Return the residual stream per layer of one plain, unsteered forward."""
+    def plain(self, token_ids: Sequence[int], *, prompt: int | None = None) -> list[torch.Tensor]:
+        """Return the residual stream per layer of one plain, unsteered forward.
+
+        With ``prompt`` tokens of a model that keeps a recurrent state, the others run one by one
+        behind it, with transformers' own cache: its two ways of computing a state may differ.
+        """
         import torch
 
         from pvec.steering.proof import record_residual_stream
 
+        ids = torch.tensor([list(token_ids)], device=self.device)
+        sizes = [len(token_ids)]
+        if prompt is not None and not self.keys_and_values_only:
+            sizes = [prompt] + [1] * (len(token_ids) - prompt)
+        cache: dict[str, Any] = {}
         with (
             torch.inference_mode(),
             record_residual_stream(self.blocks, after=self.after) as stream,
         ):
-            self.model(input_ids=torch.tensor([list(token_ids)], device=self.device))
+            for chunk in torch.split(ids, sizes, dim=1):
+                output = self.model(input_ids=chunk, use_cache=len(sizes) > 1, **cache)
+                cache = {n: output[n] for n in ("past_key_values", "cache_params") if n in output}
         return [state[0] for state in stream.states()]
 
 
@@ -78,16 +94,20 @@ def all_checks(bench: Bench) -> Iterator[Check]:
 
 
 def _layer_numbers(bench: Bench) -> Check:
-    """Layer l is transformers' hidden_states[l]; their last one is normed and so not compared."""
+    """Layer l is transformers' hidden_states[l]; their last one is normed and so not compared.
+
+    Mamba models of transformers leave the embedding out: their hidden_states[0] is layer 1.
+    """
     import torch
 
     ids = torch.tensor([bench.prompts[1]], device=bench.device)
     with torch.inference_mode():
         theirs = bench.model(input_ids=ids, output_hidden_states=True).hidden_states
     ours = bench.plain(bench.prompts[1])
+    first = 1 if bench.model.config.model_type in _NO_EMBEDDING_STATE else 0
     error = max(
-        _relative(ours[layer] - theirs[layer][0].float().cpu(), ours[layer])
-        for layer in range(len(ours) - 1)
+        _relative(ours[first + n] - state[0].float().cpu(), ours[first + n])
+        for n, state in enumerate(theirs[: len(ours) - 1 - first])
     )
     return bench.check(
         "layer numbers are those of transformers' hidden_states", error, "residual norms"
@@ -112,7 +132,7 @@ def _change_checks(bench: Bench, positions: Positions) -> Iterator[Check]:
         layer = instruction.layer
         request = bench.request(0, replace(instruction, positions=positions), prompt=1)
         fed, steered = bench.generated(request)
-        plain = bench.plain(fed)
+        plain = bench.plain(fed, prompt=len(request.prompt_ids))
         touched = _positions_of(positions, prompt=len(request.prompt_ids), total=len(fed))
         count += len(touched)
         due = due_state(instruction, plain[layer][touched])

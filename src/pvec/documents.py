@@ -1,0 +1,284 @@
+"""JSON and YAML files, whoever wrote them: every way to be wrong is one sentence.
+
+A file may be a pipe, hold bytes that are not text, nest a thousand levels deep, have a key twice,
+or a number of 6,000 digits. Traits, configurations, manifests, results and records are read here,
+so that none of this ends a command as a bug or makes it hang.
+
+YAML is read as people mean it. PyYAML reads YAML 1.1, where ``layer: 12:24:2`` is the number 44642
+(base 60), ``off`` is False, ``010`` is 8 and ``1e-4`` is a text. Here plain values follow the core
+schema of YAML 1.2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Hashable, Mapping
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from pvec.errors import InputError
+
+Record = TypeVar("Record")
+
+MOST_LEVELS = 100
+"""Levels of lists and objects inside each other; what people write has fewer than ten."""
+
+MOST_VALUES = 1_000_000
+"""Values of a YAML document after its aliases are written out."""
+
+
+class DocumentError(InputError):
+    """A file or text that cannot be read. ``problem`` says why, without the file's name."""
+
+    def __init__(self, where: str | Path, problem: str, *, remedy: str = "correct it") -> None:
+        super().__init__(f"{where} {problem}; {remedy}.")
+        self.problem = problem
+
+
+def check_regular(path: Path) -> None:
+    """Raise ``DocumentError`` for what is there but is no regular file; one not there may pass.
+
+    Opening a pipe would wait for ever for somebody to write into it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        raise DocumentError(path, f"cannot be read: {_reason(error)}", remedy=_OTHER) from None
+    if stat.S_ISDIR(mode):
+        raise DocumentError(path, "cannot be read: it is a folder", remedy=_OTHER)
+    if not stat.S_ISREG(mode):
+        raise DocumentError(path, "cannot be read: it is a pipe or a device", remedy=_OTHER)
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text, without a byte order mark.
+
+    Raises ``FileNotFoundError``, and ``DocumentError`` for everything else that is wrong.
+    """
+    check_regular(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8 text (byte {error.start})"
+        raise DocumentError(path, problem, remedy="save it as UTF-8") from None
+    except OSError as error:
+        raise DocumentError(path, f"cannot be read: {_reason(error)}", remedy=_OTHER) from None
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds. Raises as ``read_text`` and ``parse_json`` do."""
+    return parse_json(read_text(path), where=path)
+
+
+def parse_json(text: str, *, where: str | Path) -> Any:
+    """Return what a JSON text holds; ``DocumentError`` begins with ``where`` and names the line."""
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        where = f"{where}:{error.lineno}"
+        problem = f"is not valid JSON: {error.msg} at column {error.colno}"
+        raise DocumentError(where, problem, remedy="correct that line") from None
+    except _RepeatedKeyError as error:
+        raise DocumentError(where, f"has the key {str(error)!r} twice", remedy=_ONE) from None
+    except RecursionError:
+        raise DocumentError(where, _TOO_DEEP) from None
+    except ValueError:  # of int(), which takes 4,300 digits
+        raise DocumentError(where, "holds a number of thousands of digits") from None
+    return _checked(value, where)
+
+
+def parse_record(line: str | bytes) -> dict[str, Any] | None:
+    """Return the object in one line of JSON, or None for anything else.
+
+    Records are many, so this checks only what would end a command.
+    """
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, too many digits or levels
+        return None
+    if not isinstance(record, dict) or _deeper_than(record, MOST_LEVELS):
+        return None
+    return record
+
+
+def read_record(kind: type[Record], data: Mapping[str, Any]) -> Record:
+    """Build a dataclass from a JSON object whose values have the types of its fields.
+
+    Keys that it does not have are ignored. Raises ``ValueError`` that names the field.
+    """
+    values: dict[str, Any] = {}
+    hints = _hints(kind)  # type: ignore[arg-type]
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name in data:
+            values[field.name] = _converted(data[field.name], hints[field.name], field.name)
+        elif field.default is dataclasses.MISSING:
+            raise ValueError(f"it has no {field.name!r}")
+    return kind(**values)
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds (None for an empty one).
+
+    Raises ``InputError`` with file and line for what is not YAML, and for a missing file.
+    """
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        raise InputError(f"There is no configuration file {path}: check the path.") from None
+    return parse_yaml(text, where=path)
+
+
+def parse_yaml(text: str, *, where: str | Path) -> Any:
+    """Return what a YAML text holds; ``DocumentError`` begins with ``where`` and names the line."""
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 (a safe loader)
+    except yaml.MarkedYAMLError as error:
+        place = f"{where}:{error.problem_mark.line + 1}" if error.problem_mark else where
+        raise DocumentError(place, f"is not valid YAML: {error.problem}") from None
+    except yaml.YAMLError:
+        raise DocumentError(
+            where, "is not valid YAML: it has a character that no text has"
+        ) from None
+    except RecursionError:
+        raise DocumentError(where, _TOO_DEEP) from None
+    except (ValueError, TypeError, AttributeError, OverflowError):  # a scalar its tag cannot make
+        problem = "has a number, date or tag that cannot be read"
+        raise DocumentError(where, problem) from None
+    return _checked(value, where)
+
+
+_hints = cache(get_type_hints)
+
+
+def _converted(value: Any, hint: Any, name: str) -> Any:  # noqa: PLR0911 (a line per kind of type)
+    """Return a JSON value as the annotated type, of those that records have."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in arguments:
+            return None
+        return _converted(value, next(one for one in arguments if one is not NoneType), name)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return read_record(hint, value)  # type: ignore[arg-type]
+    if origin is tuple and isinstance(value, list):
+        return tuple(_converted(item, arguments[0], name) for item in value)
+    if origin is Literal and any(value == choice for choice in arguments):
+        return value
+    if origin is not None and origin not in (tuple, Literal) and isinstance(value, dict):
+        return value
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    if hint in (int, str) and type(value) is hint:
+        return value
+    raise ValueError(f"{name!r} has another kind of value than it should")
+
+
+_OTHER = "give another path"
+_ONE = "keep one of them"
+_TOO_DEEP = f"has more than {MOST_LEVELS} levels of lists and objects inside each other"
+
+
+class _RepeatedKeyError(Exception):
+    """A JSON object has this key twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
+    return made
+
+
+def _checked(value: Any, where: str | Path) -> Any:
+    """Refuse a value with too many levels, or with text that cannot be written as UTF-8."""
+    if _deeper_than(value, MOST_LEVELS):
+        raise DocumentError(where, _TOO_DEEP)
+    for text in _texts(value, where):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DocumentError(where, "holds half of a surrogate pair, which is no text") from None
+    return value
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    """Whether a value has more levels; a value that holds itself has."""
+    here = [value]
+    for _ in range(levels + 1):
+        seen: dict[int, Any] = {}  # of aliases of YAML, each once
+        for item in here:
+            inside = item.values() if isinstance(item, dict) else item
+            if isinstance(item, dict | list):
+                seen |= {id(v): v for v in inside if isinstance(v, dict | list)}
+        if not seen:
+            return False
+        here = list(seen.values())
+    return True
+
+
+def _texts(value: Any, where: str | Path) -> list[str]:
+    """Return every text of a value with few levels, its aliases written out."""
+    texts, rest, count = [], [value], 0
+    while rest:
+        item = rest.pop()
+        count += 1
+        if count > MOST_VALUES:
+            raise DocumentError(where, f"has more than {MOST_VALUES:,} values")
+        if isinstance(item, str):
+            texts.append(item)
+        elif isinstance(item, list):
+            rest += item
+        elif isinstance(item, dict):
+            rest += [*item, *item.values()]
+    return texts
+
+
+def _reason(error: OSError | ValueError) -> str:
+    if isinstance(error, OSError):
+        return os.strerror(error.errno) if error.errno else "the system gives no reason"
+    return "its name cannot be a file's"
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader with the scalars of YAML 1.2 and without repeated keys."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be a text", key.start_mark
+                )
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} appears twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# The resolvers of YAML 1.1 are inherited by class attribute; an empty one of our own hides them.
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"(~|null|Null|NULL)?$", ["~", "n", "N", ""]),
+    ("bool", r"(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"[-+]?[0-9]+$", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$", list("-+.0123456789")),
+    ("float", r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$", list("-+.")),
+    ("merge", r"<<$", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
