@@ -55,7 +55,9 @@ class Trainings(Closing):
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         print(folder, int(kill), files, after, file=self._server.stdin, flush=True)
-        ended, opened = self._server.stdout.readline().split()
+        line = self._server.stdout.readline()
+        assert line, f"the server of trainings ended with {self._server.wait()}"
+        ended, opened = line.split()
         return int(ended), int(opened)
 
     def close(self) -> None:

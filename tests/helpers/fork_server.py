@@ -56,13 +56,15 @@ def count_files(folder: str, writer: int, *, signal: int, files: int, after: flo
 
 
 def train(config: Path, folder: str) -> None:
-    """Run the command and leave the forked process."""
-    with Path(os.devnull).open("w") as nowhere:
-        sys.stdout = sys.stderr = nowhere
-        try:
-            pvec(["train", str(config), "--out", folder, "-q"])
-        except SystemExit as end:
-            os._exit(end.code if isinstance(end.code, int) else 1)
+    """Run the command and leave the forked process, whatever happens."""
+    code = 1
+    try:
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (until the end)
+        pvec(["train", str(config), "--out", folder, "-q"])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    finally:
+        os._exit(code)
 
 
 if __name__ == "__main__":
