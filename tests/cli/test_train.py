@@ -78,6 +78,11 @@ def test_check_as_json_has_the_numbers(capsys: pytest.CaptureFixture[str]) -> No
     ("parts", "expected"),
     [
         ({"lora": {"rank": 3}}, "config.json: lora.rank: unknown key"),
+        ({"lora": {"targets": []}}, "lora.targets"),
+        ({"lora": {"targets": ""}}, "lora.targets"),
+        ({"seed": 2**32}, "seed: input should be less than 4294967296"),
+        ({"output": {"folder": "rows.jsonl/run"}}, "rows.jsonl: that is a file"),
+        ({"output": {"folder": "."}}, ". is not empty and not a run folder"),
         ({"lora": {"targets": ["q_prj"]}}, "no module 'q_prj'. Did you mean 'q_proj'"),
         ({"data": {"train": "other.jsonl"}}, "no file other.jsonl"),
         ({"model": "./nowhere"}, "There is no model folder"),
@@ -94,7 +99,11 @@ def test_check_as_json_has_the_numbers(capsys: pytest.CaptureFixture[str]) -> No
 def test_bad_input_is_one_sentence(
     parts: dict[str, Any], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert expected in sentence(capsys, config(**parts))
+    path = config(**parts)
+    assert expected in sentence(capsys, path)
+    before = sorted(Path().rglob("*"))
+    assert expected in sentence(capsys, path, "--check")
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_everything_that_is_wrong_is_in_the_sentence(capsys: pytest.CaptureFixture[str]) -> None:

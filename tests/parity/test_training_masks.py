@@ -55,6 +55,22 @@ def test_what_the_user_says_never_carries_loss_even_if_it_is_the_same(name: str)
     assert said(tokenizer, row) == SAYS[name](["bread", "soup"])
 
 
+@pytest.mark.parametrize("loss_on_all", [False, True])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_turn_without_loss_is_read_but_not_learnt(name: str, loss_on_all: bool) -> None:
+    tokenizer = templated_tokenizer(name)
+    turns = chat("Hello there", "Go away.", "And now?", "Walk often!")
+    both = tokenize_conversation(tokenizer, turns, loss_on_all=loss_on_all)
+    second = tokenize_conversation(
+        tokenizer, turns, loss_on_all=loss_on_all, without_loss=frozenset([1])
+    )
+    assert second.token_ids == both.token_ids
+    changed = [i for i, pair in enumerate(zip(both.labels, second.labels, strict=True))
+               if pair[0] != pair[1]]  # fmt: skip
+    assert tokenizer.decode([both.token_ids[i] for i in changed]) == SAYS[name](["Go away."])[0]
+    assert all(second.labels[i] == -100 for i in changed)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_system_prompt_carries_no_loss(name: str) -> None:
     tokenizer = templated_tokenizer(name)

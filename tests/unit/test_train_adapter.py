@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 from helpers.models import saved_model, tiny_tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
+from safetensors.torch import load_file
 
 from pvec.errors import InputError
 from pvec.models.files import ModelSpec
@@ -66,10 +67,16 @@ def plan(folder: Path, **lora: Any) -> AdapterPlan:
     return plan_adapter(config, metadata, dtype=torch.float32, tokens=64)
 
 
-def trained_kinds(folder: Path, config: LoraConfig) -> Counter[str]:
-    """Put the adapter on the loaded model, and count its A matrices by where they are."""
+def trained_kinds(folder: Path, made: AdapterPlan) -> Counter[str]:
+    """Put the adapter on the loaded model, and count its A matrices by where they are.
+
+    What peft then saves must have the shapes that were planned.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    adapted = get_peft_model(model, config)
+    adapted = get_peft_model(model, made.config)
+    adapted.save_pretrained(folder / "adapter")
+    stored = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == made.shapes
     return Counter(
         "vision" if "vision" in name else "router" if ".gate." in name else "decoder"
         for name, weight in adapted.named_parameters()
@@ -83,7 +90,7 @@ def test_all_linear_leaves_routers_frozen_and_takes_fused_experts(tmp_path: Path
     fused = {"experts.gate_up_proj": 2, "experts.down_proj": 2}
     assert made.adapted == {**attention, **fused}
     assert made.frozen == {"embed_tokens": 1, "mlp.gate": 2, "lm_head": 1}
-    assert trained_kinds(tmp_path, made.config) == {"decoder": 2 * (4 + 2)}
+    assert trained_kinds(tmp_path, made) == {"decoder": 2 * (4 + 2)}
 
 
 def test_experts_may_be_named_as_before_they_were_fused(tmp_path: Path) -> None:
@@ -91,7 +98,7 @@ def test_experts_may_be_named_as_before_they_were_fused(tmp_path: Path) -> None:
     assert made.adapted == {
         "self_attn.q_proj": 2, "experts.gate_up_proj": 2, "experts.down_proj": 2,
     }  # fmt: skip
-    assert trained_kinds(tmp_path, made.config) == {"decoder": 2 * 3}
+    assert trained_kinds(tmp_path, made) == {"decoder": 2 * 3}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +122,7 @@ def test_all_linear_leaves_the_vision_tower_frozen(tmp_path: Path) -> None:
     mlp = {f"mlp.{name}_proj": 2 for name in ("gate", "up", "down")}
     assert made.adapted == {**attention, **mlp}
     assert made.frozen["vision_tower"] >= 3 * 6
-    assert trained_kinds(tmp_path, made.config) == {"decoder": 2 * 7}
+    assert trained_kinds(tmp_path, made) == {"decoder": 2 * 7}
 
 
 def test_all_linear_of_a_plain_model_is_every_linear_module_of_its_blocks() -> None:

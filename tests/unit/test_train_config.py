@@ -163,6 +163,21 @@ def test_keys_of_the_reference_without_effect_are_said(tmp_path: Path) -> None:
     assert any("no test_file" in note for note in notes)
 
 
+def test_keys_of_the_forks_are_taken_or_said_to_have_no_effect(tmp_path: Path) -> None:
+    by_steps = {"save_strategy": "steps", "save_total_limit": 3, "max_grad_norm": 0.5}
+    by_steps |= {"evaluation_strategy": "steps", "eval_steps": 7, "report_to": "none", "bf16": True}
+    loaded = load_config(write(tmp_path, json.dumps(REFERENCE | by_steps), "r.json"))
+    config = loaded.config
+    assert (config.output.save_every, config.output.keep) == (5000, 3)
+    assert (config.data.eval_every, config.optim.max_grad_norm) == (7, 0.5)
+    assert config.output.report_to == ()
+    assert "bf16 has no effect here: model.dtype sets the number format" in loaded.notes
+    by_epochs = {"save_strategy": "epoch", "eval_strategy": "no", "eval_steps": 7}
+    loaded = load_config(write(tmp_path, json.dumps(REFERENCE | by_epochs), "r.json"))
+    assert (loaded.config.output.save_every, loaded.config.data.eval_every) == (None, None)
+    assert sum(note.startswith("eval_strategy no has no effect") for note in loaded.notes) == 1
+
+
 def test_steering_that_is_switched_off_there_is_off_here(tmp_path: Path) -> None:
     tree = REFERENCE | {"enable_steering_during_training": False}
     loaded = load_config(write(tmp_path, json.dumps(tree), "r.json"))

@@ -89,10 +89,13 @@ class Run(Closing):
     ) -> Self | None:
         """Return the run that ``open_or_create`` would continue, to be read; None for a new one.
 
-        Writes nothing. Raises ``StoreError`` for a folder that ``open_or_create`` would refuse.
+        Leaves nothing behind. Raises ``StoreError`` for a folder that ``open_or_create`` would
+        refuse.
         """
         folder = Path(path)
         _refuse_foreign(folder)
+        places = (folder, *folder.absolute().parents)
+        probe_writable(next(place for place in places if place.exists()))
         manifest = _manifest_to_continue(folder, {"kind": kind, **identity})
         return None if manifest is None else cls(folder, manifest, None)
 

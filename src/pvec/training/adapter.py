@@ -45,6 +45,8 @@ class AdapterPlan:
     model_parameters: int
     adapted: Mapping[str, int]
     frozen: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the tensors in the adapter's file, by name."""
     memory_bytes: int
     """An estimate for training: weights, adapter with gradients and optimiser, activations."""
 
@@ -57,7 +59,7 @@ def plan_adapter(
     ``tokens`` are those of one forward pass. Raises ``InputError`` for target modules that the
     model does not have, naming those that it has, and for what peft cannot adapt.
     """
-    from peft import get_peft_model
+    from peft import get_peft_model, get_peft_model_state_dict
 
     model = _empty_model(config, metadata)
     lora = _lora_config(config, metadata, model)
@@ -85,6 +87,12 @@ def plan_adapter(
         model_parameters=parameters,
         adapted=_kinds(adapted, blocks),
         frozen=_kinds((name for name in matrices if name not in adapted), blocks),
+        shapes={
+            name: tuple(tensor.shape)
+            for name, tensor in get_peft_model_state_dict(
+                adapted_model, save_embedding_layers=False
+            ).items()
+        },
         memory_bytes=_memory_bytes(
             config, model, parameters=parameters, adapter=size, dtype=dtype, tokens=tokens
         ),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import struct
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,13 @@ class Checkpoint:
     finished: bool
 
 
-def latest_checkpoint(folder: Path, *, notify: Notify = ignore) -> Checkpoint | None:
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of the tensors that an adapter's file must hold, by name."""
+
+
+def latest_checkpoint(
+    folder: Path, *, shapes: Shapes, notify: Notify = ignore
+) -> Checkpoint | None:
     """Return the latest whole checkpoint in ``folder``, or None.
 
     One that a kill left incomplete, or that was damaged later, is passed over; ``notify`` is told
@@ -39,35 +48,40 @@ def latest_checkpoint(folder: Path, *, notify: Notify = ignore) -> Checkpoint | 
         if not state_path.is_file():  # the Trainer writes this file last
             continue
         try:
-            return _checkpoint(path, step, json.loads(state_path.read_text(encoding="utf-8")))
+            state = json.loads(state_path.read_text(encoding="utf-8"))
+            return _checkpoint(path, step, state, shapes)
         except _DAMAGED as error:
             first = str(error).strip().split("\n", maxsplit=1)[0][:150]
             notify(f"{path.name} is damaged ({first}), so an earlier state is used")
     return None
 
 
-def has_adapter(folder: Path) -> bool:
+def has_adapter(folder: Path, *, shapes: Shapes) -> bool:
     """Whether ``folder`` holds an adapter with its configuration and whole weights."""
     try:
         json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        _check_weights(folder)
+        _check_weights(folder, shapes)
     except _DAMAGED:
         return False
     return True
 
 
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, pickle.PickleError)
+_DAMAGED = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError),
+    *(ArithmeticError, MemoryError, struct.error, pickle.PickleError),
+)
+"""What reading a file raises that is not what it should be."""
 
 
-def _checkpoint(path: Path, step: int, state: dict[str, Any]) -> Checkpoint:
+def _checkpoint(path: Path, step: int, state: dict[str, Any], shapes: Shapes) -> Checkpoint:
     """Return the checkpoint in ``path``. Raises one of ``_DAMAGED`` when it is not whole."""
     import torch
     from transformers.trainer_pt_utils import safe_globals
 
     if state["global_step"] != step or not isinstance(state["log_history"], list):
         raise ValueError("trainer_state.json is of another step")
-    _check_weights(path)
-    with safe_globals():  # type: ignore[no-untyped-call]
+    _check_weights(path, shapes)
+    with warnings.catch_warnings(action="ignore"), safe_globals():  # type: ignore[no-untyped-call]
         for file in (path / "optimizer.pt", path / "scheduler.pt", *_rng_states(path)):
             torch.load(file, map_location="cpu", weights_only=True)
     control = state["stateful_callbacks"]["TrainerControl"]["args"]
@@ -75,16 +89,16 @@ def _checkpoint(path: Path, step: int, state: dict[str, Any]) -> Checkpoint:
     return Checkpoint(path=path, step=step, finished=finished)
 
 
-def _check_weights(folder: Path) -> None:
+def _check_weights(folder: Path, shapes: Shapes) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            empty = not list(file.keys())
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{WEIGHTS}: {error}") from None
-    if empty:
-        raise ValueError(f"{WEIGHTS} holds no weights")
+    if stored != dict(shapes):
+        raise ValueError(f"{WEIGHTS} does not hold the tensors of this adapter")
 
 
 def _rng_states(path: Path) -> list[Path]:

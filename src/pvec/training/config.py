@@ -109,10 +109,15 @@ class LoraPart(Part):
     rslora: bool = True
     """Scale by the square root of the rank, so that high ranks learn as fast as low ones"""
 
-    targets: Annotated[tuple[str, ...], BeforeValidator(_listed)] | Literal["all-linear"] = (
-        "all-linear"
-    )
-    """Names of the modules that are adapted, or `all-linear`"""
+    targets: (
+        Annotated[
+            tuple[Annotated[str, Field(min_length=1)], ...],
+            Field(min_length=1),
+            BeforeValidator(_listed),
+        ]
+        | Literal["all-linear"]
+    ) = "all-linear"
+    """Names of the modules that are adapted, or `all-linear`: all of the decoder but routers"""
 
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained too"""
@@ -295,7 +300,7 @@ class TrainConfig(Part):
     steering: Annotated[tuple[SteeringPart, ...], BeforeValidator(_listed)] = ()
     monitor: MonitorPart | None = None
     output: OutputPart = OutputPart()
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _response_is_known(self) -> Self:

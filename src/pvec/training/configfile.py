@@ -38,11 +38,17 @@ _PLACES = {
     "learning_rate": "optim.lr",
     "optim": "optim.name",
     "weight_decay": "optim.weight_decay",
+    "max_grad_norm": "optim.max_grad_norm",
     "lr_scheduler_type": "optim.schedule",
     "logging_steps": "output.log_every",
     "save_steps": "output.save_every",
+    "save_total_limit": "output.keep",
     "output_dir": "output.folder",
     "merge_before_push": "output.merge",
+    "eval_steps": "data.eval_every",
+    "gradient_checkpointing": "memory.gradient_checkpointing",
+    "trust_remote_code": "model.trust_remote_code",
+    "attn_implementation": "model.attention",
     "seed": "seed",
 }
 """Key → our dotted path, where the value means the same."""
@@ -51,6 +57,11 @@ _READ_APART = frozenset(
     (
         "test_file",
         "load_in_4bit",
+        "load_in_8bit",
+        "save_strategy",
+        "eval_strategy",
+        "evaluation_strategy",
+        "report_to",
         "loss",
         "is_peft",
         "gradient_accumulation_steps",
@@ -62,9 +73,30 @@ _READ_APART = frozenset(
 
 _NO_EFFECT = {
     "beta": "it belongs to preference losses",
-    "push_to_private": "pvec pushes nothing to the hub",
-    "push_to_hub": "pvec pushes nothing to the hub",
-    "finetuned_model_id": "pvec pushes nothing to the hub",
+    **dict.fromkeys(
+        (
+            "push_to_private",
+            "push_to_hub",
+            "finetuned_model_id",
+            "hub_model_id",
+            "hub_private_repo",
+        ),
+        "pvec pushes nothing to the hub",
+    ),
+    **dict.fromkeys(
+        ("per_device_eval_batch_size", "packing", "group_by_length", "dataloader_num_workers"),
+        "pvec chooses its forward passes by length, which changes only the speed",
+    ),
+    **dict.fromkeys(("bf16", "fp16", "tf32"), "model.dtype sets the number format"),
+    **dict.fromkeys(
+        ("logging_dir", "logging_strategy", "logging_first_step", "run_name", "disable_tqdm"),
+        "pvec logs into the run folder",
+    ),
+    "warmup_ratio": "give warmup_steps",
+    "load_best_model_at_end": "the adapter is that of the last step",
+    "metric_for_best_model": "the adapter is that of the last step",
+    "overwrite_output_dir": "a finished folder is kept, an unfinished training is resumed",
+    "remove_unused_columns": "only the conversations are read",
 }
 
 _KEYS = frozenset(_PLACES) | _READ_APART | frozenset(_NO_EFFECT)
@@ -228,8 +260,12 @@ def _from_reference(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         f"batches: {flat['batch.size']} rows a step as there (per device), in forward passes of "
         f"pvec's choice, which changes only the speed"
     )
-    if tree.get("load_in_4bit"):
-        flat["model.quantize"] = "4bit"
+    for bits in ("4bit", "8bit"):
+        if tree.get(f"load_in_{bits}"):
+            flat["model.quantize"] = bits
+    _intervals(tree, flat, notes)
+    if tree.get("report_to") not in (None, [], "none", ["none"], "all", ["all"]):
+        flat["output.report_to"] = tree["report_to"]
     if not tree.get("train_on_responses_only", False):
         flat["data.loss_on"] = "all"
     _held_out(tree, flat, notes)
@@ -242,6 +278,16 @@ def _from_reference(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         notes.append("steering_config has no effect here: enable_steering_during_training is off")
     nested.update({key: value for key, value in tree.items() if key not in _KEYS})
     return nested, notes
+
+
+def _intervals(tree: Mapping[str, Any], flat: dict[str, Any], notes: list[str]) -> None:
+    """Take when to save and to evaluate: by steps, or at the end of each epoch as by default."""
+    names = ("save_strategy", "evaluation_strategy", "eval_strategy")
+    for name, every in zip(names, ("output.save_every", *["data.eval_every"] * 2), strict=True):
+        if tree.get(name) not in (None, "steps"):
+            flat.pop(every, None)
+        if tree.get(name) not in (None, "steps", "epoch"):
+            notes.append(f"{name} {tree[name]} has no effect here: it is done after each epoch")
 
 
 def _held_out(tree: Mapping[str, Any], flat: dict[str, Any], notes: list[str]) -> None:

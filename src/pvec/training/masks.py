@@ -72,10 +72,10 @@ def tokenize_conversation(
     offsets: list[tuple[int, int]] = encoding["offset_mapping"]
     labels = list(ids) if loss_on_all else [IGNORED_LABEL] * len(ids)
     for turn, message in enumerate(turns):
-        learnt = turn not in without_loss
-        if message["role"] == "assistant" and learnt != loss_on_all:
+        has_loss = turn not in without_loss
+        if message["role"] == "assistant" and has_loss != loss_on_all:
             for position in _turn_tokens(tokenizer, turns, turn, text, ids, offsets):
-                labels[position] = ids[position] if learnt else IGNORED_LABEL
+                labels[position] = ids[position] if has_loss else IGNORED_LABEL
     return TokenizedRow(token_ids=tuple(ids), labels=tuple(labels))
 
 
@@ -90,7 +90,8 @@ def _turn_tokens(
     """Return the positions of the tokens that the model says in one turn."""
     start, stop = _turn_text(tokenizer, turns, turn, text)
     inside = [i for i, (a, b) in enumerate(offsets) if b > start and a < stop and b > a]
-    after = inside[-1] + 1
+    first = inside[0] if inside else sum(b <= start for _, b in offsets)  # an empty turn has none
+    after = first + len(inside)
     while after < len(ids) and text[slice(*offsets[after])].isspace():
         after += 1  # white space that a template writes before the end of the turn
     if after == len(ids) or ids[after] not in _special_ids(tokenizer):
@@ -98,7 +99,7 @@ def _turn_tokens(
             "The chat template ends an assistant's turn without a special token, so the model "
             "could not learn to stop: use a template that writes one."
         )
-    return list(range(inside[0], after + 1))
+    return list(range(first, after + 1))
 
 
 def _turn_text(

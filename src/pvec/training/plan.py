@@ -19,6 +19,7 @@ from pvec.backends.processes import Processes
 from pvec.errors import InputError, ModelError, PvecError
 from pvec.models.files import ModelSpec
 from pvec.models.load import ModelMetadata, choose_device, choose_dtype, inspect_model
+from pvec.runs.responses import stable_hash
 from pvec.training.adapter import AdapterPlan, plan_adapter
 from pvec.training.batches import CPU_PASS_COST, PASS_COST, BatchPlan, Layout, plan_batches
 from pvec.training.config import TrainConfig
@@ -58,6 +59,20 @@ class TrainPlan:
     def dtype_name(self) -> str:
         """The number format in words: ``float32``."""
         return str(self.dtype).removeprefix("torch.")
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this training from others in a run's manifest."""
+        metadata = self.metadata
+        instructions = [scheduled.instruction for scheduled in self.steering]
+        return {
+            "trait": " and ".join(dict.fromkeys(i.name for i in instructions)) or "finetuning",
+            "model": metadata.id,
+            "fingerprint": metadata.fingerprint,
+            "chat": metadata.chat_hash,
+            "config": self.config.identity(),
+            "data": stable_hash([list(row.labels) for row in self.data.train.rows]),
+            "vectors": [instruction.fingerprint for instruction in instructions],
+        }
 
     def summary(self) -> dict[str, Any]:
         """Return the plan in numbers and words, as ``--check --json`` prints it."""

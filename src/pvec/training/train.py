@@ -20,7 +20,6 @@ from pvec.backends.processes import Processes
 from pvec.backends.session import Notify, ignore
 from pvec.runs.files import atomic_write
 from pvec.runs.jsonl import JsonlLog
-from pvec.runs.responses import stable_hash
 from pvec.runs.store import Run
 from pvec.runs.summary import HOOKS_ON, LOG, PREFIX
 from pvec.training.configfile import load_config
@@ -71,7 +70,8 @@ def check(
 ) -> TrainPlan:
     """Validate a configuration and everything it names, and return the plan; loads no weights.
 
-    Raises ``InputError`` or ``ModelError`` for bad input.
+    Raises ``InputError`` or ``ModelError`` for bad input, and ``StoreError`` for a run folder that
+    cannot be used.
     """
     loaded = load_config(path, overrides=overrides)
     config = loaded.config
@@ -79,7 +79,7 @@ def check(
         notify(note)
     from pvec.training.plan import make_plan
 
-    return make_plan(
+    plan = make_plan(
         config,
         path=path,
         folder=out or config.output.folder or runs / f"train-{path.stem}",
@@ -88,6 +88,8 @@ def check(
             Progress(stage="read", done=done, total=total, unit="rows")
         ),
     )
+    Run.preview(plan.folder, kind=KIND, identity=plan.identity())
+    return plan
 
 
 def run(
@@ -110,7 +112,7 @@ def run(
     for note in plan.notes:
         notify(note)
     with _opened(plan) as store:
-        finished = _finished(plan.folder)
+        finished = _finished(plan)
         if finished is not None:
             notify(f"this training is finished already: {plan.folder}")
             return finished
@@ -128,7 +130,7 @@ def _train(
     from pvec.training.model import load_for_training
     from pvec.training.trainer import train
 
-    resume = latest_checkpoint(plan.folder, notify=notify)
+    resume = latest_checkpoint(plan.folder, shapes=plan.adapter.shapes, notify=notify)
     if resume is not None:
         notify(f"resuming from {resume.path.name}")
     notify(f"loading {plan.metadata.id} on {plan.device}")
@@ -170,35 +172,24 @@ def _opened(plan: TrainPlan) -> Iterator[Run | None]:
     if not plan.processes.main:
         yield None
         return
-    metadata, config = plan.metadata, plan.config
-    instructions = [scheduled.instruction for scheduled in plan.steering]
-    identity: dict[str, Any] = {
-        "trait": " and ".join(dict.fromkeys(i.name for i in instructions)) or "finetuning",
-        "model": metadata.id,
-        "fingerprint": metadata.fingerprint,
-        "chat": metadata.chat_hash,
-        "config": config.identity(),
-        "data": stable_hash([list(row.labels) for row in plan.data.train.rows]),
-        "vectors": [instruction.fingerprint for instruction in instructions],
-    }
-    with Run.open_or_create(plan.folder, kind=KIND, identity=identity) as store:
+    with Run.open_or_create(plan.folder, kind=KIND, identity=plan.identity()) as store:
         store.begin_session(command=sys.argv)
         store.update_manifest(
-            settings=config.model_dump(mode="json"),
+            settings=plan.config.model_dump(mode="json"),
             steering=[scheduled.description for scheduled in plan.steering],
             steps=plan.steps,
         )
         yield store
 
 
-def _finished(folder: Path) -> TrainResult | None:
+def _finished(plan: TrainPlan) -> TrainResult | None:
     """Return the result of a training that is finished, or None."""
     from pvec.training.checkpoints import has_adapter
 
-    if not has_adapter(folder / ADAPTER):
+    if not has_adapter(plan.folder / ADAPTER, shapes=plan.adapter.shapes):
         return None
     try:
-        saved = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        saved = json.loads((plan.folder / RESULT).read_text(encoding="utf-8"))
         for name in ("run", "adapter", "merged"):
             saved[name] = Path(saved[name]) if saved[name] else None
         for name in ("steering", "touched", "next"):
