@@ -29,6 +29,7 @@ from pvec.judges.scoring import JudgeReport, ResponseScorer, RunPlan, plan_run
 from pvec.runs.names import run_name
 from pvec.runs.responses import Json
 from pvec.settings import Settings
+from pvec.settings.commands import ExtractSettings
 from pvec.traits.check import require_usable
 from pvec.traits.trait import Trait, load_trait, name_or_path
 from pvec.types import SIGNS, Progress, Sign
@@ -69,7 +70,7 @@ def plan(
     """
     with ModelSession(settings) as session:
         plans = []
-        for trait in _load_traits(traits, out=out, notify=notify):
+        for trait in _load_traits(traits, settings.extract, out=out, notify=notify):
             folder = run_folder(settings, trait, out=out)
             use_run_date(session, folder)
             plan = plan_run(
@@ -100,7 +101,7 @@ def run(
     weights are loaded, and ``InputError`` with the counts when too few answers were kept (after
     the other traits were finished).
     """
-    loaded = _load_traits(traits, out=out, notify=notify)
+    loaded = _load_traits(traits, settings.extract, out=out, notify=notify)
     with ExitStack() as stack:
         session = stack.enter_context(
             ModelSession(settings, notify=notify, on_progress=on_progress)
@@ -120,21 +121,12 @@ def run(
 def planned_responses(trait: Trait, session: ModelSession) -> list[PlannedResponse]:
     """Return the answers of an extraction: instruction x question x rollout, both signs.
 
-    A positive answer and its opposite number share their seed. Raises ``InputError`` for fewer
-    than a vector needs, when one is to be made.
+    A positive answer and its opposite number share their seed.
     """
     prompts, extract = PromptCache(session), session.settings.extract
-    questions = len(trait.questions("extract")[: extract.limit])
-    count = questions * len(trait.instructions) * extract.rollouts
-    if extract.judge and count < ENOUGH:
-        raise InputError(
-            f"{count} answers of each sign to {trait.name!r} can never make a vector, which needs "
-            f"{ENOUGH} that count: ask for more with --rollouts or --limit, or omit judging "
-            f"(--no-judge)."
-        )
     return [
         _planned(trait, session, prompts, sign=sign, instruction=i, question=q, rollout=r)
-        for q in range(questions)
+        for q in range(len(trait.questions("extract")[: extract.limit]))
         for i in range(len(trait.instructions))
         for sign in SIGNS
         for r in range(extract.rollouts)
@@ -219,7 +211,10 @@ def _finish(jobs: Sequence[_Job]) -> list[ExtractResult]:
     return results
 
 
-def _load_traits(names: Sequence[str], *, out: Path | None, notify: Notify = ignore) -> list[Trait]:
+def _load_traits(
+    names: Sequence[str], settings: ExtractSettings, *, out: Path | None, notify: Notify = ignore
+) -> list[Trait]:
+    """Return the traits; refuse what could never make a vector, before anybody is asked."""
     if not names:
         raise InputError("No trait was named: give --trait NAME (`pvec trait list` shows them).")
     if out is not None and len(names) > 1:
@@ -231,7 +226,14 @@ def _load_traits(names: Sequence[str], *, out: Path | None, notify: Notify = ign
     for trait in traits:
         for note in require_usable(trait, uses="extract"):
             notify(note)
-        trait.questions("extract")
+        questions = len(trait.questions("extract")[: settings.limit])
+        count = questions * len(trait.instructions) * settings.rollouts
+        if settings.judge and count < ENOUGH:
+            raise InputError(
+                f"{count} answers of each sign to {trait.name!r} can never make a vector, which "
+                f"needs {ENOUGH} that count: ask for more with --rollouts or --limit, or omit "
+                f"judging (--no-judge)."
+            )
     return traits
 
 
