@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from pvec.backends.hf.backend import HFBackend
 from pvec.backends.hf.forward import CausalModel
 from pvec.backends.hf.kvcache import RowCache
 from pvec.errors import ModelError, SteeringError
+from pvec.models.chat import spans_from_ids
 from pvec.models.decoder import Decoder
 from pvec.types import Generation, Instruction, Positions, Progress, Request, Sampling
 
@@ -410,3 +412,18 @@ def test_an_answer_whose_logits_overflow_fails_and_the_others_go_on(architecture
     (last,) = [chunk.finished for chunk in engine.stream(broken[:1])]
     assert last is not None
     assert last.finish_reason == "failed"
+
+
+def test_a_token_without_an_embedding_is_refused_and_a_padding_token_needs_none() -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.add_special_tokens({"pad_token": "<|added|>"})
+    assert tokenizer.pad_token_id >= VOCABULARY
+    engine = HFBackend.wrap(tiny_model(), tokenizer)
+    requests = sampled(6)
+    assert texts(engine.generate(requests)) == texts(backend().generate(requests))
+    beyond = replace(requests[0], prompt_ids=(5, VOCABULARY))
+    with pytest.raises(ModelError, match=r"token id 400, but the model's embedding has 400 rows"):
+        list(engine.generate([beyond]))
+    spans = spans_from_ids("s", prompt_ids=(5, 6), answer_ids=(VOCABULARY + 2,))
+    with pytest.raises(ModelError, match="Sequence 's' has the token id 402"):
+        list(engine.capture([spans]))

@@ -133,6 +133,7 @@ class CaptureRunner:
             yield from pending.wait(self._layers)
 
     def _check(self, sequence: TokenSpans) -> None:
+        self._decoder.check_tokens(sequence.token_ids, name=f"Sequence {sequence.id!r}")
         length = len(sequence.token_ids)
         for name, (start, stop) in sequence.spans.items():
             if not 0 <= start <= stop <= length:

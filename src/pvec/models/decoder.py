@@ -6,7 +6,7 @@ torch: layer numbers are checked and named before any model is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,6 +55,20 @@ class Decoder:
         tables = [m for m in self.body.modules() if isinstance(m, nn.Embedding)]
         learned = any(t is not self.embed and t.num_embeddings - 2 <= (limit or 0) for t in tables)
         return limit if learned else None
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of token ids that have an embedding."""
+        return int(next(self.embed.parameters()).shape[0])
+
+    def check_tokens(self, token_ids: Sequence[int], *, name: str) -> None:
+        """Raise ``ModelError`` when ``name`` has a token that the model has no embedding of."""
+        if token_ids and max(token_ids) >= self.vocabulary:
+            raise ModelError(
+                f"{name} has the token id {max(token_ids):,}, but the model's embedding has "
+                f"{self.vocabulary:,} rows: use the tokenizer that belongs to the model, or resize "
+                f"the model's embedding for its tokenizer."
+            )
 
     @property
     def num_layers(self) -> int:

@@ -104,14 +104,13 @@ def causal_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> CausalModel:
     inner: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model
     config = inner.config.get_text_config(decoder=True)
     decoder = find_decoder(model)
-    rows = decoder.embed.num_embeddings
-    pad = tokenizer.pad_token_id
+    pad = tokenizer.pad_token_id or 0
     return CausalModel(
         inner=inner,
         decoder=decoder,
         context=getattr(config, "max_position_embeddings", None),
         stop_ids=stop_ids(inner, tokenizer),
-        pad_id=pad if pad is not None and pad < rows else 0,  # masked, so any token serves
+        pad_id=pad if 0 <= pad < decoder.vocabulary else 0,  # masked, so any token serves
         vocab_size=config.vocab_size,
         bytes_per_token=_bytes_per_token(config, inner.dtype),
         parameters=frozenset(inspect.signature(inner.forward).parameters),

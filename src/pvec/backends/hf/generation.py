@@ -73,7 +73,7 @@ def generate(
     ``limits`` shrink when memory runs out, and ``notify`` is told; ``progress`` hears of every
     step: answers done, and under ``extra`` the ``tokens`` sampled so far and the ``rows`` running.
     """
-    rows = _admit(requests, context=model.context, notify=notify)
+    rows = _admit(requests, model=model, notify=notify)
     Steerer(model.decoder, [row.request.steering for row in rows])  # refuse before anything runs
     queue = deque(sorted(rows, key=lambda r: (-len(r.request.prompt_ids), r.shared_key)))
     batch = _Batch(model)
@@ -114,7 +114,7 @@ def stream(
     """Yield a chunk per answer and step; see ``Backend.stream``. All requests run in one batch,
     or in a batch per prompt length where rows of different lengths cannot share a cache.
     """
-    waiting = _admit(requests, context=model.context, notify=notify)
+    waiting = _admit(requests, model=model, notify=notify)
     waiting.sort(key=lambda row: len(row.sequence))
     batch = _Batch(model)
     while waiting or batch.rows:
@@ -133,13 +133,18 @@ def stream(
             )
 
 
-def _admit(requests: Sequence[Request], *, context: int | None, notify: Notify) -> list[_Row]:
-    """Return a row per request; ``ModelError`` for a prompt that leaves no room in the context."""
+def _admit(requests: Sequence[Request], *, model: CausalModel, notify: Notify) -> list[_Row]:
+    """Return a row per request.
+
+    Raises ``ModelError`` for a prompt that leaves no room in the context or has unknown tokens.
+    """
+    context = model.context
     rows, truncated = [], 0
     for request in requests:
         length = len(request.prompt_ids)
         if length == 0:
             raise ModelError(f"The prompt of {request.id!r} is empty: give it at least one token.")
+        model.decoder.check_tokens(request.prompt_ids, name=f"The prompt of {request.id!r}")
         room = request.sampling.max_tokens
         if context is not None:
             if length >= context:
