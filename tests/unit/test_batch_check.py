@@ -56,11 +56,31 @@ def test_supported_architectures_differ_by_rounding_only(architecture: str) -> N
     assert batch_difference(half) < 0.05  # far from what refuses it
 
 
-def test_a_state_outside_the_cache_is_found() -> None:
-    model = causal_model(recurrent_gemma(), tiny_tokenizer())
+def test_a_state_that_the_rows_of_a_batch_share_is_found() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].register_forward_hook(lambda _m, _a, out: out + out.mean(dim=0))
+    causal = causal_model(model, tiny_tokenizer())
     for _ in range(2):  # a refused architecture stays refused
-        with pytest.raises(ModelError, match="RecurrentGemmaForCausalLM computes other logits"):
-            check_batching(model)
+        with pytest.raises(ModelError, match="LlamaForCausalLM computes other logits in a batch"):
+            check_batching(causal)
+
+
+def test_a_state_that_is_kept_from_one_pass_to_the_next_is_found() -> None:
+    model = tiny_model("llama")
+    kept: list[torch.Tensor] = []
+
+    def remember(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        kept.append(output[:1, -1:].clone())
+        return output + (kept[-2] if len(kept) > 1 else 0.0)
+
+    model.model.layers[1].register_forward_hook(remember)
+    with pytest.raises(ModelError, match="computes other logits in a batch"):
+        check_batching(causal_model(model, tiny_tokenizer()))
+
+
+def test_recurrent_gemma_which_keeps_such_a_state_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"recurrent_gemma|RecurrentGemma"):
+        check_batching(causal_model(recurrent_gemma(), tiny_tokenizer()))
 
 
 def test_attention_that_is_not_looked_up_by_name_is_left_alone(
