@@ -42,10 +42,10 @@ def main() -> int:
 
     path, told = report.write([plan.results() for plan in plans], size, out)
     for one in told:
-        print(f"\n{one.number}. {one.title}: {one.verdict}\n   {one.here}")
+        print(f"\n{one.number}. {one.title}: {one.outcome}\n   {one.here}")
         for check in one.checks:
             found = format_interval(check.interval, digits=2)
-            print(f"   {check.verdict:11}  {check.what}: {found} (expected {check.expected})")
+            print(f"   {check.outcome:11}  {check.what}: {found} (expected {check.expected})")
     minutes = (time.monotonic() - started) / 60
     print(f"\n{done} steps done, {len(steps) - done} were there, {minutes:.1f} minutes\n{path}")
     return 0

@@ -20,11 +20,16 @@ _ALMOST = 0.999999
 """A correlation of 1 has no finite transform."""
 
 Verdict = Literal["agrees", "disagrees", "cannot tell"]
+Outcome = Literal["agrees", "disagrees", "cannot tell", "same side", "other side"]
+"""A verdict; with one seed, which has no interval and so no verdict, the side on which the number
+lies.
+"""
 
 RULE = (
     "A check agrees when the whole interval lies on the paper's side of its bound, disagrees when "
-    "all of it lies on the other side, and cannot tell otherwise, as with a single seed. A figure "
-    "agrees when all its checks do, and disagrees when one does."
+    "all of it lies on the other side, and cannot tell otherwise. A figure agrees when all its "
+    "checks do, and disagrees when one does. A single seed has no interval and gives no verdict: "
+    "then the side of its bound is given on which a number lies."
 )
 
 
@@ -78,16 +83,26 @@ class Check:
         return "agrees" if good else "disagrees" if bad else "cannot tell"
 
     @property
+    def outcome(self) -> Outcome:
+        """The verdict, or with one seed the side of the bound on which its number lies."""
+        mean = self.interval.mean
+        if self.interval.n != 1:
+            return self.verdict
+        same = mean > self.bound if self.side == "above" else abs(mean) < self.bound
+        return "same side" if same else "other side"
+
+    @property
     def expected(self) -> str:
         return f"> {self.bound:g}" if self.side == "above" else f"within ±{self.bound:g}"
 
 
-def overall(checks: Sequence[Check]) -> Verdict:
-    """Return a figure's verdict from those of its checks."""
-    verdicts = {check.verdict for check in checks}
-    if "disagrees" in verdicts:
-        return "disagrees"
-    return "agrees" if verdicts == {"agrees"} else "cannot tell"
+def overall(checks: Sequence[Check]) -> Outcome:
+    """Return a figure's outcome from those of its checks."""
+    outcomes = {check.outcome for check in checks}
+    for bad in ("disagrees", "other side"):
+        if bad in outcomes:
+            return bad
+    return next(iter(outcomes)) if len(outcomes) == 1 else "cannot tell"
 
 
 def format_interval(interval: Interval, *, digits: int = 0) -> str:

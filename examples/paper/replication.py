@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from examples.paper.numbers import Check, Verdict, format_interval, overall
+from examples.paper.numbers import Check, Outcome, format_interval, overall
 from examples.paper.steps import Result
 from pvec.report.figure import Figure, Table
 from pvec.report.page import Section
@@ -27,14 +27,14 @@ class Replication:
     notes: tuple[str, ...] = ()
 
     @property
-    def verdict(self) -> Verdict:
+    def outcome(self) -> Outcome:
         return overall(self.checks)
 
     def section(self) -> Section:
         """Return the page's section."""
         return Section(
             id=f"figure-{self.number}",
-            title=f"{self.number}. {self.title}: {self.verdict}",
+            title=f"{self.number}. {self.title}: {self.outcome}",
             summary=f"The paper: {self.paper} Here: {self.here}",
             notes=self.notes,
             figures=self.figures,
@@ -44,10 +44,10 @@ class Replication:
     def table(self) -> Table:
         """Return the checks with their numbers."""
         return Table(
-            columns=("verdict", "found [95 %]", "expected", "check", "seeds"),
+            columns=("outcome", "found [95 %]", "expected", "check", "seeds"),
             rows=tuple(
                 (
-                    check.verdict,
+                    check.outcome,
                     format_interval(
                         check.interval, digits=2 if abs(check.interval.mean) < 2 else 1
                     ),
@@ -66,11 +66,13 @@ def join_words(names: Sequence[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def verdict_clause(verdict: Verdict) -> str:
+def verdict_clause(outcome: Outcome) -> str:
     """Return how a sentence about the small model ends."""
-    ends: dict[Verdict, str] = {
+    ends: dict[Outcome, str] = {
         "agrees": "it agrees with the paper",
         "disagrees": "it does not agree with the paper",
         "cannot tell": "these numbers cannot tell whether it agrees",
+        "same side": "all of it is on the paper's side, which one seed cannot prove",
+        "other side": "some of it is not on the paper's side, which one seed cannot prove",
     }
-    return ends[verdict]
+    return ends[outcome]

@@ -56,11 +56,18 @@ def write(results: Results, size: Size, out: Path) -> tuple[Path, list[Replicati
 
 def summary(told: Sequence[Replication], size: Size) -> str:
     """Return the page's first sentence."""
-    words = {"agrees": "agreeing", "disagrees": "disagreeing", "cannot tell": "undecided"}
+    words = {
+        "agrees": "agreeing",
+        "disagrees": "disagreeing",
+        "cannot tell": "undecided",
+        "same side": "on the paper's side",
+        "other side": "partly on the other side",
+    }
     parts = []
-    for verdict, word in words.items():
-        numbers = [str(one.number) for one in told if one.verdict == verdict]
-        parts.append(f"{word}: {join_words(numbers) if numbers else 'none'}")
+    for outcome, word in words.items():
+        numbers = [str(one.number) for one in told if one.outcome == outcome]
+        if numbers:
+            parts.append(f"{word}: {join_words(numbers)}")
     return (
         f"Eight findings of the paper, replayed on pvec's bundled model of two million parameters "
         f"with {len(size.seeds)} seed{'s' * (len(size.seeds) > 1)}. "
@@ -75,9 +82,9 @@ def checks_table(told: Sequence[Replication]) -> Table:
         for check in one.checks:
             found = check.interval
             numbers = (found.mean, found.low, found.high, found.n)
-            rows.append((one.number, check.what, check.expected, *numbers, check.verdict))
+            rows.append((one.number, check.what, check.expected, *numbers, check.outcome))
     return Table(
-        columns=("figure", "check", "expected", "mean", "low_95", "high_95", "seeds", "verdict"),
+        columns=("figure", "check", "expected", "mean", "low_95", "high_95", "seeds", "outcome"),
         rows=tuple(rows),
     )
 
@@ -85,9 +92,9 @@ def checks_table(told: Sequence[Replication]) -> Table:
 def _overview(told: Sequence[Replication], size: Size) -> Section:
     rows = tuple(
         (
-            one.verdict,
+            one.outcome,
             f"{one.number}. {one.title}",
-            sum(check.verdict == "agrees" for check in one.checks),
+            sum(check.outcome in {"agrees", "same side"} for check in one.checks),
             len(one.checks),
         )
         for one in told
@@ -106,7 +113,15 @@ def _overview(told: Sequence[Replication], size: Size) -> Section:
         tables=(
             (
                 "Figures",
-                Table(columns=("verdict", "figure", "checks that agree", "of"), rows=rows),
+                Table(
+                    columns=(
+                        "outcome",
+                        "figure",
+                        "checks that agree or are on the same side",
+                        "of",
+                    ),
+                    rows=rows,
+                ),
             ),
         ),
     )

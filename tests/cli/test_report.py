@@ -112,12 +112,42 @@ def test_a_sweep_becomes_a_page_with_its_figures_beside_it(
     assert written == {f"{stem}.{kind}" for stem in stems for kind in ("csv", "svg", "png")}
 
 
+@pytest.mark.parametrize("made", ["nothing", "a file", "a folder", "another manifest"])
+def test_what_is_no_run_is_said_to_be_none(made: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("thing")
+    if made == "a file":
+        path.write_text("no run")
+    elif made != "nothing":
+        path.mkdir()
+    if made == "another manifest":
+        (path / "manifest.json").write_text('{"name": "an app"}')
+    assert pvec("report", str(path)) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "thing" in error
+    assert "run" in error
+    assert error.count("Error: ") == 1
+
+
+def test_secrets_that_an_older_manifest_holds_are_not_in_the_page() -> None:
+    run = sweep_run(Path("steer"))
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["settings"] = {"judge": {"base_url": "https://me:hunter2@host/v1?key=abcde"}}
+    manifest["sessions"][0]["command"] = ["pvec", "--judge-url", "https://h/v1?api_key=fghij"]
+    path.write_text(json.dumps(manifest))
+    assert pvec("report", str(run)) == 0
+    page = (run / "report.html").read_text()
+    assert not any(secret in page for secret in ("hunter2", "abcde", "fghij"))
+    assert "https://host/v1" in page
+
+
 def test_an_extraction_shows_scores_what_was_kept_and_the_vector(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = extract_run(Path("extract"))
     assert pvec("report", str(run)) == 0
-    assert "at layer 2 (AUC 0.95)" in capsys.readouterr().out
+    # The layer that `extract` and `vector show` suggest, which is not the one of the largest AUC.
+    assert "suggested for steering at layer 1 (AUC 0.80)" in capsys.readouterr().out
     page = (run / "report.html").read_text()
     for title in ("evil scores", "evil: vectors by layer", "separation (AUC)"):
         assert title in page

@@ -55,6 +55,13 @@ def test_the_page_asks_for_nothing_from_outside(out: Path) -> None:
     assert 'href="http' not in page
 
 
+def test_one_seed_says_on_which_side_each_number_lies(out: Path) -> None:
+    with (out / "ci" / "figures" / "checks.csv").open(encoding="utf-8", newline="") as stream:
+        outcomes = {row["outcome"] for row in csv.DictReader(stream)}
+    assert outcomes <= {"same side", "other side"}, "a single seed gives no verdict"
+    assert "same side" in outcomes
+
+
 def test_a_second_call_repeats_nothing(out: Path) -> None:
     records = {path: path.stat().st_mtime_ns for path in out.rglob("step.json")}
     again = replay(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from scipy import stats
@@ -110,6 +110,30 @@ def test_an_effect_that_should_be_absent_is_bounded_on_both_sides(
     values: tuple[float, ...], verdict: str
 ) -> None:
     assert Check(what="", values=values, bound=10, side="within").verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("values", "side", "outcome"),
+    [
+        ((10.0,), "above", "same side"),
+        ((-10.0,), "above", "other side"),
+        ((3.0,), "within", "same side"),
+        ((-30.0,), "within", "other side"),
+        ((9.0, 10.0, 11.0), "above", "agrees"),
+    ],
+)
+def test_one_seed_has_no_verdict_but_a_side(
+    values: tuple[float, ...], side: Literal["above", "within"], outcome: str
+) -> None:
+    check = Check(what="", values=values, bound=10 if side == "within" else 0, side=side)
+    assert check.outcome == outcome
+    assert overall([check]) == outcome
+
+
+def test_a_figure_of_one_seed_is_on_the_other_side_as_soon_as_one_check_is() -> None:
+    same, other = Check(what="", values=(1.0,)), Check(what="", values=(-1.0,))
+    assert overall([same, same]) == "same side"
+    assert overall([same, other]) == "other side"
 
 
 def test_one_check_that_disagrees_makes_the_figure_disagree() -> None:

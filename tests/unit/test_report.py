@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pvec.errors import InputError, StoreError
-from pvec.report.figure import Figure, write_figures
+from pvec.report.figure import Figure, Table, write_figures
 from pvec.report.figures import Level, Line, Panel, exact, histogram, line_chart
 from pvec.report.grids import Grid, heat_map
 from pvec.report.page import Answer, Chapter, Section, embed_json, render_page, within_budget
@@ -136,6 +136,44 @@ def test_figures_are_written_with_their_numbers(tmp_path: Path) -> None:
     written = write_figures([curve()], tmp_path / "figures", formats=("svg", "png"))
     assert sorted(path.name for path in written) == ["dose.csv", "dose.png", "dose.svg"]
     assert all(path.stat().st_size > 100 for path in written)
+
+
+def test_names_are_text_in_figures_whatever_they_hold() -> None:
+    name = "_a$x^2$_\x1b[31m<b>&\u202eevil"
+    line = Line(label=name, x=(0.0, 1.0), points=(estimate(5), estimate(6)))
+    other = Line(label="other", x=(0.0, 1.0), points=(estimate(5), estimate(6)))
+    panels = [Panel(label=name, lines=(line, other))]
+    figures = [
+        line_chart(name="n", title=name, caption="c", x_label=name, panels=panels),
+        histogram(name="h", title=name, caption="c", x_label=name, groups=[(name, [1.0, 2.0])]),
+        heat_map(
+            Grid(columns=(name, [name]), rows=(name, [name]), values=[[1.0]], value_label=name),
+            name="g",
+            title=name,
+            caption="c",
+        ),
+    ]
+    for figure in figures:
+        figure.png()
+        root = ET.fromstring(figure.svg())
+        texts = ["".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")]
+        shown = [text for text in texts if "$x^2$" in text]
+        assert shown, "the name is in the figure, as it is written"
+        assert all("[31m<b>&" in text and "\x1b" not in text for text in shown)
+        html = figure.themed_svg()
+        assert "\u202e" not in html
+        assert "<b>" not in html
+
+
+def test_a_name_is_no_formula_in_a_spreadsheet() -> None:
+    table = Table(columns=("a", "b"), rows=(("=1+1", -1.0), ("@x", -2), ("plain", 3)))
+    assert table.csv() == "a,b\n'=1+1,-1\n'@x,-2\nplain,3\n"
+
+
+def test_control_characters_do_not_reach_the_page() -> None:
+    html = page(title="evil\x1b[31m\x00\u202e & <b>")
+    assert "evil\ufffd[31m\ufffd\ufffd &amp; &lt;b&gt;" in html
+    assert not {"\x1b", "\x00", "\u202e"} & set(html)
 
 
 def test_an_unknown_format_writes_nothing(tmp_path: Path) -> None:

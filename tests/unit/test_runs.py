@@ -160,7 +160,7 @@ def test_a_folder_killed_before_its_manifest_was_written_is_begun_anew(tmp_path:
     [
         (None, "is not a run folder"),
         ("{", "is damaged"),
-        ('{"format": "other"}', "was not written by pvec"),
+        ('{"format": "other"}', "is not a run folder"),
         ('{"format": "pvec-run", "format_version": 99}', "newer pvec"),
     ],
 )

@@ -111,4 +111,6 @@ def write_figures(
 def _csv_cell(cell: Cell) -> str | int:
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
+    if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{cell}"  # a name, which a spreadsheet must not run
     return f"{cell:.6g}" if isinstance(cell, float) else cell

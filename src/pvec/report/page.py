@@ -15,6 +15,7 @@ from importlib.resources import files
 from typing import Any
 
 from pvec.report.figure import Cell, Figure, Table
+from pvec.report.style import printable
 
 ANSWER_BUDGET = 6_000_000
 """Characters of answers that one section embeds at most; beyond that every k-th question block is
@@ -76,7 +77,11 @@ def render_page(
 
     assets = files("pvec.report") / "assets"
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_printable,
     )
     environment.filters["cell"] = format_cell
     template = environment.from_string((assets / "page.html.jinja").read_text(encoding="utf-8"))
@@ -185,6 +190,13 @@ def _answers_json(section: Section, answers: Sequence[Answer]) -> str:
 
 def _rounded(score: float | None) -> float | None:
     return None if score is None else round(score, 1)
+
+
+def _printable(value: Any) -> Any:
+    """Replace control characters in every text of the page that is not its own markup."""
+    from markupsafe import Markup
+
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _verbatim(text: str) -> Any:

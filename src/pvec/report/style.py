@@ -7,7 +7,6 @@ variables (``themed``), so that the page also works in the dark.
 from __future__ import annotations
 
 import re
-import unicodedata
 from typing import Any
 
 INK = "#1c2330"
@@ -17,6 +16,10 @@ PAPER = "#fdfdfe"
 SERIES = ("#c2452d", "#2563a8", "#3d8350", "#8a5fb0", "#b07a1e", "#1f8a94", "#a83f74", "#5c6470")
 """Line colours, in the order in which series are drawn; told apart also by marker."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
 
 _VARIABLES = {
     INK: "ink",
@@ -74,7 +77,7 @@ def themed(svg: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return ``text`` with control characters, which no picture or page may hold, replaced."""
-    return "".join(
-        "\ufffd" if unicodedata.category(c) in {"Cc", "Cs"} and c not in "\n\t" else c for c in text
-    )
+    """Return ``text`` with characters replaced that no picture or page may hold: control
+    characters, and those that turn the direction of the text around.
+    """
+    return _UNPRINTABLE.sub("\ufffd", text)

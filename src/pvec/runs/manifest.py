@@ -47,7 +47,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / FILE_NAME
     try:
         manifest = read_json(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise StoreError(
             f"{folder} is not a run folder (it has no {FILE_NAME}); "
             "give the folder of a run, or a new one."
@@ -55,7 +55,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except DocumentError as exc:
         raise _damaged(path, exc.problem) from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise StoreError(f"{path} was not written by pvec; give another folder.")
+        raise StoreError(
+            f"{folder} is not a run folder: pvec did not write its {FILE_NAME}; give another one."
+        )
     version = manifest.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise StoreError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pvec.runs.names import model_label
+from pvec.runs.secrets import safe_command, without_secrets
 from pvec.runs.store import Run
 from pvec.stats import Interval
 
@@ -59,12 +60,12 @@ class RunData:
 
     def provenance(self) -> tuple[tuple[str, str], ...]:
         """Return what the manifest says, flat: identity, model, versions, commands, timings."""
-        manifest = self.run.manifest
+        manifest = without_secrets(self.run.manifest)  # one of an older pvec may hold some
         rows = [("folder", str(self.path)), ("judge", self.judge or "none")]
         rows += _flat({k: v for k, v in manifest.items() if k not in _LEFT_OUT})
         for number, session in enumerate(manifest["sessions"], start=1):
             rows.append((f"session {number}", _session(session)))
-        rows += _flat({"settings": self.settings})
+        rows += _flat({"settings": manifest.get("settings", {})})
         return tuple(rows)
 
 
@@ -85,7 +86,7 @@ def signed(difference: Interval) -> str | None:
 
 
 def _session(session: Mapping[str, Any]) -> str:
-    command = " ".join(str(word) for word in session["command"])
+    command = " ".join(safe_command([str(word) for word in session["command"]]))
     ended = session.get("ended") or "not finished"
     timings = ", ".join(f"{k} {v:g} s" for k, v in (session.get("timings") or {}).items())
     return f"{session['started']} to {ended}: {command}" + (f" [{timings}]" if timings else "")

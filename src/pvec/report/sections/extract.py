@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pvec.report.figure import Figure, Table
 from pvec.report.figures import histogram
@@ -16,6 +15,7 @@ from pvec.stats import SCORES, Interval, grouped_mean
 from pvec.types import Sign
 from pvec.vectors.filter import REASONS, FilterResult, ScoredResponse, filter_responses
 from pvec.vectors.formats import load_vector
+from pvec.vectors.quality import suggest_layer
 from pvec.vectors.vector import PersonaVector
 
 if TYPE_CHECKING:
@@ -79,13 +79,11 @@ class _Extraction:
             f"Asked to be {self.trait}, {self.data.model} scores {with_interval(positive)}; "
             f"asked not to be, {with_interval(negative)}."
         )
-        auc = self._stat("auc")
-        if self.vector is not None and auc is not None and not math.isnan(max(auc[1:])):
-            best = max(range(1, len(auc)), key=lambda layer: auc[layer])
-            text += (
-                f" The vector tells held-out answers apart best at layer {best} "
-                f"(AUC {auc[best]:.2f})."
-            )
+        layer, _ = suggest_layer(self.vector) if self.vector is not None else (None, "")
+        if layer is not None:
+            auc = self._stat("auc")
+            known = f" (AUC {auc[layer]:.2f})" if auc is not None else ""
+            text += f" The vector is suggested for steering at layer {layer}{known}."
         return text
 
     def _notes(self) -> Iterator[str]:
@@ -105,7 +103,7 @@ class _Extraction:
     def _figures(self) -> Iterator[Figure]:
         if self.scores:
             yield self._histogram(self.trait, self._threshold("threshold"))
-            yield self._histogram(COHERENCE, self._threshold("coherence"))
+            yield self._histogram(COHERENCE, self._threshold("min_coherence"))
         if self.vector is not None:
             yield layer_figure(
                 [(kind, self.vector, kind) for kind in self.vector.kinds],
@@ -131,8 +129,17 @@ class _Extraction:
             scores=True,
         )
 
-    def _threshold(self, name: str) -> float:
-        return float(self.data.settings.get("filter", {}).get(name, 50.0))
+    def _threshold(self, name: Literal["threshold", "min_coherence"]) -> float:
+        """Return a threshold of the filter: the one that the vector was made with."""
+        setting = "coherence" if name == "min_coherence" else name
+        default = self.data.settings.get("filter", {}).get(setting, 50.0)
+        return float(self.vector.metadata.get(name, default) if self.vector else default)
+
+    @property
+    def _paired(self) -> bool:
+        if self.vector is not None and "paired" in self.vector.metadata:
+            return self.vector.metadata["paired"] == "true"
+        return bool(self.data.settings.get("filter", {}).get("paired", False))
 
     def _tables(self) -> Iterator[tuple[str, Table]]:
         if not self.scores:
@@ -174,8 +181,8 @@ class _Extraction:
         return filter_responses(
             scored,
             threshold=self._threshold("threshold"),
-            coherence=self._threshold("coherence"),
-            paired=bool(self.data.settings.get("filter", {}).get("paired", False)),
+            coherence=self._threshold("min_coherence"),
+            paired=self._paired,
         )
 
     def _answers(self) -> Iterator[Answer]:
