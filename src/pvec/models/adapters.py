@@ -85,10 +85,11 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, tup
         problem=f"The adapter {str(folder)!r} does not fit its base model",
         remedy="give the model that it was trained on",
     )
+    result = wrapped.load_result
     check_tensors(
         str(folder),
-        missing=wrapped.load_result.missing_keys,
-        left_over=[key for key in wrapped.load_result.unexpected_keys if not _is_copy(key, shapes)],
+        missing=[_short(key) for key in result.missing_keys],
+        left_over=[_short(key) for key in result.unexpected_keys if not _is_copy(key, shapes)],
         remedy="give the model that the adapter was trained on, with --adapter for the adapter",
     )
     return wrapped, tuple(notes)
@@ -123,6 +124,11 @@ def _recording_class() -> Any:
             return self.load_result._replace(missing_keys=[])  # refused by name, with no warning
 
     return RecordingPeftModel
+
+
+def _short(key: str) -> str:
+    """Return a tensor's name without what peft puts around it."""
+    return key.removeprefix("base_model.model.").replace(".default.", ".")
 
 
 def _is_copy(key: str, shapes: Mapping[str, Any]) -> bool:
