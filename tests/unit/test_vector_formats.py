@@ -18,10 +18,12 @@ import torch
 
 from pvec.errors import InputError, ModelError
 from pvec.models.load import ModelMetadata
+from pvec.projection.tokens import project
 from pvec.vectors.edit import combine, convert
 from pvec.vectors.find import find_vector, load_vectors
 from pvec.vectors.formats import load_vector, output_path, save_vector
 from pvec.vectors.vector import PersonaVector
+from tests.helpers.models import tiny_model, tiny_tokenizer
 from tests.helpers.shell import pvec
 from tests.helpers.vectors import make_vector, saved_vector
 
@@ -86,6 +88,15 @@ def test_a_gguf_of_rows_without_embedding_steers_at_the_right_blocks(tmp_path: P
     assert tensors == {"direction.1": 2, "direction.2": 3, "direction.3": 4, "direction.4": 5}
     unsure = convert(path, tmp_path / "w.gguf", model_hint="qwen2")
     assert any("does not say what its 5 rows are" in note for note in unsure.notes)
+
+
+def test_the_library_decides_by_the_depth_of_the_model_too(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()  # 3 layers, 32 wide
+    rows = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    paths = [write(tmp_path / "whole.pt", rows), write(tmp_path / "bare.pt", rows[1:])]
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Walk often."}]
+    (values,) = project(model, tokenizer, [chat], paths, layers=[2])
+    assert values["whole_proj_layer2"] == values["bare_proj_layer2"]
 
 
 def test_what_was_assumed_travels_with_the_file(tmp_path: Path) -> None:

@@ -38,7 +38,9 @@ NumLayers = Annotated[
 ]
 SingleLayer = Annotated[
     int | None,
-    typer.Option("--layer", "-l", min=1, metavar="N", help="The layer of a file of one [H]."),
+    typer.Option(
+        "--layer", "-l", min=1, metavar="N", help="Layer of a file that holds a single vector."
+    ),
 ]
 Png = Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Write the plot as PNG.")]
 Svg = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write the plot as SVG.")]
@@ -295,7 +297,8 @@ def push(
     """
     from pvec.vectors import hub
 
-    result = hub.push(files, repo, private=private, message=message)
+    console = console_from(ctx)
+    result = hub.push(files, repo, private=private, message=message, notify=console.note)
     text = f"{', '.join(result.files)} → {result.url}"
     console_from(ctx).emit(result, lambda console: console.line(text))
 

@@ -18,7 +18,7 @@ from pvec.models.chat import prompt_ids
 from pvec.models.decoder import find_decoder
 from pvec.projection.projector import Projector, suggested_layer
 from pvec.types import Message, ProjectionKind, Request, Sampling, VectorKind
-from pvec.vectors.find import check_fits, find_vector
+from pvec.vectors.find import check_fits, find_vector, vector_name
 from pvec.vectors.formats import load_vector
 from pvec.vectors.projection import ProjectionPlan
 from pvec.vectors.vector import PersonaVector
@@ -164,7 +164,9 @@ def _plan(
     kind: VectorKind,
 ) -> ProjectionPlan:
     decoder = find_decoder(model)
-    found = _named(vectors)
+    layer = layers[0] if layers is not None and len(layers) == 1 else None
+    loaded = _named(vectors, layer)
+    found = {name: vector.at_depth(decoder.num_layers) for name, vector in loaded.items()}
     for vector in found.values():
         check_fits(vector, num_layers=decoder.num_layers, hidden_size=decoder.hidden_size)
     if layers is None:
@@ -181,12 +183,12 @@ def _context(model: PreTrainedModel) -> int | None:
     return limit
 
 
-def _named(vectors: Vectors) -> dict[str, PersonaVector]:
+def _named(vectors: Vectors, layer: int | None) -> dict[str, PersonaVector]:
     if isinstance(vectors, Mapping):
-        return {name: _load(one)[1] for name, one in vectors.items()}
+        return {name: _load(vector, layer)[1] for name, vector in vectors.items()}
     listed = [vectors] if isinstance(vectors, PersonaVector | str | Path) else vectors
     found: dict[str, PersonaVector] = {}
-    for name, vector in map(_load, listed):
+    for name, vector in (_load(vector, layer) for vector in listed):
         if name in found:
             raise InputError(f"Two vectors are called {name!r}: give them as a dictionary by name.")
         found[name] = vector
@@ -195,11 +197,11 @@ def _named(vectors: Vectors) -> dict[str, PersonaVector]:
     return found
 
 
-def _load(vector: VectorLike) -> tuple[str, PersonaVector]:
+def _load(vector: VectorLike, layer: int | None) -> tuple[str, PersonaVector]:
     if isinstance(vector, PersonaVector):
         return vector.trait, vector
     path = find_vector(vector)
-    return path.stem, load_vector(path)
+    return vector_name(path), load_vector(path, layer=layer)
 
 
 def _conversation(one: Sequence[Message] | tuple[str, str]) -> Conversation:

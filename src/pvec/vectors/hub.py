@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,7 +44,12 @@ class PullResult:
 
 
 def push(
-    paths: Sequence[Path], repo: str, *, private: bool = False, message: str | None = None
+    paths: Sequence[Path],
+    repo: str,
+    *,
+    private: bool = False,
+    message: str | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> PushResult:
     """Put vector files and a card into a model repository, created if need be, in one commit.
 
@@ -53,7 +58,7 @@ def push(
     """
     from pvec.vectors.card import updated_card
 
-    files_by_path = load_vectors(paths)
+    files_by_path = load_vectors(paths, notify=notify)
     names = {path: f"{path.stem}{SUFFIX}" for path in files_by_path}
     if len(set(names.values())) < len(names):
         raise InputError("Two of these files have the same name: rename one before pushing.")
