@@ -14,9 +14,9 @@ from pvec.models.files import ModelFiles, ModelSpec, locate_model, read_config
 from pvec.models.fingerprint import chat_fingerprint, model_fingerprint
 from pvec.models.template import chat_format, end_of_turn
 from pvec.models.weights import (
-    check_quantisation,
     explained,
     load_weights,
+    model_config,
     quiet_transformers,
 )
 from pvec.types import ModelInfo
@@ -110,7 +110,6 @@ def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelMetadata:
             f"choose a causal LM."
         )
     check_supported(text)
-    check_quantisation(read_config(files.folder), name=spec.model)
     tokenizer = load_tokenizer(spec, files)
     notes = chat_format(tokenizer).notes if tokenizer.chat_template else ()
     metadata = ModelMetadata(
@@ -247,15 +246,13 @@ def load_tokenizer(spec: ModelSpec, files: ModelFiles) -> PreTrainedTokenizerBas
 
 
 def _load_config(spec: ModelSpec, files: ModelFiles) -> PretrainedConfig:
-    from transformers import AutoConfig
-
     declared = read_config(files.folder)
     if "auto_map" in declared and not spec.trust_remote_code and "model_type" not in declared:
         raise ModelError(
             f"{spec.model!r} brings its own code: read it, then use --trust-remote-code."
         )
     config: PretrainedConfig = explained(
-        lambda: AutoConfig.from_pretrained(files.folder, trust_remote_code=spec.trust_remote_code),
+        lambda: model_config(files.folder, trust_remote_code=spec.trust_remote_code),
         problem=f"The configuration of {spec.model!r} cannot be used",
         remedy="it may need a newer transformers or --trust-remote-code",
     )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pvec.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Loaded = TypeVar("Loaded")
 
@@ -49,6 +49,8 @@ def load_weights(
     """
     declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     auto_class = auto_model_class(declared, name=name)
+    _check_quantisation(declared, name=name)
+    trust = bool(options.get("trust_remote_code"))
     prefixes = _wrapped(folder)
     if prefixes:
         options["key_mapping"] = {WRAPPERS.pattern: ""}
@@ -56,6 +58,7 @@ def load_weights(
         loaded: Any = explained(
             lambda: auto_class.from_pretrained(
                 folder,
+                config=model_config(folder, trust_remote_code=trust),
                 use_safetensors=None if pickle else True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -96,6 +99,20 @@ def auto_model_class(config: Mapping[str, Any], *, name: str) -> Any:
     )
 
 
+def model_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return the configuration of a model; a padding token without an embedding is left out."""
+    from transformers import AutoConfig
+
+    config: PretrainedConfig = AutoConfig.from_pretrained(
+        folder, trust_remote_code=trust_remote_code
+    )
+    for part in (config, config.get_text_config(decoder=True)):
+        pad, size = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+        if pad is not None and size is not None and pad >= size:
+            part.pad_token_id = None
+    return config
+
+
 _QUANTISERS = {
     "aqlm": ("aqlm", "aqlm"),
     "auto-round": ("auto_round", "auto-round"),
@@ -115,7 +132,7 @@ _QUANTISERS = {
 """Method of a quantised checkpoint -> the module that transformers needs, and what to install."""
 
 
-def check_quantisation(config: Mapping[str, Any], *, name: str) -> None:
+def _check_quantisation(config: Mapping[str, Any], *, name: str) -> None:
     """Raise ``ModelError`` when a quantised checkpoint needs a package that is not installed."""
     quantisation = config.get("quantization_config") or {}
     method = str(quantisation.get("quant_method", ""))

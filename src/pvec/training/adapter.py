@@ -62,6 +62,11 @@ def plan_adapter(
     from peft import get_peft_model, get_peft_model_state_dict
 
     model = _empty_model(config, metadata)
+    if model.base_model is model:
+        raise InputError(
+            f"{type(model).__name__} cannot be trained with TRL, which finds no decoder below its "
+            f"output layer: train another architecture."
+        )
     lora = _lora_config(config, metadata, model)
     absent = _absent_targets(config.lora, model)
     matrices = [name for name, weight in model.named_parameters() if weight.ndim >= 2]
@@ -101,16 +106,13 @@ def plan_adapter(
 
 def _empty_model(config: TrainConfig, metadata: ModelMetadata) -> PreTrainedModel:
     import torch
-    from transformers import AutoConfig
 
-    from pvec.models.weights import auto_model_class
+    from pvec.models.weights import auto_model_class, model_config
 
-    model_config = AutoConfig.from_pretrained(
-        metadata.files.folder, trust_remote_code=config.model.trust_remote_code
-    )
-    build = auto_model_class(model_config.to_dict(), name=metadata.id).from_config
+    declared = model_config(metadata.files.folder, trust_remote_code=config.model.trust_remote_code)
+    build = auto_model_class(declared.to_dict(), name=metadata.id).from_config
     with torch.device("meta"):
-        model: PreTrainedModel = build(model_config)
+        model: PreTrainedModel = build(declared)
     return model
 
 
@@ -142,22 +144,31 @@ def _lora_config(
     leaves = {_leaf(name) for name in wanted}
     if metadata.model_type in _STATE_SPACE:
         leaves.discard("out_proj")
-    others = sorted({name for name in names if _leaf(name) in leaves} - set(wanted))
-    if any(weight.ndim == 3 for weight in model.parameters()):
+    modules = (name for name, _ in model.named_modules() if name)
+    others = sorted({name for name in modules if _leaf(name) in leaves} - set(wanted))
+    if _has_fused_experts(model):
         _add_experts(lora, _empty_model(config, metadata))
     lora.target_modules = sorted(leaves)
     lora.exclude_modules = others or None
     return lora
 
 
+def _has_fused_experts(model: PreTrainedModel) -> bool:
+    """Whether some weights hold several experts in one tensor (convolutions have 3 axes too)."""
+    return any(weight.ndim == 3 and "conv" not in name for name, weight in model.named_parameters())
+
+
 def _add_experts(lora: LoraConfig, model: PreTrainedModel) -> None:
     """Add the experts' parameters that peft takes for ``all-linear`` in this architecture."""
     from peft import get_peft_model
 
-    with warnings.catch_warnings(action="ignore"):
-        every = copy.deepcopy(lora)
-        every.lora_dropout = 0.0  # which parameters it takes does not depend on it
-        get_peft_model(model, every, autocast_adapter_dtype=False)
+    every = copy.deepcopy(lora)
+    every.lora_dropout = 0.0  # which parameters it takes does not depend on it
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            get_peft_model(model, every, autocast_adapter_dtype=False)
+    except (ValueError, AttributeError):  # peft knows no experts of this architecture
+        return
     experts = [
         name for name in every.target_parameters or () if not _ROUTERS & set(name.split("."))
     ]
@@ -172,7 +183,7 @@ def _absent_targets(part: LoraPart, model: PreTrainedModel) -> list[str]:
         return []
     names = [name for name, _ in model.named_modules()]
     absent = [t for t in part.targets if not any(n == t or n.endswith(f".{t}") for n in names)]
-    if not any(weight.ndim == 3 for weight in model.parameters()):
+    if not _has_fused_experts(model):
         _refuse_absent(absent, model)
     return absent
 

@@ -256,8 +256,11 @@ def training_arguments(plan: TrainPlan, model: PreTrainedModel) -> SFTConfig:
     config, batches = plan.config, plan.batches
     weights = next(model.parameters())
     on_gpu = weights.device.type == "cuda"
+    tokenizer = plan.metadata.tokenizer
+    pad, rows = tokenizer.pad_token_id, model.get_input_embeddings().num_embeddings
     return SFTConfig(
         output_dir=str(plan.folder),
+        pad_token=tokenizer.eos_token if pad is not None and pad >= rows else None,
         per_device_train_batch_size=math.ceil(batches.size / batches.processes / batches.passes),
         per_device_eval_batch_size=_held_out_rows(plan),
         gradient_accumulation_steps=batches.passes,
