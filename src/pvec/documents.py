@@ -114,6 +114,37 @@ def parse_record(line: str | bytes) -> dict[str, Any] | None:
     return record
 
 
+Shape = Any
+"""What a stored value must be: a type, several shapes, a dictionary of shapes by key (others may be
+there; ``...`` stands for every key), or a list of one shape for all items.
+"""
+
+
+def misfit(value: Any, shape: Shape, at: str = "the whole") -> str | None:
+    """Return where a stored value is not of a shape, or None where all of it is.
+
+    >>> misfit({"a": [1, "x"]}, {"a": [int]})
+    'a.1'
+    """
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return at
+        keys = [key for key in shape if key is not ...]
+        keys += [key for key in value if key not in shape and ... in shape]
+        parts = [(str(key), value.get(key), shape.get(key, shape.get(...))) for key in keys]
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            return at
+        parts = [(str(number), item, shape[0]) for number, item in enumerate(value)]
+    elif isinstance(shape, tuple):
+        return None if any(misfit(value, one) is None for one in shape) else at
+    else:
+        same = type(value) is shape or (shape is float and type(value) is int)
+        return None if same else at
+    prefix = "" if at == "the whole" else f"{at}."
+    return next(filter(None, (misfit(item, one, prefix + key) for key, item, one in parts)), None)
+
+
 def read_record(kind: type[Record], data: Mapping[str, Any]) -> Record:
     """Build a dataclass from a JSON object whose values have the types of its fields.
 

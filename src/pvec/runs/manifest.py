@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pvec.documents import DocumentError, read_json
+from pvec.documents import DocumentError, misfit, read_json
 from pvec.errors import StoreError
 from pvec.runs.files import atomic_write
 from pvec.runs.secrets import without_secrets
@@ -24,8 +24,8 @@ FORMAT = "pvec-run"
 FORMAT_VERSION = 1
 
 _ABSENT = object()
-_KINDS = {"format_version": int, "kind": str, "identity": dict, "sessions": list}
-"""What every manifest has, and of which type."""
+_SHAPE = {"format_version": int, "kind": str, "identity": dict, "sessions": [dict]}
+"""What every manifest has."""
 _PACKAGES = ("pvec", "torch", "transformers", "peft", "vllm", "numpy")
 
 
@@ -64,11 +64,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} was made by a newer pvec (run format {version}, this "
             f"one reads up to {FORMAT_VERSION}); update pvec or use another folder."
         )
-    for key, kind in _KINDS.items():
-        if not isinstance(manifest.get(key), kind) or isinstance(manifest[key], bool):
-            raise _damaged(path, f"it has no {key!r}, or another kind of value there")
-    if not all(isinstance(session, dict) for session in manifest["sessions"]):
-        raise _damaged(path, "its 'sessions' are not a list of objects")
+    wrong = misfit(manifest, _SHAPE)
+    if wrong is not None:
+        raise _damaged(path, f"it has no {wrong!r}, or another kind of value there")
     return manifest
 
 

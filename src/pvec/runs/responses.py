@@ -12,13 +12,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from pvec.documents import read_record
+from pvec.documents import Shape, read_record
 from pvec.types import FinishReason, Instruction, Sampling
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 """What JSON can say."""
 
 _ID_LENGTH = 20  # 80 bits: among ten million ids a collision has odds of 1 in 20 billion
+
+
+CONDITIONS: Mapping[str, Shape] = {
+    "extract": {"sign": str, "instruction": int, "rollout": int},
+    "steer-eval": {
+        "name": str, "role": str, "vector": str, "layers": [int], "coef": float, "rollout": int,
+    },
+}  # fmt: skip
+"""What ``condition`` holds, by the kind of the run; other kinds have keys of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pvec.closing import Closing
-from pvec.documents import read_record
+from pvec.documents import misfit, read_record
 from pvec.errors import InputError, StoreError, did_you_mean
 from pvec.runs.files import WriterLock, atomic_write, probe_writable
 from pvec.runs.jsonl import JsonlLog, read_jsonl
@@ -29,7 +29,7 @@ from pvec.runs.manifest import (
     timestamp,
     write_manifest,
 )
-from pvec.runs.responses import Json, ResponseRecord
+from pvec.runs.responses import CONDITIONS, Json, ResponseRecord
 from pvec.runs.secrets import safe_command
 from pvec.traits.trait import Trait, load_trait
 from pvec.types import Score
@@ -191,8 +191,14 @@ class Run(Closing):
     def responses(self) -> Iterator[ResponseRecord]:
         """Yield the answers in the order in which they finished, one at a time."""
         path = self.path / "responses.jsonl"
+        condition = CONDITIONS.get(self.manifest["kind"], dict)
         for number, data in read_jsonl(path):
             try:
+                wrong = misfit(data.get("condition"), condition)
+                if wrong is not None:
+                    raise ValueError(
+                        f"its condition has no {wrong!r}, or another kind of value there"
+                    )
                 yield ResponseRecord.from_json(data)
             except ValueError as exc:
                 raise _bad_line(path, number, exc) from None

@@ -6,9 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from pvec.documents import read_json
+from pvec.documents import Shape, misfit, read_json
 from pvec.errors import StoreError
 from pvec.runs.files import atomic_write
 from pvec.runs.jsonl import read_jsonl
@@ -40,25 +41,34 @@ def update_summary(folder: Path, **sections: Mapping[str, Any]) -> None:
     write_summary(folder, {**kept, **{k: {**kept.get(k, {}), **v} for k, v in sections.items()}})
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """Return what ``write_summary`` wrote. Raises ``StoreError`` when there is none yet."""
+def read_summary(folder: Path, *, shape: Shape = dict) -> dict[str, Any]:
+    """Return what ``write_summary`` wrote.
+
+    Raises ``StoreError`` when there is none yet, or when it is not of ``shape``.
+    """
     try:
         summary = read_json(folder / SUMMARY)
     except FileNotFoundError:
         raise StoreError(
             f"{folder} holds no results yet: run the command that made it again."
         ) from None
-    if not isinstance(summary, dict):
+    wrong = misfit(summary, shape)
+    if wrong is not None:
         raise StoreError(
-            f"{folder / SUMMARY} is damaged: run the command that made {folder} again."
+            f"{folder / SUMMARY} is damaged (at {wrong}): run the command that made {folder} again."
         )
-    return summary
+    return dict(summary)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """Return a training's log in order of steps; what a resumed run did again counts once."""
     lines: dict[tuple[float, bool, bool], dict[str, Any]] = {}
-    for _, line in read_jsonl(folder / LOG):
+    for number, line in read_jsonl(folder / LOG):
+        wrong = misfit(line, {"step": float, ...: (float, str, bool, NoneType, list)})
+        if wrong is not None:
+            raise StoreError(
+                f"{folder / LOG}:{number} is not a line that pvec wrote (at {wrong}): delete it."
+            )
         lines[line["step"], "eval_loss" in line, "train_loss" in line] = dict(line)
     return [lines[key] for key in sorted(lines)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pvec.report.figure import Figure, Table
@@ -15,6 +16,44 @@ from pvec.runs.names import model_label
 from pvec.runs.summary import DIFF_KIND, PROMPTS_KIND, SHIFT_KIND, read_summary
 
 _Summary = Mapping[str, Any]
+
+_NUMBER = (float, NoneType)
+_MEAN = {"mean": _NUMBER, "low": _NUMBER, "high": _NUMBER, "n": int}
+_R = {"r": _NUMBER, "low": _NUMBER, "high": _NUMBER, "n": int}
+_PLACE = {"vector": str, "layer": int}
+_SHAPES = {
+    DIFF_KIND: {
+        "data": str,
+        "natural": str,
+        "percentile": float,
+        "kept": (str, NoneType),
+        **dict.fromkeys(("rows", "unanswered", "removed_rows"), int),
+        "columns": [{
+            **_PLACE,
+            "score": {"mean": _MEAN, "auc": _NUMBER, "threshold": _NUMBER, "above": int,
+                      "reference": (_MEAN, NoneType)},
+            "agreement": (_R, NoneType),
+        }],
+        "suspicious": [
+            {"line": int, "question": str, "response": str, "natural": str,
+             "differences": {...: _NUMBER}}
+        ],
+    },
+    PROMPTS_KIND: {
+        "columns": [
+            {**_PLACE, "metric": str, "overall": _R, "within": _R, "same_question": _R}
+        ],
+        "points": {
+            ...: [{"condition": str, "score": _NUMBER, "projections": {...: _NUMBER}}]
+        },
+    },
+    SHIFT_KIND: {
+        "base": str,
+        "shifts": [{**_PLACE, "checkpoint": str, "shift": _MEAN, "score": _NUMBER}],
+        "trends": [{**_PLACE, "pearson": _R, "spearman": _R}],
+    },
+}  # fmt: skip
+"""What this page reads of a summary."""
 
 _PARTS = {"overall": "overall", "within": "within condition", "same_question": "within question"}
 """Correlations of a monitored vector, and what the table calls them."""
@@ -27,7 +66,9 @@ def build(runs: Sequence[RunData]) -> Chapter:
         PROMPTS_KIND: _monitoring,
         SHIFT_KIND: _shift,
     }
-    sections = tuple(makers[run.kind](run, read_summary(run.path)) for run in runs)
+    sections = tuple(
+        makers[run.kind](run, read_summary(run.path, shape=_SHAPES[run.kind])) for run in runs
+    )
     return Chapter(summary=" ".join(section.summary for section in sections), sections=sections)
 
 
