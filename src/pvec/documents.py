@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -78,13 +79,16 @@ def read_text(path: Path) -> str:
         raise DocumentError(path, f"cannot be read: {_reason(error)}", remedy=_OTHER) from None
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, finite: bool = True) -> Any:
     """Return what a JSON file holds. Raises as ``read_text`` and ``parse_json`` do."""
-    return parse_json(read_text(path), where=path)
+    return parse_json(read_text(path), where=path, finite=finite)
 
 
-def parse_json(text: str, *, where: str | Path) -> Any:
-    """Return what a JSON text holds; ``DocumentError`` begins with ``where`` and names the line."""
+def parse_json(text: str, *, where: str | Path, finite: bool = True) -> Any:
+    """Return what a JSON text holds; ``DocumentError`` begins with ``where`` and names the line.
+
+    With ``finite`` NaN and infinite numbers are refused, which JSON does not have.
+    """
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -97,7 +101,7 @@ def parse_json(text: str, *, where: str | Path) -> Any:
         raise DocumentError(where, _TOO_DEEP) from None
     except ValueError:  # of int(), which takes 4,300 digits
         raise DocumentError(where, "holds a number of thousands of digits") from None
-    return _checked(value, where)
+    return _checked(value, where, finite=finite)
 
 
 def parse_record(line: str | bytes) -> dict[str, Any] | None:
@@ -233,13 +237,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _checked(value: Any, where: str | Path) -> Any:
+def _checked(value: Any, where: str | Path, *, finite: bool = False) -> Any:
     """Refuse a value with too many levels, or with text that cannot be written as UTF-8."""
     if _deeper_than(value, MOST_LEVELS):
         raise DocumentError(where, _TOO_DEEP)
-    for text in _texts(value, where):
+    for leaf in _leaves(value, where):
+        if isinstance(leaf, float) and finite and not math.isfinite(leaf):
+            raise DocumentError(where, "holds a number that is not finite")
         try:
-            text.encode()
+            if isinstance(leaf, str):
+                leaf.encode()
         except UnicodeEncodeError:
             raise DocumentError(where, "holds half of a surrogate pair, which is no text") from None
     return value
@@ -260,21 +267,21 @@ def _deeper_than(value: Any, levels: int) -> bool:
     return True
 
 
-def _texts(value: Any, where: str | Path) -> list[str]:
-    """Return every text of a value with few levels, its aliases written out."""
-    texts, rest, count = [], [value], 0
+def _leaves(value: Any, where: str | Path) -> list[Any]:
+    """Return the values of a value with few levels, keys included, its aliases written out."""
+    leaves, rest, count = [], [value], 0
     while rest:
         item = rest.pop()
         count += 1
         if count > MOST_VALUES:
             raise DocumentError(where, f"has more than {MOST_VALUES:,} values")
-        if isinstance(item, str):
-            texts.append(item)
-        elif isinstance(item, list):
+        if isinstance(item, list):
             rest += item
         elif isinstance(item, dict):
             rest += [*item, *item.values()]
-    return texts
+        else:
+            leaves.append(item)
+    return leaves
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -222,7 +222,7 @@ def _turn(
     message: Mapping[str, Any], *, role_key: str, text_key: str, roles: Mapping[str, str]
 ) -> _Turn:
     role = message.get(role_key)
-    if role in _TOOL_ROLES:
+    if isinstance(role, str) and role in _TOOL_ROLES:
         raise InputError(f"has the role {role!r}: {_NO_TOOLS}")
     for key, reason in _UNREAD_MESSAGE_KEYS.items():
         if message.get(key):

@@ -85,7 +85,7 @@ def locate_model(spec: ModelSpec, *, weights: bool = True) -> ModelFiles:
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """Return a JSON file of the model as a dictionary."""
     try:
-        content = read_json(folder / name)
+        content = read_json(folder / name, finite=False)
     except FileNotFoundError:
         raise ModelError(f"There is no {folder / name}: fetch or save the model again.") from None
     except DocumentError as error:

@@ -200,6 +200,7 @@ def _sentence(error: ValidationError, origins: Mapping[str, str]) -> str:
             path = path.rpartition(".")[0]
         secret = path in fields() and "SecretStr" in str(fields()[path].annotation)
         shown = "" if secret else f" = {item['input']!r}"
-        message = item["msg"][0].lower() + item["msg"][1:]
+        message = item["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
         parts.append(f"{path}{shown} (from {origins.get(path, 'the settings')}): {message}")
     return "; ".join(parts) + "."

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from pvec.documents import DocumentError, read_text
+from pvec.errors import StoreError
 from pvec.report.figure import Figure, Table
 from pvec.report.figures import Dot, exact, histogram, scatter
 from pvec.report.page import Answer, Chapter, Section
@@ -146,7 +149,15 @@ def _screening_table(columns: Sequence[_Summary]) -> Table:
 
 
 def _difference_figures(run: RunData, stored: _Summary) -> Iterator[Figure]:
-    values = _differences(run.path / "samples.csv")
+    try:
+        values = _differences(run.path / "samples.csv")
+        for column in stored["columns"]:
+            _ = [rows[f"{column['vector']}_layer{column['layer']}"] for rows in values.values()]
+    except (FileNotFoundError, DocumentError, KeyError, ValueError, csv.Error):
+        raise StoreError(
+            f"{run.path / 'samples.csv'} is missing or damaged: run the command that made "
+            f"{run.path} again."
+        ) from None
     for column in stored["columns"]:
         name = f"{column['vector']}_layer{column['layer']}"
         groups = [(group, rows[name]) for group, rows in values.items()]
@@ -165,13 +176,12 @@ def _difference_figures(run: RunData, stored: _Summary) -> Iterator[Figure]:
 def _differences(path: Path) -> dict[str, dict[str, list[float]]]:
     """Return set → column → differences, as ``samples.csv`` holds them."""
     table: dict[str, dict[str, list[float]]] = {}
-    with path.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            columns = table.setdefault(row["set"], {})
-            for name, cell in row.items():
-                if name.endswith("_difference"):
-                    values = columns.setdefault(name.removesuffix("_difference"), [])
-                    values += [float(cell)] if cell else []
+    for row in csv.DictReader(io.StringIO(read_text(path), newline="")):
+        columns = table.setdefault(row["set"], {})
+        for name, cell in row.items():
+            if name and name.endswith("_difference"):
+                values = columns.setdefault(name.removesuffix("_difference"), [])
+                values += [float(cell)] if cell else []
     return table
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from pvec.documents import misfit, read_json
+from pvec.errors import StoreError
 from pvec.report.figure import Cell, Figure, Table
 from pvec.report.figures import Level, Line, Panel, exact, line_chart
 from pvec.report.page import Chapter, Section
@@ -20,6 +22,20 @@ def build(runs: Sequence[RunData]) -> Chapter:
     return Chapter(summary=summary, sections=sections)
 
 
+_RESULT = {"steps": int, "first_loss": float, "last_loss": float, "stopped_early": bool}
+"""What this page reads of a training's result."""
+
+
+def _read_result(path: Path) -> Mapping[str, Any]:
+    result: Mapping[str, Any] = read_json(path, finite=False)
+    wrong = misfit(result, _RESULT)
+    if wrong is not None:
+        raise StoreError(
+            f"{path} is damaged (at {wrong}): delete it and run the same `pvec train` again."
+        )
+    return result
+
+
 class _Finetuning:
     """One run, read once. ``result`` is empty while the training is not finished."""
 
@@ -29,7 +45,7 @@ class _Finetuning:
         path = data.path / "result.json"
         self.result: Mapping[str, Any] = {}
         if path.is_file():
-            self.result = json.loads(path.read_text(encoding="utf-8"))
+            self.result = _read_result(path)
         self.loss = self._line("training loss", "loss")
         self.held_out = self._line("held-out loss", "eval_loss")
         keys = dict.fromkeys(key for line in self.log for key in line if key.startswith(PREFIX))
