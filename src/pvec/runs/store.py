@@ -112,7 +112,7 @@ class Run(Closing):
 
     @property
     def notes(self) -> list[str]:
-        """What was repaired on opening, one sentence each. Opens the logs that a writable run has."""
+        """What was repaired on opening, one sentence each. Opens the logs that are there."""
         logs = {"responses.jsonl": "_response_log", "scores.jsonl": "_score_log"}
         there = [getattr(self, log) for name, log in logs.items() if (self.path / name).exists()]
         return [log.note for log in there if log.note]
