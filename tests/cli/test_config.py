@@ -70,3 +70,13 @@ def test_secrets_are_masked(
     assert "sk-secret" not in captured.out + captured.err
     assert "**********" in captured.out
     assert "PVEC_JUDGE__API_KEY" in captured.out
+
+
+def test_a_url_is_shown_without_its_password_and_query(capsys: pytest.CaptureFixture[str]) -> None:
+    url = "https://me:hunter2@host:8000/v1?key=s3cret"
+    run("config", "--judge-url", url, "--json")
+    assert shown(capsys)["judge.base_url"]["value"] == "https://host:8000/v1"
+    run("config", "--judge-url", url)
+    text = capsys.readouterr().out
+    assert "hunter2" not in text
+    assert "s3cret" not in text

@@ -187,6 +187,13 @@ def test_a_second_round_asks_only_for_errors_again() -> None:
     assert third.asked == []
 
 
+def test_what_failed_before_is_asked_last() -> None:
+    """Else twenty prompts that always fail would stop every call at the same place."""
+    failed = {build_query(answer, EVIL, judge="j").id for answer in ANSWERS[:3]}
+    asked = list(missing_queries(ANSWERS, [EVIL], judge="j", failed=failed))
+    assert [query.response_id for query in asked] == ["r3", "r4", "r0", "r1", "r2"]
+
+
 def test_the_same_answer_given_twice_is_asked_about_once() -> None:
     assert len(list(missing_queries([*ANSWERS, *ANSWERS], METRICS, judge="j"))) == 10
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import typer
 
 from pvec.cli.console import Console, table
 from pvec.cli.options import console_from, new_app, options, resolved_from
-from pvec.settings import Resolved
+from pvec.runs.secrets import without_secrets
 
 app = new_app()
 
@@ -19,17 +22,11 @@ def config(ctx: typer.Context) -> None:
     Order: command line, environment and `.env`, `pvec.yaml` or `--config FILE`, defaults.
     """
     resolved = resolved_from(ctx)
-    result = {path: {"value": value, "origin": origin} for path, value, origin in resolved.rows()}
-    console_from(ctx).emit(result, lambda console: _render(console, resolved))
+    rows = [(path, without_secrets(value), origin) for path, value, origin in resolved.rows()]
+    result = {path: {"value": value, "origin": origin} for path, value, origin in rows}
+    console_from(ctx).emit(result, lambda console: _render(console, rows))
 
 
-def _render(console: Console, resolved: Resolved) -> None:
-    console.print(
-        table(
-            ("setting", "value", "from"),
-            (
-                (path, "" if value is None else str(value), at)
-                for path, value, at in resolved.rows()
-            ),
-        )
-    )
+def _render(console: Console, settings: Sequence[tuple[str, Any, str]]) -> None:
+    rows = ((path, "" if value is None else str(value), at) for path, value, at in settings)
+    console.print(table(("setting", "value", "from"), rows))

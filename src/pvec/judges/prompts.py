@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from pvec.runs.responses import ResponseRecord
@@ -101,24 +101,27 @@ def build_query(
 
 
 def missing_queries(
-    responses: Iterable[ResponseRecord],
+    responses: Sequence[ResponseRecord],
     metrics: Sequence[Metric],
     *,
     judge: str,
     fenced: bool = True,
     scored: Collection[str] = frozenset(),
+    failed: Collection[str] = frozenset(),
 ) -> Iterator[JudgeQuery]:
     """Yield one query per response and metric whose id is not in ``scored``; none twice.
 
-    Scores of before the tags count too: they were paid for.
+    Scores of before the tags count too: they were paid for. Those that ``failed`` in an earlier
+    call come last, so that they cannot keep the others from being asked at all.
     """
     built: set[str] = set()
-    for response in responses:
-        for metric in metrics:
-            query = build_query(response, metric, judge=judge, fenced=fenced)
-            if query.id in scored or query.id in built:
-                continue
-            if fenced and build_query(response, metric, judge=judge, fenced=False).id in scored:
-                continue
-            built.add(query.id)
-            yield query
+    for again in (False, True) if failed else (False,):
+        for response in responses:
+            for metric in metrics:
+                query = build_query(response, metric, judge=judge, fenced=fenced)
+                if query.id in scored or query.id in built or (query.id in failed) != again:
+                    continue
+                if fenced and build_query(response, metric, judge=judge, fenced=False).id in scored:
+                    continue
+                built.add(query.id)
+                yield query

@@ -119,6 +119,7 @@ class ResponseScorer(Closing):
             [_scaled(metric, scale) for metric in metrics],
             judge=self.judge,
             scored=run.scored_ids(),
+            failed=run.failed_ids(),
             on_score=lambda score: run.append_score(replace(score, judge=self.name)),
             on_progress=on_progress,
         )
@@ -175,10 +176,12 @@ def score_responses(
     *,
     judge: Judge,
     scored: Collection[str] = frozenset(),
+    failed: Collection[str] = frozenset(),
     on_score: Callable[[Score], None],
     on_progress: Callable[[Progress], None] = ignore,
 ) -> JudgeReport:
-    """Score what is not in ``scored`` yet; each score goes to ``on_score`` as it finishes.
+    """Score what is not in ``scored`` yet, what ``failed`` before last; each score goes to
+    ``on_score`` as it finishes.
 
     A response that failed is not an answer and gets no score.
 
@@ -189,7 +192,12 @@ def score_responses(
 
     def queries() -> Iterator[JudgeQuery]:
         return missing_queries(
-            responses, metrics, judge=judge.name, fenced=judge.fenced, scored=scored
+            responses,
+            metrics,
+            judge=judge.name,
+            fenced=judge.fenced,
+            scored=scored,
+            failed=failed,
         )
 
     left = sum(1 for _ in queries())

@@ -225,6 +225,10 @@ class Run(Closing):
         """
         return {score.id for score in self._latest_scores() if score.status != "error"}
 
+    def failed_ids(self) -> set[str]:
+        """Return the ids of judgements that ended in error and are to be repeated."""
+        return {score.id for score in self._latest_scores() if score.status == "error"}
+
     def judges(self) -> list[str]:
         """Return the judges that scored something here, in the order of their first score."""
         return list(dict.fromkeys(score.judge for score in self.scores()))
