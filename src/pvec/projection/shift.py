@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,9 @@ from pvec.projection.projector import LoadedVectors, Projector, open_vectors
 from pvec.projection.study import open_run
 from pvec.runs.listing import list_runs
 from pvec.runs.names import run_name
+from pvec.runs.responses import stable_hash
 from pvec.runs.store import Run
-from pvec.runs.summary import SHIFT_KIND, write_summary
+from pvec.runs.summary import SHIFT_KIND, SUMMARY, read_summary, write_summary
 from pvec.settings import Settings
 from pvec.stats import Correlation, Interval, correlation, grouped_mean
 from pvec.traits.trait import load_trait
@@ -98,15 +100,27 @@ def run(
     with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
         loaded = open_vectors(session, vectors)
         prompts = _prompts(session, loaded, traits=traits, questions=questions)
-        folder = out or settings.paths.runs / run_name("shift", model=base, adapter=None)
+        wholes = {
+            name: _whole_model(name, session) for name, files in adapters.items() if files is None
+        }
+        measured = stable_hash(
+            {
+                "checkpoints": [_place(name) for name in checkpoints],
+                "vectors": loaded.fingerprints,
+                "layers": list(loaded.layers),
+                "prompts": [list(ids) for ids in prompts],
+            }
+        )
+        folder = _free_folder(settings, base, out=out, measured=measured, checkpoints=checkpoints)
         identity = {
             "trait": "finetuning shift",
             "model": session.metadata.id,
             "fingerprint": session.metadata.fingerprint,
         }
         with open_run(session, folder, kind=SHIFT_KIND, identity=identity) as work:
+            work.store.update_manifest(measured=measured)
             with work.store.stage("capture"):
-                values = _measure_all(session, adapters, loaded, prompts)
+                values = _measure_all(session, adapters, wholes, loaded, prompts)
             result = _result(settings, base, values, loaded, folder)
             write_summary(folder, dataclasses.asdict(result))
     return result
@@ -115,6 +129,7 @@ def run(
 def _measure_all(
     session: ModelSession,
     adapters: Mapping[str, object | None],
+    wholes: Mapping[str, ModelSession],
     vectors: LoadedVectors,
     prompts: Sequence[tuple[int, ...]],
 ) -> dict[str, np.ndarray]:
@@ -141,10 +156,9 @@ def _measure_all(
             with _adapter_on(_backend(session), files) as backend:
                 values[name] = measure(backend) - at_base
     session.close()
-    for name, files in adapters.items():
-        if files is None:
-            with _whole_model(name, session) as whole:
-                values[name] = measure(_backend(whole)) - at_base
+    for name, whole in wholes.items():
+        with whole:
+            values[name] = measure(_backend(whole)) - at_base
     return {name: values[name] for name in adapters}
 
 
@@ -160,8 +174,42 @@ def _adapter_on(backend: HFBackend, files: object) -> Iterator[HFBackend]:
         backend.model = plain
 
 
+def _free_folder(
+    settings: Settings, base: str, *, out: Path | None, measured: str, checkpoints: Sequence[str]
+) -> Path:
+    """Return the run of this very measurement, or a folder that holds no other one.
+
+    By default ``runs/shift-BASE``, then ``runs/shift-BASE-2`` and so on. Raises ``InputError``
+    where ``out`` holds another measurement: its results would be overwritten.
+    """
+    if out is not None:
+        if _holds_another(out, measured, checkpoints):
+            raise InputError(
+                f"{out} holds a shift of other checkpoints, vectors or prompts, which would be "
+                f"overwritten: give another --out."
+            )
+        return out
+    folder = settings.paths.runs / run_name("shift", model=base, adapter=None)
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(
+        path
+        for path in chain([folder], numbered)
+        if not _holds_another(path, measured, checkpoints)
+    )
+
+
+def _holds_another(folder: Path, measured: str, checkpoints: Sequence[str]) -> bool:
+    """Whether the results in ``folder`` are of another measurement."""
+    if not (folder / SUMMARY).is_file():
+        return False
+    recorded = Run.read(folder).manifest.get("measured")
+    if recorded is None:  # a run of version 0.1, which noted the checkpoints only
+        return list(read_summary(folder)["checkpoints"]) != list(checkpoints)
+    return bool(recorded != measured)
+
+
 def _whole_model(name: str, base: ModelSession) -> ModelSession:
-    """Return a whole finetuned model, of the base's shape."""
+    """Return a whole finetuned model, of the base's shape; its weights are not loaded yet."""
     session = ModelSession(_on_base(base.settings, name), notify=base.notify)
     mine, theirs = session.metadata, base.metadata
     if (mine.num_layers, mine.hidden_size) != (theirs.num_layers, theirs.hidden_size):
