@@ -24,16 +24,32 @@ class ArrowTable(Table):
     schema: Any
 
     def read(self) -> Iterator[Row | BadRow]:
-        """Yield every row; there are no bad ones."""
+        """Yield every row; there are no bad ones. Raises ``InputError`` for damaged data."""
         number = 0
-        for batch in self._batches():
-            for index, values in enumerate(batch.to_pylist()):
+        for batch, rows in self._read_batches():
+            for index, values in enumerate(rows):
                 yield Row(number=number, line=number + 1, values=values, raw=(batch, index))
                 number += 1
 
     def writer(self, stream: IO[bytes], *, columns: Sequence[str]) -> TableWriter:
         """Return a writer; new columns are double-precision numbers, or text if the first is."""
         return _ParquetWriter(self, stream, columns)
+
+    def _read_batches(self) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+        pyarrow, _ = _packages()
+        batches = self._batches()
+        while True:
+            try:
+                batch = next(batches, None)
+                rows = [] if batch is None else batch.to_pylist()
+            except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as exc:
+                reason = str(exc).split("\n", maxsplit=1)[0]
+                raise InputError(
+                    f"{self.path} holds data that cannot be read ({reason}): write it again."
+                ) from exc
+            if batch is None:
+                return
+            yield batch, rows
 
     def _batches(self) -> Iterator[Any]:
         raise NotImplementedError

@@ -194,6 +194,8 @@ def _sharegpt(messages: object) -> Iterator[_Turn]:
 def _alpaca(values: Mapping[str, Any]) -> Iterator[_Turn]:
     """Yield the turns of an instruction with its input and output."""
     history = values.get("history") or []
+    if not isinstance(history, list):
+        raise InputError("has an Alpaca 'history' that is no list")
     for pair in history:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise InputError("has an Alpaca 'history' that is no list of question and answer")
