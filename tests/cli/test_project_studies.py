@@ -318,6 +318,28 @@ def test_a_shift_is_the_difference_at_the_last_prompt_token(
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
+def test_a_second_shift_from_one_base_leaves_the_first_alone(
+    project: Call, tmp_path: Path, model: Path
+) -> None:
+    first, second = (save_adapter(model, tmp_path / f"ft{seed}", seed=seed) for seed in (1, 2))
+    questions = write_prompts(tmp_path / "prompts.jsonl")
+    folders = []
+    for adapter in (first, second, first):
+        done = project("shift", model, adapter, "--questions", questions, "--json", base=False)
+        assert done.code == 0, done.err
+        folders.append(done.json["run"])
+    assert folders[0] == folders[2] != folders[1]
+    for folder, adapter in zip(folders, (first, second), strict=False):
+        assert json.loads((Path(folder) / "summary.json").read_text())["checkpoints"] == [
+            str(adapter)
+        ]
+    other = project(
+        "shift", model, second, "--questions", questions, "--out", folders[0], base=False
+    )
+    assert other.code == 2
+    assert "would be overwritten" in other.sentence
+
+
 def test_one_model_is_no_shift(project: Call, model: Path) -> None:
     done = project("shift", model, base=False)
     assert done.code == 2

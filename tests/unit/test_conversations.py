@@ -11,9 +11,10 @@ import pytest
 from helpers.models import tiny_tokenizer
 
 from pvec.data.conversations import Chat, Columns, Pair, conversation_of
+from pvec.data.json_table import parse_row
 from pvec.data.spans import SpanMaker, TemplateCheck
+from pvec.data.tables import BadRow, Row, open_table
 from pvec.errors import InputError
-from pvec.parsing import MAX_DEPTH, TextError, parse_json
 from pvec.projection.inputs import open_source
 from pvec.settings import Settings
 from pvec.training.data import read_chats
@@ -151,26 +152,52 @@ def test_thinking_is_counted_where_it_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}", "nested deeper"),
-        (b"[" * (MAX_DEPTH + 2) + b"]" * (MAX_DEPTH + 2), "nested deeper"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "more than 4300 digits"),
+        (b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}", "levels"),
+        (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "levels"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "thousands of digits"),
         (b'{"a": 1, "a": 2}', "the key 'a' twice"),
+        (b'{"a": "\\ud83d"}', "half of a surrogate pair"),
         ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
-        ('{"a": 1}'.encode("utf-16-le"), "NUL bytes"),
+        ('{"a": 1}'.encode("utf-16-le"), "not valid JSON"),
         (b'{"a": "\xff"}', "not UTF-8"),
         (b'{"a": ', "not valid JSON"),
+        (b"[1]", "not a JSON object"),
     ],
 )
-def test_json_that_would_break_a_reader_is_named(text: bytes, said: str) -> None:
-    with pytest.raises(TextError, match=said):
-        parse_json(text)
+def test_a_row_that_would_break_a_reader_is_named(text: bytes, said: str) -> None:
+    row = parse_row(text, number=0, line=1)
+    assert isinstance(row, BadRow)
+    assert said in row.reason
 
 
-def test_json_at_the_limits_is_read() -> None:
-    deep = b"[" * MAX_DEPTH + b"]" * MAX_DEPTH
-    assert json.dumps(parse_json(deep)).encode() == deep
-    assert parse_json(b"9" * 4300) == int("9" * 4300)
-    assert parse_json(b'"\\ud83d"') == "\ud83d"
+def test_a_row_at_the_limits_is_read() -> None:
+    text = b'{"a": ' + b"[" * 90 + b"]" * 90 + b', "b": ' + b"9" * 4300 + b"}"
+    row = parse_row(text, number=0, line=1)
+    assert isinstance(row, Row)
+    assert json.dumps(row.values).encode() == text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", 'prompt,answer\nx,"y\n', "a quoted cell that is never closed"),
+        ("a.csv", "prompt,answer\nx,y\x00z\n", "NUL bytes"),
+        ("a.json", '[{"prompt": "a", "answer": "b"},', "is not valid JSON"),
+        ("a.json", '{"prompt": "a"}', "must hold a list of rows"),
+    ],
+)
+def test_a_table_that_is_cut_off_or_no_text_is_named(
+    name: str, content: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=said):
+        list(open_table(tmp_path / name).rows())
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.csv")
+    with pytest.raises(InputError, match="a pipe or a device"):
+        open_table(tmp_path / "a.csv")
 
 
 @pytest.mark.skipif(not DATA, reason="PVEC_TEST_DATA is not set")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pvec.data.csv_table import defused, restored
 from pvec.data.judged_csv import JudgedAnswer, read_judged_csv, write_judged_csv
 from pvec.errors import InputError
+from pvec.runs.manifest import new_manifest
 
 DATA = os.environ.get("PVEC_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="PVEC_TEST_DATA is not set")
@@ -88,3 +92,30 @@ def test_a_score_that_is_none_is_named_by_line(tmp_path: Path, cell: str) -> Non
 def test_a_missing_score_is_none_and_never_zero(tmp_path: Path, cell: str) -> None:
     (tmp_path / "e.csv").write_text(f"prompt,answer,evil,coherence\na,b,{cell},2\n")
     assert [one.trait_score for one in read_judged_csv(tmp_path / "e.csv", trait="evil")] == [None]
+
+
+FORMULAS = ["=1+1", "@SUM(A1)", "-2+3+cmd|' /C calc'!A0", '+HYPERLINK("x")', "'=1", "\t=1"]
+PLAIN = ["- one\n- two", "-1.5", "'tis", "a = b (c)", ""]
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_a_run_s_table_holds_nothing_that_a_spreadsheet_would_execute(
+    text: str, tmp_path: Path
+) -> None:
+    row = JudgedAnswer(
+        question="q", prompt="p", answer=text, question_id="1", trait_score=-1.0, coherence=None
+    )
+    manifest = new_manifest(kind="extract", identity={})
+    for exact in (True, False, None):
+        manifest["settings"] = {"paths": {} if exact is None else {"exact_csv": exact}}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        path = tmp_path / "evil_pos.csv"
+        write_judged_csv(path, [dataclasses.replace(row, trait_score=50.0)], trait="evil")
+        (found,) = pd.read_csv(path)["answer"]
+        assert found == (f"'{text}" if exact is False else text)
+        assert next(iter(read_judged_csv(path, trait="evil"))).answer == text
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_a_text_that_is_no_formula_stays_as_it_is(text: str) -> None:
+    assert defused(text) == restored(text) == text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -94,7 +95,10 @@ class CsvRowWriter(TableWriter):
         own: Sequence[str],
         columns: Sequence[str],
         cells: Callable[[Row], Mapping[str, Cell]],
+        *,
+        exact: bool = False,
     ) -> None:
+        self._exact = exact
         self._stream = stream
         self._own = own
         self._columns = columns
@@ -105,19 +109,27 @@ class CsvRowWriter(TableWriter):
         """Write one row; a cell that ``cells`` lacks is empty."""
         found = self._cells(row)
         cells = [*(found.get(name) for name in self._own), *(values[n] for n in self._columns)]
-        self._stream.write(encode_row([_cell(cell) for cell in cells]) + b"\n")
+        texts = [_new_cell(cell, exact=self._exact) for cell in cells]
+        self._stream.write(encode_row(texts) + b"\n")
 
 
-def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> int:
+def write_csv(
+    path: str | Path,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Cell]],
+    *,
+    exact: bool = False,
+) -> int:
     """Write a new CSV file, replacing what is at ``path`` as a whole; return the number of rows.
 
-    None and NaN are empty cells. Raises ``StoreError`` when it cannot be written.
+    None and NaN are empty cells. Texts that a spreadsheet would execute are ``defused``, unless
+    ``exact``. Raises ``StoreError`` when it cannot be written.
     """
     count = 0
     with atomic_write(path) as stream:
         stream.write(encode_row(columns) + b"\n")
         for row in rows:
-            stream.write(encode_row([_cell(cell) for cell in row]) + b"\n")
+            stream.write(encode_row([_new_cell(cell, exact=exact) for cell in row]) + b"\n")
             count += 1
     return count
 
@@ -198,6 +210,24 @@ def _records(stream: IO[bytes], delimiter: str) -> Iterator[_Record]:
             problem = "holds NUL bytes, so it is not UTF-8 text (is it UTF-16?)"
         if cells or problem:
             yield _Record(first, raw, cells, problem)
+
+
+_FORMULA = re.compile(r"""'*\s*([=@]|[+-][^(|]*[(|])""", re.DOTALL)
+"""Text that a spreadsheet would execute: a formula, or a sum that calls a function or program."""
+
+
+def defused(text: str) -> str:
+    """Return ``text`` with an apostrophe in front where a spreadsheet would execute it."""
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def restored(text: str) -> str:
+    """Return what ``defused`` made this text of."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
+def _new_cell(value: Cell, *, exact: bool) -> str:
+    return defused(value) if isinstance(value, str) and not exact else _cell(value)
 
 
 def _cell(value: Cell) -> str:

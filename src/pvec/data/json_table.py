@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import IO
 
 from pvec.data.table import BadRow, Cell, Row, Table, TableWriter
+from pvec.documents import DocumentError, parse_json
 from pvec.errors import InputError
-from pvec.parsing import TextError, parse_json
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -119,9 +119,11 @@ class _ListWriter(_LinesWriter):
 def parse_row(raw: bytes, *, number: int, line: int) -> Row | BadRow:
     """Return the JSON object in ``raw`` as a row, or as a bad one that says what is wrong."""
     try:
-        values = parse_json(raw)
-    except TextError as error:
-        return BadRow(line=line, reason=str(error))
+        values = parse_json(raw.removeprefix(_BOM).decode(), where="row")
+    except UnicodeDecodeError:
+        return BadRow(line=line, reason="is not UTF-8 text")
+    except DocumentError as error:
+        return BadRow(line=line, reason=error.problem)
     if not isinstance(values, dict):
         return BadRow(line=line, reason="is not a JSON object")
     return Row(number=number, line=line, values=values, raw=raw)
@@ -133,20 +135,12 @@ def extended_line(row: Row, new: Mapping[str, Cell]) -> bytes:
     body = raw.rstrip()
     end = raw[len(body) :] or b"\n"
     if any(name in row.values for name in new):
-        body = encoded({**row.values, **new})
+        body = json.dumps({**row.values, **new}, ensure_ascii=False).encode()
     elif new:
-        addition = encoded(new)[1:-1]
+        addition = json.dumps(new, ensure_ascii=False)[1:-1].encode()
         comma = b", " if row.values else b""
         body = body[:-1].rstrip() + comma + addition + b"}"
     return body + end
-
-
-def encoded(value: Mapping[str, object]) -> bytes:
-    """Return an object as UTF-8 JSON; half of a surrogate pair stays an escape."""
-    try:
-        return json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return json.dumps(value).encode()
 
 
 def _space(text: str, place: int) -> int:

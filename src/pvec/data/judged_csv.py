@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pvec.data.csv_table import CsvTable, write_csv
+from pvec.data.csv_table import CsvTable, restored, write_csv
 from pvec.data.table import require_file
 from pvec.errors import InputError
+from pvec.runs.manifest import FILE_NAME, read_manifest
 
 _COLUMNS = ("question", "prompt", "answer", "question_id")
 _COHERENCE = "coherence"
@@ -36,13 +37,17 @@ class JudgedAnswer:
 def write_judged_csv(path: str | Path, answers: Iterable[JudgedAnswer], *, trait: str) -> int:
     """Write ``answers`` to ``path``, replacing it as a whole, and return how many there were.
 
+    In a run, texts that a spreadsheet would execute get an apostrophe in front, unless its settings
+    say ``paths.exact_csv``; ``read_judged_csv`` removes it again. Elsewhere texts stay as they are.
     Raises ``StoreError`` when it cannot be written.
     """
     rows = (
         (a.question, a.prompt, a.answer, a.question_id, _float(a.trait_score), _float(a.coherence))
         for a in answers
     )
-    return write_csv(path, (*_COLUMNS, trait, _COHERENCE), rows)
+    return write_csv(
+        path, (*_COLUMNS, trait, _COHERENCE), rows, exact=not defuses_csv(Path(path).parent)
+    )
 
 
 def read_judged_csv(path: str | Path, *, trait: str) -> Iterator[JudgedAnswer]:
@@ -58,16 +63,27 @@ def read_judged_csv(path: str | Path, *, trait: str) -> Iterator[JudgedAnswer]:
 
 
 def _judged_rows(table: CsvTable, trait: str) -> Iterator[JudgedAnswer]:
+    text = restored if defuses_csv(table.path.parent) else str
     for row in table.rows():
         where = f"{table.path}:{row.line}"
         yield JudgedAnswer(
-            question=row.values.get("question", ""),
-            prompt=row.values["prompt"],
-            answer=row.values["answer"],
-            question_id=row.values.get("question_id", ""),
+            question=text(row.values.get("question", "")),
+            prompt=text(row.values["prompt"]),
+            answer=text(row.values["answer"]),
+            question_id=text(row.values.get("question_id", "")),
             trait_score=_score(row.values[trait], where=where, column=trait),
             coherence=_score(row.values[_COHERENCE], where=where, column=_COHERENCE),
         )
+
+
+def defuses_csv(folder: Path) -> bool:
+    """Whether ``folder`` is a run whose tables have an apostrophe before what a spreadsheet would
+    execute: a run of version 0.1 does not say so and has none.
+    """
+    if not (folder / FILE_NAME).is_file():
+        return False
+    paths = read_manifest(folder).get("settings", {}).get("paths", {})
+    return paths.get("exact_csv") is False
 
 
 def _float(score: float | None) -> float | None:

@@ -25,6 +25,7 @@ from pvec.data.conversations import (
 )
 from pvec.data.csv_table import CsvRowWriter
 from pvec.data.json_table import JsonlTable
+from pvec.data.judged_csv import defuses_csv
 from pvec.data.spans import TemplateCheck
 from pvec.data.tables import (
     BadRow,
@@ -142,7 +143,9 @@ class RunTable(Table):
             found = scores.get(row.raw.id, {})
             return {**row.values, **{m: found[m].score for m in metrics if m in found}}
 
-        return CsvRowWriter(stream, (*self.columns, *metrics), columns, cells)
+        return CsvRowWriter(
+            stream, (*self.columns, *metrics), columns, cells, exact=not defuses_csv(self.path)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -228,7 +228,7 @@ class _Screening:
         """Return the samples furthest out, in units of each column's spread, with the base model's
         answers: the cheap modes generate those few now.
         """
-        spread = np.nanstd(differences, axis=0)
+        spread = np.ma.masked_invalid(differences).std(axis=0).filled(0.0)
         furthest = np.max(np.nan_to_num(differences / np.where(spread, spread, 1), nan=-np.inf), 1)
         numbers = [int(n) for n in np.argsort(-furthest)[:SHOWN] if np.isfinite(furthest[n])]
         samples, prompts = self.sets["data"], self.base.prompts

@@ -80,6 +80,10 @@ class PathSettings(Section):
     runs: Path = Path("runs")
     """Folder that holds the run folders"""
 
+    exact_csv: bool = False
+    """Write texts into CSV files as they are; otherwise what a spreadsheet would execute gets an \
+apostrophe in front"""
+
 
 class Settings(Section):
     """The whole tree. ``Settings()`` is the defaults, ``resolve`` reads what the user set."""
