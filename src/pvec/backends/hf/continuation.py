@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from pvec.backends.hf.forward import CausalModel
-from pvec.backends.hf.generation import Notify
 from pvec.backends.hf.kvcache import RowCache
+from pvec.backends.hf.rows import Notify
 from pvec.errors import ModelError
 from pvec.models.memory import BatchLimits, unless_out_of_memory
 

@@ -10,22 +10,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from pvec.backends.hf.forward import CausalModel, left_padded
 from pvec.backends.hf.kvcache import RowCache, StateCache
+from pvec.backends.hf.rows import Notify, Row, admit, alike, shrink, take
 from pvec.backends.hf.sampling import sample_tokens
-from pvec.errors import ModelError
 from pvec.models.memory import BatchLimits, unless_out_of_memory
 from pvec.steering.hooks import Steerer
 from pvec.steering.positions import roles_by_length
 from pvec.types import FinishReason, Generation, Progress, Request, StreamChunk
-
-Notify = Callable[[str], None]
-"""Receives a sentence for the user: a smaller batch, a shorter answer."""
 
 _NOT_FINITE = (
     "the logits after {} tokens are not finite numbers: the steering is too strong, or the number "
@@ -34,29 +31,6 @@ _NOT_FINITE = (
 
 _REFILL_BELOW = 0.75
 """The queue is tapped when fewer rows than this share of the last full batch are left."""
-
-
-@dataclass(eq=False)
-class _Row:
-    """An unfinished answer."""
-
-    request: Request
-    room: int
-    tokens: list[int] = field(default_factory=list)
-
-    @property
-    def sequence(self) -> tuple[int, ...]:
-        """Everything the model must have seen before the next token."""
-        return (*self.request.prompt_ids, *self.tokens)
-
-    @property
-    def full_length(self) -> int:
-        return len(self.request.prompt_ids) + self.room
-
-    @property
-    def shared_key(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """Rows with equal keys have equal caches."""
-        return self.sequence, tuple(i.fingerprint for i in self.request.steering)
 
 
 def generate(
@@ -73,7 +47,7 @@ def generate(
     ``limits`` shrink when memory runs out, and ``notify`` is told; ``progress`` hears of every
     step: answers done, and under ``extra`` the ``tokens`` sampled so far and the ``rows`` running.
     """
-    rows = _admit(requests, model=model, notify=notify)
+    rows = admit(requests, model=model, notify=notify)
     Steerer(model.decoder, [row.request.steering for row in rows])  # refuse before anything runs
     queue = deque(sorted(rows, key=lambda r: (-len(r.request.prompt_ids), r.shared_key)))
     batch = _Batch(model)
@@ -83,7 +57,7 @@ def generate(
         nonlocal most, tokens
         if queue and len(batch.rows) <= _REFILL_BELOW * most:
             batch.extend(
-                _take(queue, batch.rows, limits, model), prefill_tokens=limits.prefill_tokens
+                take(queue, batch.rows, limits, model), prefill_tokens=limits.prefill_tokens
             )
             most = len(batch.rows)
         tokens += len(batch.rows)
@@ -97,7 +71,7 @@ def generate(
             progress(Progress(stage="generate", done=done, total=len(rows), extra=extra))
             yield from (_generation(answer, tokenizer) for answer in finished[0])
             continue
-        _shrink(limits, batch.rows, notify)
+        shrink(limits, batch.rows, notify)
         queue.extendleft(reversed(batch.rows))
         batch = _Batch(model)
         most = 0
@@ -114,12 +88,12 @@ def stream(
     """Yield a chunk per answer and step; see ``Backend.stream``. All requests run in one batch,
     or in a batch per prompt length where rows of different lengths cannot share a cache.
     """
-    waiting = _admit(requests, model=model, notify=notify)
+    waiting = admit(requests, model=model, notify=notify)
     waiting.sort(key=lambda row: len(row.sequence))
     batch = _Batch(model)
     while waiting or batch.rows:
         if not batch.rows:
-            now = [r for r in waiting if model.row_cache or _alike(r, waiting[0])]
+            now = [r for r in waiting if model.row_cache or alike(r, waiting[0])]
             waiting = [r for r in waiting if r not in now]
             batch.extend(now, prefill_tokens=limits.prefill_tokens)
         running = list(batch.rows)
@@ -133,71 +107,9 @@ def stream(
             )
 
 
-def _admit(requests: Sequence[Request], *, model: CausalModel, notify: Notify) -> list[_Row]:
-    """Return a row per request.
-
-    Raises ``ModelError`` for a prompt that leaves no room in the context or has unknown tokens.
-    """
-    context = model.context
-    rows, truncated = [], 0
-    for request in requests:
-        length = len(request.prompt_ids)
-        if length == 0:
-            raise ModelError(f"The prompt of {request.id!r} is empty: give it at least one token.")
-        model.decoder.check_tokens(request.prompt_ids, name=f"The prompt of {request.id!r}")
-        room = request.sampling.max_tokens
-        if context is not None:
-            if length >= context:
-                raise ModelError(
-                    f"The prompt of {request.id!r} has {length} tokens and leaves no room for an "
-                    f"answer in the model's context of {context}: shorten it."
-                )
-            truncated += length + room > context
-            room = min(room, context - length)
-        rows.append(_Row(request, max(room, 1)))
-    if truncated:
-        notify(f"{truncated} answers may be shortened: the model's context is {context} tokens")
-    return rows
-
-
-def _take(
-    queue: deque[_Row], running: Sequence[_Row], limits: BatchLimits, model: CausalModel
-) -> list[_Row]:
-    """Take from the queue what fits beside the running rows; at least one row in all.
-
-    Where rows cannot join a cache, rows of one length are taken, and only when none is running.
-    """
-    taken: list[_Row] = []
-    longest = max((row.full_length for row in running), default=0)
-    while queue:
-        count = len(running) + len(taken) + 1
-        longest = max(longest, queue[0].full_length)
-        if count > 1 and (count > limits.rows or count * longest > limits.cached_tokens):
-            break
-        if not model.row_cache and (running or (taken and not _alike(taken[0], queue[0]))):
-            break
-        taken.append(queue.popleft())
-    return taken
-
-
-def _alike(row: _Row, other: _Row) -> bool:
-    """Whether two rows have equal lengths, so that neither needs padding."""
-    return len(row.sequence) == len(other.sequence)
-
-
-def _shrink(limits: BatchLimits, failed: Sequence[_Row], notify: Notify) -> None:
-    if not limits.halve(len(failed)):
-        length = failed[0].full_length if failed else 0
-        raise ModelError(
-            f"There is not enough memory for one answer of up to {length} tokens: lower the "
-            f"maximum tokens, or use a smaller model or dtype."
-        )
-    notify(f"out of memory with {len(failed)} rows: continuing with at most {limits.rows}")
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Finished:
-    row: _Row
+    row: Row
     reason: FinishReason
     touched: tuple[int, ...]
 
@@ -217,17 +129,17 @@ class _Batch:
     """The rows that run now, with their cache, padding, steering and the logits to sample from."""
 
     def __init__(self, model: CausalModel) -> None:
-        self.rows: list[_Row] = []
+        self.rows: list[Row] = []
         self._model = model
         self._cache = model.new_cache()
         self._steerer: Steerer | None = None
         self._logits = torch.empty(0)  # [R, V]
         self._lengths: list[int] = []  # real tokens in the cache, per row
 
-    def extend(self, rows: Sequence[_Row], *, prefill_tokens: int) -> None:
+    def extend(self, rows: Sequence[Row], *, prefill_tokens: int) -> None:
         """Add rows: run each distinct prompt once, a limited number of tokens at a time."""
         self.rows = [*self.rows, *rows]  # before anything can fail: no row gets lost
-        shared: dict[object, list[_Row]] = {}
+        shared: dict[object, list[Row]] = {}
         for row in rows:
             shared.setdefault(row.shared_key, []).append(row)
         groups = list(shared.values())
@@ -240,7 +152,7 @@ class _Batch:
         self.rows = ready
 
     @torch.inference_mode()
-    def _prefill(self, groups: Sequence[Sequence[_Row]]) -> list[_Row]:
+    def _prefill(self, groups: Sequence[Sequence[Row]]) -> list[Row]:
         firsts = [group[0] for group in groups]
         ids, real, positions = left_padded(
             [row.sequence for row in firsts], pad_id=self._model.pad_id, device=self._model.device

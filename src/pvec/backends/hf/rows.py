@@ -1,0 +1,102 @@
+"""Unfinished answers: requests become rows, and rows wait until they fit into the batch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from pvec.backends.hf.forward import CausalModel
+from pvec.errors import ModelError
+from pvec.models.memory import BatchLimits
+from pvec.types import Request
+
+Notify = Callable[[str], None]
+"""Receives a sentence for the user: a smaller batch, a shorter answer."""
+
+
+@dataclass(eq=False)
+class Row:
+    """An unfinished answer."""
+
+    request: Request
+    room: int
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        """Everything the model must have seen before the next token."""
+        return (*self.request.prompt_ids, *self.tokens)
+
+    @property
+    def full_length(self) -> int:
+        """The most tokens that prompt and answer can have."""
+        return len(self.request.prompt_ids) + self.room
+
+    @property
+    def shared_key(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Rows with equal keys have equal caches."""
+        return self.sequence, tuple(i.fingerprint for i in self.request.steering)
+
+
+def admit(requests: Sequence[Request], *, model: CausalModel, notify: Notify) -> list[Row]:
+    """Return a row per request.
+
+    Raises ``ModelError`` for a prompt that leaves no room in the context or has unknown tokens.
+    """
+    context = model.context
+    rows, truncated = [], 0
+    for request in requests:
+        length = len(request.prompt_ids)
+        if length == 0:
+            raise ModelError(f"The prompt of {request.id!r} is empty: give it at least one token.")
+        model.decoder.check_tokens(request.prompt_ids, name=f"The prompt of {request.id!r}")
+        room = request.sampling.max_tokens
+        if context is not None:
+            if length >= context:
+                raise ModelError(
+                    f"The prompt of {request.id!r} has {length} tokens and leaves no room for an "
+                    f"answer in the model's context of {context}: shorten it."
+                )
+            truncated += length + room > context
+            room = min(room, context - length)
+        rows.append(Row(request, max(room, 1)))
+    if truncated:
+        notify(f"{truncated} answers may be shortened: the model's context is {context} tokens")
+    return rows
+
+
+def take(
+    queue: deque[Row], running: Sequence[Row], limits: BatchLimits, model: CausalModel
+) -> list[Row]:
+    """Take from the queue what fits beside the running rows; at least one row in all.
+
+    Where rows cannot join a cache, rows of one length are taken, and only when none is running.
+    """
+    taken: list[Row] = []
+    longest = max((row.full_length for row in running), default=0)
+    while queue:
+        count = len(running) + len(taken) + 1
+        longest = max(longest, queue[0].full_length)
+        if count > 1 and (count > limits.rows or count * longest > limits.cached_tokens):
+            break
+        if not model.row_cache and (running or (taken and not alike(taken[0], queue[0]))):
+            break
+        taken.append(queue.popleft())
+    return taken
+
+
+def alike(row: Row, other: Row) -> bool:
+    """Whether two rows have equal lengths, so that neither needs padding."""
+    return len(row.sequence) == len(other.sequence)
+
+
+def shrink(limits: BatchLimits, failed: Sequence[Row], notify: Notify) -> None:
+    """Lower the limits after a batch did not fit; ``ModelError`` when it was a single row."""
+    if not limits.halve(len(failed)):
+        length = failed[0].full_length if failed else 0
+        raise ModelError(
+            f"There is not enough memory for one answer of up to {length} tokens: lower the "
+            f"maximum tokens, or use a smaller model or dtype."
+        )
+    notify(f"out of memory with {len(failed)} rows: continuing with at most {limits.rows}")
