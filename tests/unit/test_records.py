@@ -299,3 +299,19 @@ def test_rows_know_their_place(tmp_path: Path) -> None:
     path.write_text('a\n"1\n1"\n\n2\n')
     rows = [row for row in open_table(path).read() if isinstance(row, Row)]
     assert [(row.number, row.line) for row in rows] == [(0, 2), (1, 5)]
+
+
+def test_rows_with_null_fields_of_a_struct_are_written(tmp_path: Path) -> None:
+    """As hub data sets hold them: taking or casting such rows is an ArrowInvalid."""
+    message = {"role": "user", "content": "a", "tool_calls": None}
+    rows: list[dict[str, Any]] = [{"messages": [message, message], "n": n} for n in range(6)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    table = open_table(path)
+    stream = io.BytesIO()
+    with table.writer(stream, columns=["p"]) as writer:
+        for row in table.rows():
+            if row.values["n"] != 2:
+                writer.write(row, {"p": float(row.number)})
+    written = pq.read_table(io.BytesIO(stream.getvalue())).to_pylist()
+    assert written == [{**row, "p": float(row["n"])} for row in rows if row["n"] != 2]

@@ -139,7 +139,12 @@ class _ParquetWriter(TableWriter):
             block = with_column(block, name, [values[name] for values in self._values])
         if self._file is None:
             self._open(block)
-        self._file.write_table(block.cast(self._file.schema))
+        schema = self._file.schema
+        columns = [  # only what differs: casting a struct whose fields are null fails
+            column if column.type == field.type else column.cast(field.type)
+            for column, field in zip(block.columns, schema, strict=True)
+        ]
+        self._file.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
         self._indices.clear()
         self._values.clear()
 
