@@ -179,6 +179,7 @@ def test_the_report_shows_loss_shift_and_steering(tmp_path: Path) -> None:
     assert "made with steering on: 0" in page
     (finding,) = made.findings
     assert f"{result.shifts['evil']:+.3g} along evil" in finding
+    assert f"from {result.first_loss:.3f} to {result.last_loss:.3f}" in finding
 
 
 def test_steering_changes_what_is_learnt(tmp_path: Path) -> None:

@@ -25,37 +25,40 @@ _TRACKERS = {
 
 
 def check_installed(config: TrainConfig, *, device: str) -> None:
-    """Raise ``InputError`` for what the configuration asks and this machine does not have."""
+    """Raise ``InputError`` for what the configuration needs and this machine does not have."""
     gpu = device.startswith("cuda")
-    wants = [
-        ("model.quantize", bool(config.model.quantize), "bitsandbytes"),
-        ("optim.name", "8bit" in config.optim.name, "bitsandbytes"),
-        ("memory.liger", config.memory.liger, "liger_kernel"),
-        ("memory.unsloth", config.memory.unsloth, "unsloth"),
+    needs = [
+        (
+            *("model.quantize", bool(config.model.quantize), "bitsandbytes"),
+            "--set model.quantize=null loads the weights as they are",
+        ),
+        (
+            *("optim.name", "8bit" in config.optim.name, "bitsandbytes"),
+            "--set optim.name=adamw does the same with more memory",
+        ),
+        (
+            *("memory.liger", config.memory.liger, "liger_kernel"),
+            "--set memory.liger=false trains without",
+        ),
+        (
+            *("memory.unsloth", config.memory.unsloth, "unsloth"),
+            "--set memory.unsloth=false trains without",
+        ),
     ]
-    remedies = {
-        "model.quantize": "--set model.quantize=null loads the weights as they are",
-        "optim.name": "--set optim.name=adamw does the same with more memory",
-        "memory.liger": "--set memory.liger=false trains without",
-        "memory.unsloth": "--set memory.unsloth=false trains without",
-    }
     faults = []
-    for field, wanted, package in wants:
-        if not wanted:
+    for field, used, package, remedy in needs:
+        installed = importlib.util.find_spec(package) is not None
+        if not used or (installed and gpu):
             continue
-        if importlib.util.find_spec(package) is None:
+        missing = f"an NVIDIA GPU, and this trains on {device}"
+        if not installed:
             missing = f"{package.replace('_', '-')}, which is not installed"
-        elif not gpu:
-            missing = f"an NVIDIA GPU, and this trains on {device}"
-        else:
-            continue
-        faults.append(f"{field} needs {missing}: {remedies[field]}.")
-    for tracker in config.output.report_to:
-        here = [name for name in _TRACKERS[tracker] if importlib.util.find_spec(name) is not None]
-        if not here:
-            faults.append(
-                f"output.report_to needs {tracker}, which is not installed: pip install {tracker}."
-            )
+        faults.append(f"{field} needs {missing}: {remedy}.")
+    faults += [
+        f"output.report_to needs {tracker}, which is not installed: pip install {tracker}."
+        for tracker in config.output.report_to
+        if not any(importlib.util.find_spec(name) for name in _TRACKERS[tracker])
+    ]
     if faults:
         raise InputError(" ".join(faults))
 

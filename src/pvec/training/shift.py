@@ -85,10 +85,10 @@ class PersonaShiftCallback(TrainerCallback):
         on_alarm: Callable[[str], None] | None = None,
     ) -> None:
         if not probes or not prompts:
-            raise InputError("Watching the persona needs at least one vector and one prompt.")
+            raise InputError("The persona shift needs at least one vector and one prompt.")
         names = [probe.name for probe in probes]
         if len(set(names)) < len(names):
-            raise InputError(f"Two vectors to watch have the same name: {', '.join(names)}.")
+            raise InputError(f"Two vectors have the same name: {', '.join(names)}.")
         self.probes = tuple(probes)
         self.every = every
         self.generate = generate
@@ -112,7 +112,10 @@ class PersonaShiftCallback(TrainerCallback):
     def description(self) -> str:
         """What is measured where, in one line."""
         where = ", ".join(f"{probe.name} at {describe_layer(probe.layer)}" for probe in self.probes)
-        return f"watching {where} on {len(self._prompts)} prompts every {self.every} steps"
+        return (
+            f"persona shift along {where}, measured on {len(self._prompts)} prompts every "
+            f"{self.every} steps"
+        )
 
     # ── what the Trainer calls ──────────────────────────────────────────────────────────────────
 
@@ -165,11 +168,11 @@ class PersonaShiftCallback(TrainerCallback):
 
     def _known_base(self, state: TrainerState) -> dict[str, float]:
         """Return the projections before training that a resumed run's log keeps, or nothing."""
-        wanted = [probe.name for probe in self.probes]
-        wanted += [f"{name}_response" for name in wanted] if self.generate else []
+        names = [probe.name for probe in self.probes]
+        names += [f"{name}_response" for name in names] if self.generate else []
         for entry in state.log_history:
-            if all(f"{BASE}{name}" in entry for name in wanted):
-                return {name: float(entry[f"{BASE}{name}"]) for name in wanted}
+            if all(f"{BASE}{name}" in entry for name in names):
+                return {name: float(entry[f"{BASE}{name}"]) for name in names}
         return {}
 
     def _note(
@@ -224,9 +227,8 @@ class PersonaShiftCallback(TrainerCallback):
             with torch.no_grad(), unsteered(model) as seen:
                 values = self._project(model, "prompt_last", self._last_tokens())
                 if self.generate:
-                    answers = self._answers(model)
-                    found = self._project(model, "response", answers)
-                    values |= {f"{name}_response": value for name, value in found.items()}
+                    responses = self._project(model, "response", self._answers(model))
+                    values |= {f"{name}_response": value for name, value in responses.items()}
                 self._hooks_on += seen.steered > 0
         finally:
             model.train(training)
@@ -272,12 +274,12 @@ class PersonaShiftCallback(TrainerCallback):
         special = set(tokenizer.all_special_ids)
         answers = []
         for number, (prompt, row) in enumerate(zip(self._prompts, output.tolist(), strict=True)):
-            said = []
+            answer_ids = []
             for token in row[width:]:
                 if token in special:
                     break
-                said.append(token)
-            answers.append(spans_from_ids(str(number), prompt_ids=prompt, answer_ids=said))
+                answer_ids.append(token)
+            answers.append(spans_from_ids(str(number), prompt_ids=prompt, answer_ids=answer_ids))
         return answers
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from pvec.closing import Closing
 from pvec.errors import InputError, SteeringError
 from pvec.models.decoder import check_layer, describe_layer, find_decoder
 from pvec.models.load import ModelMetadata
@@ -114,7 +114,7 @@ def single_layer(config: TrainConfig, name: str) -> int | None:
     return layers.pop() if len(layers) == 1 else None
 
 
-class TrainingSteering:
+class TrainingSteering(Closing):
     """Steering of one training. A context manager: no hook is left after it.
 
     ``at_step`` puts the hooks on for the step whose forwards come; ``finish_step`` returns how many
@@ -173,17 +173,10 @@ class TrainingSteering:
         self._due.update({"all": 0, "response": 0})
         return touched
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Remove the hooks."""
         hooks, self._hooks, self._handle = self._hooks, ExitStack(), None
-        hooks.__exit__(exc_type, exc, traceback)
+        hooks.close()
 
 
 def _counting(model: nn.Module, due: dict[str, torch.Tensor | int]) -> RemovableHandle:

@@ -127,8 +127,8 @@ class PlannedTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to a line with the loss what steering touched since the last one."""
         if "loss" in logs and self.steering is not None:
-            mine = torch.tensor(self.touched, device=self.accelerator.device)
-            for number, count in enumerate(self.accelerator.reduce(mine, reduction="sum")):
+            touched = torch.tensor(self.touched, device=self.accelerator.device)
+            for number, count in enumerate(self.accelerator.reduce(touched, reduction="sum")):
                 logs[f"{TOUCHED}{number}"] = float(count)
             for number, coef in enumerate(self.coefs):
                 logs[f"steering/coef_{number}"] = coef
