@@ -145,7 +145,8 @@ def test_a_template_without_an_end_of_turn_token_is_refused() -> None:
 def test_a_template_that_rewrites_answers_is_refused() -> None:
     tokenizer = templated_tokenizer("chatml")
     tokenizer.chat_template = TEMPLATES["chatml"].replace(
-        "message['content']", "message['content'] | reverse"
+        "message['content']",
+        "(message['content'] | reverse if message['role'] == 'assistant' else message['content'])",
     )
     with pytest.raises(InputError, match="rewrites what the assistant says"):
         tokenize_conversation(tokenizer, chat("Hi", "Hello."))

@@ -140,12 +140,12 @@ def _lora_config(
         return lora
     blocks = f"{_blocks_name(model)}."
     names = _linear_names(model)
-    wanted = [n for n in names if n.startswith(blocks) and not _ROUTERS & set(n.split("."))]
-    leaves = {_leaf(name) for name in wanted}
+    decoder = [n for n in names if n.startswith(blocks) and not _ROUTERS & set(n.split("."))]
+    leaves = {_leaf(name) for name in decoder}
     if metadata.model_type in _STATE_SPACE:
         leaves.discard("out_proj")
     modules = (name for name, _ in model.named_modules() if name)
-    others = sorted({name for name in modules if _leaf(name) in leaves} - set(wanted))
+    others = sorted({name for name in modules if _leaf(name) in leaves} - set(decoder))
     if _has_fused_experts(model):
         _add_experts(lora, _empty_model(config, metadata))
     lora.target_modules = sorted(leaves)
