@@ -5,6 +5,7 @@ The right value of every row is the number that the test put into it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import subprocess
@@ -158,6 +159,26 @@ def test_arrays_that_need_pickle_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="without running code"):
         load_vector(tmp_path / "v.npy")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".gguf", ".npy", ".npz"])
+def test_damaged_bytes_are_read_or_refused(tmp_path: Path, suffix: str) -> None:
+    vector = make_vector(model_type="qwen2", layers=2, width=8)
+    path = tmp_path / f"v{suffix}"
+    if suffix in {".npy", ".npz"}:
+        rows = torch.from_numpy(vector.kind("response_avg"))
+        write(path, {"rows": rows} if suffix == ".npz" else rows)
+    else:
+        save_vector(vector, path)
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in random.integers(0, min(len(whole), 400), size=random.integers(1, 20)):
+            damaged[place] = random.integers(0, 256)
+        path.write_bytes(damaged[: random.integers(1, len(whole) + 1)])
+        with contextlib.suppress(InputError):
+            load_vector(path)
 
 
 @pytest.mark.parametrize(

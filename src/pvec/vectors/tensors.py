@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import tokenize
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -50,6 +51,8 @@ _DAMAGED = (
     OverflowError,
     MemoryError,
     RuntimeError,
+    SyntaxError,
+    tokenize.TokenError,  # NumPy reads a header as a Python literal
 )
 """What torch and NumPy raise while they read a file that is not whole."""
 
@@ -146,8 +149,9 @@ def _read_pt(path: Path) -> Any:
 
 def _read_numpy(path: Path) -> Any:
     try:
-        content = np.load(path, allow_pickle=False)
-        return content if isinstance(content, np.ndarray) else dict(content)
+        with path.open("rb") as stream:  # a damaged file is closed, too
+            content = np.load(stream, allow_pickle=False)
+            return content if isinstance(content, np.ndarray) else dict(content)
     except _DAMAGED as exc:
         raise InputError(
             f"{path} is not a NumPy file that can be read without running code; save the plain "
