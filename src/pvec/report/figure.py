@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pvec.data.csv_table import defused
 from pvec.errors import InputError, StoreError
 from pvec.report.style import STYLE, themed
 
@@ -111,6 +112,6 @@ def write_figures(
 def _csv_cell(cell: Cell) -> str | int:
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
-    if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return f"'{cell}"  # a name, which a spreadsheet must not run
+    if isinstance(cell, str):
+        return defused(cell)
     return f"{cell:.6g}" if isinstance(cell, float) else cell
