@@ -7,6 +7,7 @@ setting (``RENAMED``) is accepted with a note that says the new one.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 from dotenv import dotenv_values
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_settings import EnvSettingsSource
 
 from pvec.documents import read_yaml
 from pvec.errors import InputError, did_you_mean
@@ -120,6 +122,8 @@ def _from_environment(
 ) -> Iterator[tuple[str, Any, str]]:
     """Yield the settings that ``PVEC_`` names set; an empty text counts as not set."""
     paths = {env_name(path): path for path in (*fields(), *RENAMED)}
+    texts: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name, text in environ.items():
         if not name.upper().startswith(ENV_PREFIX) or name in OTHER_ENV_NAMES:
             continue
@@ -129,22 +133,33 @@ def _from_environment(
                 f"{name}{where} is an unknown setting.{did_you_mean(name.upper(), paths)}"
                 " `pvec config` lists all settings."
             )
+        path = RENAMED.get(paths[name], paths[name])
+        if text and path in names:
+            raise InputError(f"{name} and {names[path]} are the same setting: keep one.")
         if text:
-            path = paths[name]
-            value = _from_text(fields()[RENAMED.get(path, path)], text)
-            yield path, value, ".env" if name in dotenv else f"environment {name}"
+            names[path] = name
+            texts[env_name(path).lower()] = _json_list(fields()[path], text)
+    source = EnvSettingsSource(Settings)
+    source.env_vars = texts
+    for path, value in _flatten(source()):
+        name = names[path]
+        origin = ".env" if name in dotenv else f"environment {name}"
+        yield paths[name], _choice(fields()[path], value), origin
 
 
-def _from_text(field: FieldInfo, text: str) -> Any:
-    """Return what the text of an environment variable says; the settings validate it.
+def _json_list(field: FieldInfo, text: str) -> str:
+    """Return the text of a list as pydantic-settings reads it: ``3,4`` and ``[3, 4]`` as JSON."""
+    if get_origin(field.annotation) is not tuple:
+        return text
+    parts = text.strip().strip("[]").split(",")
+    return json.dumps([part.strip() for part in parts if part.strip()])
 
-    A list is written with commas (``3,4``) or as in YAML (``[3, 4]``).
-    """
-    if get_origin(field.annotation) is tuple:
-        return [part.strip() for part in text.strip().strip("[]").split(",") if part.strip()]
-    if get_origin(field.annotation) is Literal:  # its choices may be numbers
-        return {str(choice): choice for choice in get_args(field.annotation)}.get(text, text)
-    return text
+
+def _choice(field: FieldInfo, value: Any) -> Any:
+    """Return the choice that a text stands for: some choices are numbers."""
+    if get_origin(field.annotation) is not Literal:
+        return value
+    return {str(choice): choice for choice in get_args(field.annotation)}.get(str(value), value)
 
 
 def _from_file(config_file: Path | None) -> Iterator[tuple[str, Any, str]]:

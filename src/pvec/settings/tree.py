@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from pvec.settings.commands import ExtractSettings, FilterSettings, ProjectSettings, SteerSettings
 from pvec.settings.models import (
@@ -85,8 +86,12 @@ class PathSettings(Section):
 apostrophe in front"""
 
 
-class Settings(Section):
+class Settings(BaseSettings):
     """The whole tree. ``Settings()`` is the defaults, ``resolve`` reads what the user set."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_nested_delimiter="__"
+    )
 
     model: ModelSettings = ModelSettings()
     backend: BackendSettings = BackendSettings()
@@ -98,6 +103,18 @@ class Settings(Section):
     steer: SteerSettings = SteerSettings()
     project: ProjectSettings = ProjectSettings()
     paths: PathSettings = PathSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take arguments only; ``resolve`` reads the environment, so that it knows the origins."""
+        return (init_settings,)
 
 
 @cache
