@@ -1,6 +1,6 @@
 """``pvec train`` killed again and again ends with the bytes of an undisturbed training.
 
-    PVEC_KILLS=100 pytest tests/faults/test_kill_train.py
+    KILLS=100 pytest tests/faults/test_kill_train.py
 
 runs as many kills; a chain of them belongs to one run folder and ends when the training does.
 """
@@ -10,58 +10,22 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.killed import KilledCommand, run_chains
 from helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model
 
-from pvec.closing import Closing
 from pvec.runs.summary import read_log
 from pvec.vectors.formats import save_vector
 from pvec.vectors.vector import PersonaVector
 
-KILLS = int(os.environ.get("PVEC_KILLS", "24"))
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
-SERVER = Path(__file__).parents[1] / "helpers" / "fork_server.py"
+KILLS = int(os.environ.get("KILLS", "24"))
 
 TIMES = ("runtime", "per_second")
 """Parts of the log's keys whose values are times."""
-
-
-class Trainings(Closing):
-    """Starts a training in any run folder, and kills it at some point of its work."""
-
-    def __init__(self, config: Path) -> None:
-        self._server = subprocess.Popen(
-            [sys.executable, str(SERVER), str(config)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(
-        self, folder: Path, *, kill: int = 0, files: int = 0, after: float = 0.0
-    ) -> tuple[int, int]:
-        """Train in ``folder``; return how it ended and how many files it opened there.
-
-        It is killed ``after`` seconds after the ``files``-th.
-        """
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        print(folder, int(kill), files, after, file=self._server.stdin, flush=True)
-        line = self._server.stdout.readline()
-        assert line, f"the server of trainings ended with {self._server.wait()}"
-        ended, opened = line.split()
-        return int(ended), int(opened)
-
-    def close(self) -> None:
-        self._server.communicate()
 
 
 def config(folder: Path) -> Path:
@@ -124,23 +88,6 @@ def outcome(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.timeout(120 + 30 * KILLS)
 def test_kills_change_nothing(tmp_path: Path) -> None:
-    draw = random.Random(14)
-    with Trainings(config(tmp_path)) as trainings:
-        ended, files = trainings.run(tmp_path / "whole")
-        assert ended == 0
-        expected = outcome(tmp_path / "whole")
-        kills, chains = 0, 0
-        while kills < KILLS:
-            folder = tmp_path / f"chain-{chains}"
-            chains += 1
-            ended = 1
-            while ended != 0:
-                kill = SIGNALS[kills % len(SIGNALS)]
-                # early files are those of the start; a chain that goes on opens fewer
-                after = draw.choice([0.0, draw.uniform(0, 0.1)])
-                at = draw.randint(1, files)
-                ended, _ = trainings.run(folder, kill=kill, files=at, after=after)
-                assert ended in (0, -kill, 128 + kill), f"chain {chains}: exit code {ended}"
-                kills += ended != 0
-            assert outcome(folder) == expected, f"chain {chains} after {kills} kills"
+    with KilledCommand("train", config(tmp_path)) as command:
+        chains = run_chains(command, tmp_path, kills=KILLS, outcome=outcome, seed=14)
     assert chains < KILLS, "most kills must hit a training"
