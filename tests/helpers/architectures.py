@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -462,3 +464,40 @@ def _pvec(*words: str) -> None:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
+
+
+def main(names: list[str]) -> None:
+    """Try architectures and print the table; without names, all, into ``docs/models.md``."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = {name: try_all(name, Path(folder)) for name in names or ARCHITECTURES}
+    if names:
+        sys.stdout.write(table(results))
+        return
+    page = Path("docs/models.md")
+    head = page.read_text(encoding="utf-8").split(TABLE_BEGINS)[0]
+    page.write_text(f"{head}{TABLE_BEGINS}\n\n{table(results)}", encoding="utf-8")
+
+
+TABLE_BEGINS = "<!-- made by python -m tests.helpers.architectures -->"
+
+
+def table(results: Mapping[str, Mapping[str, str]]) -> str:
+    """Return the Markdown table of what pvec did, with the refusals as numbered notes."""
+    notes: list[str] = []
+    lines = [f"| architecture | {' | '.join(COLUMNS)} |", f"| --- |{' --- |' * len(COLUMNS)}"]
+    for name, row in results.items():
+        cells = []
+        for column in COLUMNS:
+            answer = row[column]
+            if answer != "yes":
+                if answer not in notes:
+                    notes.append(answer)
+                answer = f"no ({notes.index(answer) + 1})"
+            cells.append(answer)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    numbered = [f"{number}. {note}" for number, note in enumerate(notes, start=1)]
+    return "\n".join([*lines, "", *numbered, ""])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -68,3 +68,5 @@ def _render(console: Console, result: VerifyResult) -> None:
         )
     if result.passed:
         console.print(f"All {len(result.checks)} checks passed.")
+        console.print(f"Proved: {result.proved}.")
+        console.print(f"Not proved: {result.not_proved}.")

@@ -91,6 +91,9 @@ def load_for_training(
     model, notes = load_weights(folder, name=config.model.id, **options)
     for note in notes:
         notify(note)
+    text = model.config.get_text_config()
+    if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
+        text.num_experts = text.num_local_experts  # the name by which TRL asks
     if not config.model.quantize:
         torch.nn.Module.to(model, device)
     return model.requires_grad_(False)

@@ -23,6 +23,15 @@ from pvec.settings import Settings
 from pvec.steering.instructions import SteeringVector, instructions, steering_vector
 from pvec.types import Instruction, Progress
 
+PROVED = (
+    "the checkpoint has exactly the tensors of this architecture, and steering changes the "
+    "activations of this model as specified"
+)
+NOT_PROVED = (
+    "that the weights are trained (random ones pass too), that the vector means its trait, and "
+    "that other layers or coefficients give good answers"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyResult:
@@ -33,6 +42,8 @@ class VerifyResult:
     layers: tuple[int, ...]
     dtype: str
     checks: tuple[Check, ...]
+    proved: str = PROVED
+    not_proved: str = NOT_PROVED
 
     @property
     def passed(self) -> bool:
@@ -120,4 +131,5 @@ def _checks(
 
     backend = session.backend
     assert isinstance(backend, HFBackend), "there are two backends"
-    return all_checks(Bench(backend, steering, thinking=session.thinking))
+    folder = None if settings.model.merge_adapter else session.metadata.files.folder
+    return all_checks(Bench(backend, steering, thinking=session.thinking, folder=folder))

@@ -1,0 +1,37 @@
+"""Every architecture of ``docs/models.md`` does what the table says, on a tiny random model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.architectures import ARCHITECTURES, COLUMNS, TABLE_BEGINS, try_all
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+FAST = ("LFM2", "SmolVLM", "Gemma 3n (text)")
+
+
+def rows() -> dict[str, list[str]]:
+    """Return the cells of the table by architecture."""
+    lines = PAGE.read_text(encoding="utf-8").split(TABLE_BEGINS)[1].splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    return {name: row for name, *row in cells[2:]}
+
+
+def test_the_table_has_every_architecture() -> None:
+    assert list(rows()) == list(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        for name in ARCHITECTURES
+    ],
+)
+def test_an_architecture_does_what_the_table_says(name: str, tmp_path: Path) -> None:
+    results = try_all(name, tmp_path)
+    assert ["yes" if results[c] == "yes" else "no" for c in COLUMNS] == [
+        cell.split()[0] for cell in rows()[name]
+    ]
