@@ -129,24 +129,3 @@ def test_what_is_observed_is_what_transformers_reports(architecture: str) -> Non
     before = [chunks.shape[1] for chunks in stream.states()]
     model(input_ids=ids)
     assert [chunks.shape[1] for chunks in stream.states()] == before
-
-
-def test_weights_that_are_not_those_of_the_checkpoint_are_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import pvec.backends.hf.backend as backend_module
-
-    right = backend_module.load_model
-
-    def one_weight_changed(*args: Any, **options: Any) -> Any:
-        loaded = right(*args, **options)
-        with torch.no_grad():
-            loaded.model.model.embed_tokens.weight[7] += 1.0
-            for block in loaded.model.model.layers:
-                block.mlp.up_proj.weight[0] += 1.0
-                block.input_layernorm.weight[0] += 1.0
-        return loaded
-
-    monkeypatch.setattr(backend_module, "load_model", one_weight_changed)
-    result = verify(settings(saved_model("qwen2"), layer="2"))
-    assert failed(result) == ["the weights in memory are those of the checkpoint"]

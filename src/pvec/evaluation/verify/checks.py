@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
     from pvec.backends.hf.backend import HFBackend
 
 
-_MOST_TENSORS = 8
-"""How many tensors are read a second time from the checkpoint."""
-
 _NO_EMBEDDING_STATE = frozenset(("mamba", "mamba2", "falcon_mamba"))
 
 
@@ -35,7 +31,6 @@ class Bench(VerifyInputs):
         steering: Sequence[Instruction],
         *,
         thinking: bool,
-        folder: Path | None = None,
     ) -> None:
         import torch
 
@@ -44,7 +39,6 @@ class Bench(VerifyInputs):
         super().__init__(backend, steering, thinking=thinking)
         assert backend.model is not None
         self.backend = backend
-        self.folder = folder  # of the checkpoint
         self.model: Any = backend.model
         decoder = find_decoder(self.model)
         self.blocks: nn.ModuleList = decoder.blocks
@@ -92,7 +86,6 @@ class Bench(VerifyInputs):
 def all_checks(bench: Bench) -> Iterator[Check]:
     """Yield every check as it is done; a failed check is a result, not an exception."""
     before = bench.plain(bench.prompts[1])
-    yield from _weights(bench)
     yield _layer_numbers(bench)
     for positions in POSITIONS:
         yield from _change_checks(bench, positions)
@@ -102,38 +95,6 @@ def all_checks(bench: Bench) -> Iterator[Check]:
     yield _mixed_batch_equals_alone(bench, steered=True)
     yield _means_in_a_batch(bench)
     yield _nothing_is_left(bench, before)
-
-
-def _weights(bench: Bench) -> Iterator[Check]:
-    """Compare some tensors of the model with those of the checkpoint, by name.
-
-    That none is missing or left over is checked on loading; that their values are trained, nowhere.
-    """
-    import torch
-    from safetensors import safe_open
-
-    model = bench.model.get_base_model() if hasattr(bench.model, "peft_config") else bench.model
-    loaded = {n.replace(".base_layer.", "."): t for n, t in model.state_dict().items()}
-    stored: dict[str, Path] = {}
-    for path in sorted(bench.folder.glob("*.safetensors")) if bench.folder else ():
-        with safe_open(path, framework="pt") as file:
-            stored |= {name: path for name in file.keys() if name in loaded}  # noqa: SIM118
-    names = sorted(stored)[:: max(len(stored) // _MOST_TENSORS, 1)]
-    different = 0
-    for name in names:
-        with safe_open(stored[name], framework="pt") as file:
-            tensor = file.get_tensor(name)
-        here = loaded[name].cpu()
-        different += not torch.equal(tensor.to(here.dtype), here)
-    if names:
-        yield Check(
-            name="the weights in memory are those of the checkpoint",
-            passed=different == 0,
-            measured=float(different),
-            allowed=0.0,
-            unit="tensors that differ",
-            detail=f"{len(names)} tensors compared",
-        )
 
 
 def _layer_numbers(bench: Bench) -> Check:

@@ -131,5 +131,4 @@ def _checks(
 
     backend = session.backend
     assert isinstance(backend, HFBackend), "there are two backends"
-    folder = None if settings.model.merge_adapter else session.metadata.files.folder
-    return all_checks(Bench(backend, steering, thinking=session.thinking, folder=folder))
+    return all_checks(Bench(backend, steering, thinking=session.thinking))
