@@ -134,6 +134,9 @@ def misfit(value: Any, shape: Shape, at: str = "the whole") -> str | None:
         if not isinstance(value, dict):
             return at
         keys = [key for key in shape if key is not ...]
+        for key in keys:
+            if key not in value:
+                return str(key) if at == "the whole" else f"{at}.{key}"
         keys += [key for key in value if key not in shape and ... in shape]
         parts = [(str(key), value.get(key), shape.get(key, shape.get(...))) for key in keys]
     elif isinstance(shape, list):

@@ -10,6 +10,7 @@ import pytest
 
 from pvec.documents import (
     DocumentError,
+    misfit,
     parse_json,
     parse_record,
     parse_yaml,
@@ -139,3 +140,14 @@ def test_json_and_yaml_read_the_same_document() -> None:
     document = {"a": [1, 2.5, None, True, "x"], "b": {"c": ""}}
     assert parse_json(json.dumps(document), where="f") == document
     assert parse_yaml(json.dumps(document), where="f") == document
+
+
+def test_a_key_that_is_missing_is_named_even_where_null_would_do() -> None:
+    shape = {"a": (int, type(None)), "b": [{"c": str}], "d": {...: float}}
+    good = {"a": None, "b": [{"c": "x"}], "d": {"x": 1}, "more": 1}
+    assert misfit(good, shape) is None
+    assert misfit({k: v for k, v in good.items() if k != "a"}, shape) == "a"
+    assert misfit({**good, "b": [{"c": "x"}, {}]}, shape) == "b.1.c"
+    assert misfit({**good, "d": {"x": "1"}}, shape) == "d.x"
+    assert misfit({**good, "a": True}, shape) == "a"
+    assert misfit([], shape) == "the whole"

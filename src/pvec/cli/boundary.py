@@ -159,5 +159,6 @@ def _usage(error: typer.TyperException) -> str:
     """Return a usage mistake as one sentence that says where to look."""
     ctx = getattr(error, "ctx", None)
     message = error.format_message() if hasattr(error, "format_message") else str(error)
+    message = message.replace(": Value error, ", ": ")  # Typer's words for a wrong choice
     hint = f" `{ctx.command_path} --help` lists the options." if ctx else ""
     return f"{message.rstrip('.')}.{hint}"
