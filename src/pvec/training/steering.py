@@ -175,8 +175,12 @@ class TrainingSteering(Closing):
 
     def close(self) -> None:
         """Remove the hooks."""
+        self.__exit__(None, None, None)
+
+    def __exit__(self, *exc_info: object) -> None:
+        # told of the exception, so that hooks which an interrupted step left short do not raise
         hooks, self._hooks, self._handle = self._hooks, ExitStack(), None
-        hooks.close()
+        hooks.__exit__(*exc_info)  # type: ignore[arg-type]
 
 
 def _counting(model: nn.Module, due: dict[str, torch.Tensor | int]) -> RemovableHandle:
