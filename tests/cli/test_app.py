@@ -210,7 +210,9 @@ def test_errors_of_the_system_are_one_sentence_with_a_remedy(
 
 PVEC = (sys.executable, "-m", "pvec")
 WAITS = """
-import sys, time
+import signal, sys, time
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
 import pvec.cli.config as config
 from pvec.cli.app import main
 

@@ -34,7 +34,7 @@ def test_results_become_plain_json_with_null_for_what_is_no_number() -> None:
         "key": "**********",
     }
     assert jsonable({1: (np.int64(2), {"b", "a"})}) == {"1": [2, ["a", "b"]]}
-    assert jsonable(Settings())["paths"] == {"runs": "runs"}
+    assert jsonable(Settings())["paths"] == {"runs": "runs", "exact_csv": False}
 
 
 def test_with_json_nothing_but_the_result_reaches_stdout(

@@ -31,5 +31,5 @@ def test_the_page_does_not_depend_on_the_terminal(monkeypatch: pytest.MonkeyPatc
 def test_options_carry_their_help_and_default() -> None:
     page = reference()
     assert "## pvec config" in page
-    assert "- `--seed N`: Seed of everything random" in page
+    assert "- `--seed N`: Random seed; the same seed" in page
     assert "(default: 0)." in page

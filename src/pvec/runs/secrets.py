@@ -39,8 +39,9 @@ def without_secrets(value: Any) -> Any:
 
 
 def safe_command(arguments: Sequence[str]) -> list[str]:
-    """Return a command line without secrets: the value of an option such as ``--api-key`` goes,
-    written as ``--api-key VALUE``, ``--api-key=VALUE`` or ``judge.api_key=VALUE``.
+    """Return a command line without the value of any option or key that is named as a secret.
+
+    The value may follow the name, or stand behind an equals sign (``judge.api_key=VALUE``).
     """
     safe: list[str] = []
     for argument in arguments:
