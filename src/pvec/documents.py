@@ -144,12 +144,14 @@ def misfit(value: Any, shape: Shape, at: str = "the whole") -> str | None:
             return at
         parts = [(str(number), item, shape[0]) for number, item in enumerate(value)]
     elif isinstance(shape, tuple):
-        return None if any(misfit(value, one) is None for one in shape) else at
+        return None if any(misfit(value, entry) is None for entry in shape) else at
     else:
         same = type(value) is shape or (shape is float and type(value) is int)
         return None if same else at
     prefix = "" if at == "the whole" else f"{at}."
-    return next(filter(None, (misfit(item, one, prefix + key) for key, item, one in parts)), None)
+    return next(
+        filter(None, (misfit(item, expected, prefix + key) for key, item, expected in parts)), None
+    )
 
 
 def read_record(kind: type[Record], data: Mapping[str, Any]) -> Record:
@@ -207,7 +209,9 @@ def _converted(value: Any, hint: Any, name: str) -> Any:  # noqa: PLR0911 (a lin
     if origin in (Union, UnionType):
         if value is None and NoneType in arguments:
             return None
-        return _converted(value, next(one for one in arguments if one is not NoneType), name)
+        return _converted(
+            value, next(argument for argument in arguments if argument is not NoneType), name
+        )
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return read_record(hint, value)  # type: ignore[arg-type]
     if origin is tuple and isinstance(value, list):
@@ -233,11 +237,11 @@ class _RepeatedKeyError(Exception):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         keys = [key for key, _ in pairs]
         raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
-    return made
+    return mapping
 
 
 def _checked(value: Any, where: str | Path, *, finite: bool = False) -> Any:

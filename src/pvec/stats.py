@@ -129,12 +129,12 @@ def paired_difference(
 
 def auc(positive: Values, negative: Values) -> float:
     """Return P(positive > negative), ties counting half; NaN when a side is empty."""
-    one, two = _present(positive), _present(negative)
-    if not len(one) or not len(two):
+    first, second = _present(positive), _present(negative)
+    if not len(first) or not len(second):
         return float("nan")
-    ranks = scipy_stats.rankdata(np.concatenate([one, two]))
-    wins = ranks[: len(one)].sum() - len(one) * (len(one) + 1) / 2
-    return float(wins / (len(one) * len(two)))
+    ranks = scipy_stats.rankdata(np.concatenate([first, second]))
+    wins = ranks[: len(first)].sum() - len(first) * (len(first) + 1) / 2
+    return float(wins / (len(first) * len(second)))
 
 
 def correlation(
@@ -145,13 +145,13 @@ def correlation(
     For ranks the standard error of z is that of Bonett and Wright, sqrt((1 + r^2 / 2) / (n - 3)).
     NaN when fewer than two pairs remain or a side is constant.
     """
-    one, two, missing = _pairs(x, y)
-    if method == "spearman" and len(one):
-        one, two = scipy_stats.rankdata(one), scipy_stats.rankdata(two)
-    r = _pearson(one, two)
+    first, second, missing = _pairs(x, y)
+    if method == "spearman" and len(first):
+        first, second = scipy_stats.rankdata(first), scipy_stats.rankdata(second)
+    r = _pearson(first, second)
     spread = 1.0 + r * r / 2 if method == "spearman" else 1.0
-    low, high = _fisher(r, freedom=len(one) - 3, spread=spread)
-    return Correlation(r=r, low=low, high=high, n=len(one), missing=missing)
+    low, high = _fisher(r, freedom=len(first) - 3, spread=spread)
+    return Correlation(r=r, low=low, high=high, n=len(first), missing=missing)
 
 
 def within_group_correlation(x: Values, y: Values, groups: Sequence[Hashable]) -> Correlation:
@@ -161,12 +161,12 @@ def within_group_correlation(x: Values, y: Values, groups: Sequence[Hashable]) -
     is Fisher's with one degree of freedom less for each group after the first.
     """
     keep = ~(np.isnan(_array(x)) | np.isnan(_array(y)))
-    one, two, missing = _pairs(x, y)
+    first, second, missing = _pairs(x, y)
     codes = _codes([g for g, k in zip(groups, keep, strict=True) if k])
     number = int(codes.max()) + 1 if len(codes) else 0
-    r = _pearson(_centred(one, codes), _centred(two, codes))
-    low, high = _fisher(r, freedom=len(one) - (number - 1) - 3, spread=1.0)
-    return Correlation(r=r, low=low, high=high, n=len(one), missing=missing)
+    r = _pearson(_centred(first, codes), _centred(second, codes))
+    low, high = _fisher(r, freedom=len(first) - (number - 1) - 3, spread=1.0)
+    return Correlation(r=r, low=low, high=high, n=len(first), missing=missing)
 
 
 def percentile_interval(samples: np.ndarray) -> tuple[float, float]:
@@ -189,11 +189,11 @@ def _present(values: Values) -> np.ndarray:
 
 
 def _pairs(x: Values, y: Values) -> tuple[np.ndarray, np.ndarray, int]:
-    one, two = _array(x), _array(y)
-    if len(one) != len(two):
-        raise InputError(f"Correlation needs pairs but got {len(one)} and {len(two)} values.")
-    keep = ~(np.isnan(one) | np.isnan(two))
-    return one[keep], two[keep], int((~keep).sum())
+    first, second = _array(x), _array(y)
+    if len(first) != len(second):
+        raise InputError(f"Correlation needs pairs but got {len(first)} and {len(second)} values.")
+    keep = ~(np.isnan(first) | np.isnan(second))
+    return first[keep], second[keep], int((~keep).sum())
 
 
 def _codes(groups: Sequence[Hashable]) -> np.ndarray:

@@ -68,7 +68,7 @@ class RunSession(Closing):
 
     def responses(self, planned: Sequence[PlannedResponse]) -> list[ResponseRecord]:
         """Return the answers that the run holds of those that were planned, in that order."""
-        order = {one.id: position for position, one in enumerate(planned)}
+        order = {response.id: position for position, response in enumerate(planned)}
         records = [record for record in self.store.responses() if record.id in order]
         return sorted(records, key=lambda record: order[record.id])
 

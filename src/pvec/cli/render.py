@@ -42,13 +42,13 @@ def render_means(console: Console, means: Sequence[MetricMean]) -> None:
     """Show mean scores with their intervals and what they rest on."""
     rows = [
         (
-            {"pos": "positive", "neg": "negative"}.get(one.group, one.group or "all"),
-            one.metric,
-            with_interval(one.score.mean, one.score.low, one.score.high),
-            one.score.n,
-            one.score.missing,
+            {"pos": "positive", "neg": "negative"}.get(mean.group, mean.group or "all"),
+            mean.metric,
+            with_interval(mean.score.mean, mean.score.low, mean.score.high),
+            mean.score.n,
+            mean.score.missing,
         )
-        for one in means
+        for mean in means
     ]
     console.print(table(("answers", "score", "mean [95 %]", "n", "missing"), rows))
 

@@ -46,7 +46,7 @@ def report(
     """
     from pvec.report import report as workflow
 
-    formats = [name for name, asked in (("svg", svg), ("png", png)) if asked]
+    formats = [name for name, requested in (("svg", svg), ("png", png)) if requested]
     result = workflow.run(runs, out=out, formats=formats, judge=judge)
     console_from(ctx).emit(result, lambda console: _render(console, result))
 

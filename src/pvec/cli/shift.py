@@ -103,8 +103,8 @@ def _render(console: Console, result: ShiftResult) -> None:
     if len(set(labels.values())) < len(labels):
         labels = {name: name for name in labels}
     rows = [
-        (labels[one.checkpoint], f"{one.vector} @ {one.layer}", interval(one.shift), one.score)
-        for one in result.shifts
+        (labels[item.checkpoint], f"{item.vector} @ {item.layer}", interval(item.shift), item.score)
+        for item in result.shifts
     ]
     console.print(table(("checkpoint", "vector", "shift [95 %]", "trait score"), rows))
     for trend in result.trends:

@@ -77,16 +77,16 @@ def steer_eval(
     from pvec.evaluation import steer_eval as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
-    asked: dict[str, Any] = {"vectors": vector or (), "also": also or (), "out": out}
+    arguments: dict[str, Any] = {"vectors": vector or (), "also": also or (), "out": out}
     if dry_run:
-        plan = workflow.plan(settings, trait, notify=console.note, **asked)
+        plan = workflow.plan(settings, trait, notify=console.note, **arguments)
         console.emit(plan, lambda shown: _render_plan(shown, plan))
         return
     with console.progress() as on_progress:
         result = workflow.run(
             settings,
             trait,
-            **asked,
+            **arguments,
             tasks=tasks or (),
             notify=console.note,
             on_progress=on_progress,

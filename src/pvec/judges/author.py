@@ -227,7 +227,7 @@ def read_draft(text: str) -> Draft:
     try:
         draft = Draft.model_validate(data)
     except ValidationError as error:
-        raise UnusableReply([_sentence(one) for one in error.errors()]) from None
+        raise UnusableReply([_sentence(item) for item in error.errors()]) from None
     return draft.model_copy(
         update={
             "instructions": draft.instructions[:INSTRUCTION_PAIRS],

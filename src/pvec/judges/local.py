@@ -198,10 +198,12 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, word: str) -> li
     """
     head = encode_prompt(tokenizer, prompt)
     joint = encode_prompt(tokenizer, prompt + word)
-    ways = [encode_prompt(tokenizer, word)]
+    encodings = [encode_prompt(tokenizer, word)]
     if joint[: len(head)] == head:
-        ways.insert(0, joint[len(head) :])
-    good = [ids for ids in dict.fromkeys(ways) if str(tokenizer.decode(list(ids))).strip() == word]
+        encodings.insert(0, joint[len(head) :])
+    good = [
+        ids for ids in dict.fromkeys(encodings) if str(tokenizer.decode(list(ids))).strip() == word
+    ]
     if not good:
         msg = (
             f"The tokenizer of {tokenizer.name_or_path or 'the judge'} cannot write {word!r}: "

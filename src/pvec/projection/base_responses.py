@@ -112,8 +112,8 @@ class BaseResponses:
             self._work.session,
             self._vectors.plan_of("proj"),
             (
-                Ids(prompt_ids=one.prompt_ids, answer_ids=one.token_ids, skip=one.think_tokens)
-                for one in records
+                Ids(prompt_ids=item.prompt_ids, answer_ids=item.token_ids, skip=item.think_tokens)
+                for item in records
             ),
             total=len(records),
             stage="base responses: projecting",

@@ -189,10 +189,10 @@ def _recorded(row: Row) -> Ids:
     return Ids(prompt_ids=record.prompt_ids, answer_ids=record.token_ids, skip=record.think_tokens)
 
 
-def is_same_file(one: Path, two: Path) -> bool:
+def is_same_file(first: Path, second: Path) -> bool:
     """Whether two paths are one file, links followed."""
     with suppress(OSError):
-        return one.samefile(two)
+        return first.samefile(second)
     return False
 
 

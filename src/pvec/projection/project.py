@@ -205,15 +205,21 @@ class _Job:
         report = _reporter(self.session.on_progress, stage="projecting", total=total)
         report(done)
         while chunk := list(islice(rows, self.options.chunk_rows)):
-            made = project(
+            projections = project(
                 [conversation for _, conversation in chunk],
                 on_done=lambda n, done=done: report(min(done + n, total)),  # type: ignore[misc]
             )
-            log.append({"rows": made.rows, "counts": vars(made.counts), "refused": made.refused})
-            self.counts += made.counts
+            log.append(
+                {
+                    "rows": projections.rows,
+                    "counts": vars(projections.counts),
+                    "refused": projections.refused,
+                }
+            )
+            self.counts += projections.counts
             done += len(chunk)
             report(done)
-            yield chunk, made.rows, made.refused
+            yield chunk, projections.rows, projections.refused
 
     def _writer(self, stream: IO[bytes], kept: Sequence[str]) -> TableWriter:
         turn = (TURN,) if self.options.turns == "each" else ()

@@ -113,29 +113,29 @@ class Projector:
         self, conversations: Sequence[Conversation], *, on_done: Callable[[int], None] = ignore
     ) -> Projections:
         """Return the projections of every conversation; ``on_done`` hears of finished sequences."""
-        made = self._spans(conversations)
+        located = self._spans(conversations)
         values: dict[str, Values] = {}
-        for identity, row in self._values(made.rows):
+        for identity, row in self._values(located.rows):
             values[identity] = row
             on_done(len(values))
         empty: Values = (None,) * len(self.plan.columns())
         rows = [
             [values.get(f"{number}:{turn}", empty) for turn in range(self._turns(spans))]
-            for number, spans in enumerate(made.rows)
+            for number, spans in enumerate(located.rows)
         ]
-        return Projections(rows=rows, counts=made.counts, refused=made.refused)
+        return Projections(rows=rows, counts=located.counts, refused=located.refused)
 
     def _turns(self, spans: Sequence[TokenSpans]) -> int:
         return min(len(spans), 1) if self._pooled else len(spans)
 
     def _values(self, rows: Sequence[Sequence[TokenSpans]]) -> Iterator[tuple[str, Values]]:
-        sequences = (one for spans in rows for one in spans if one.token_ids)
+        sequences = (span for spans in rows for span in spans if span.token_ids)
         captured: Iterable[SpanMeans] = self._backend.capture(sequences, layers=self.plan.layers)
         if self._pooled:
             captured = _pool(captured, rows)
         batch: list[SpanMeans] = []
-        for one in captured:
-            batch.append(one)
+        for item in captured:
+            batch.append(item)
             if len(batch) == _AT_ONCE:
                 yield from self._project(batch)
                 batch = []
@@ -143,10 +143,10 @@ class Projector:
             yield from self._project(batch)
 
     def _project(self, batch: Sequence[SpanMeans]) -> Iterator[tuple[str, Values]]:
-        means = {span: np.stack([one.means[span] for one in batch]) for span in self.plan.spans}
+        means = {span: np.stack([item.means[span] for item in batch]) for span in self.plan.spans}
         table = self.plan.values(means)
-        for one, row in zip(batch, table.tolist(), strict=True):
-            yield one.id, tuple(None if value != value else value for value in row)  # noqa: PLR0124
+        for sequence, row in zip(batch, table.tolist(), strict=True):
+            yield sequence.id, tuple(None if value != value else value for value in row)  # noqa: PLR0124
 
 
 def projector(
@@ -288,16 +288,16 @@ def _pool(
     tokens = {s.id: {name: b - a for name, (a, b) in s.spans.items()} for r in rows for s in r}
     turns: dict[str, list[SpanMeans]] = {}
     expected = {f"{number}:0": sum(bool(s.token_ids) for s in r) for number, r in enumerate(rows)}
-    for one in captured:
-        row = one.id.partition(":")[0] + ":0"
-        turns.setdefault(row, []).append(one)
+    for item in captured:
+        row = item.id.partition(":")[0] + ":0"
+        turns.setdefault(row, []).append(item)
         if len(turns[row]) == expected[row]:
             done = turns.pop(row)
             means = {
                 span: _weighted([t.means[span] for t in done], [tokens[t.id][span] for t in done])
-                for span in one.means
+                for span in item.means
             }
-            yield SpanMeans(id=row, layers=one.layers, means=means, norms={})
+            yield SpanMeans(id=row, layers=item.layers, means=means, norms={})
 
 
 def _weighted(means: Sequence[np.ndarray], tokens: Sequence[int]) -> np.ndarray:

@@ -87,9 +87,9 @@ class RayWorker:
                 kept.append(number)
                 conversations.append(conversation)
         table = batch.take(pa.array(kept, type=pa.int64()))
-        made = self._cells(conversations)
+        projected = self._cells(conversations)
         for name in self.job.new:
-            table = with_column(table, name, [cells[name] for cells in made])
+            table = with_column(table, name, [cells[name] for cells in projected])
         return table
 
     def _lines(self, batch: pa.Table) -> pa.Table:
@@ -258,7 +258,7 @@ def _holds_lines(path: Path) -> bool:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        return [one for one in path.iterdir() if one.is_file() and not one.name.startswith(".")]
+        return [item for item in path.iterdir() if item.is_file() and not item.name.startswith(".")]
     if not path.exists():
         raise InputError(f"there is no file {path}; check the path.")
     return [path]

@@ -211,11 +211,12 @@ def _holds_another(folder: Path, measured: str, checkpoints: Sequence[str]) -> b
 def _whole_model(name: str, base: ModelSession) -> ModelSession:
     """Return a whole finetuned model, of the base's shape; its weights are not loaded yet."""
     session = ModelSession(_on_base(base.settings, name), notify=base.notify)
-    mine, theirs = session.metadata, base.metadata
-    if (mine.num_layers, mine.hidden_size) != (theirs.num_layers, theirs.hidden_size):
+    finetuned, original = session.metadata, base.metadata
+    if (finetuned.num_layers, finetuned.hidden_size) != (original.num_layers, original.hidden_size):
         raise ModelError(
-            f"{name} has {mine.num_layers} layers of width {mine.hidden_size} and {theirs.id} "
-            f"{theirs.num_layers} of width {theirs.hidden_size}: give finetunes of the base."
+            f"{name} has {finetuned.num_layers} layers of width {finetuned.hidden_size} and "
+            f"{original.id} {original.num_layers} of width {original.hidden_size}: "
+            f"give finetunes of the base."
         )
     return session
 
@@ -291,9 +292,9 @@ def _trends(
 ) -> Iterator[ShiftTrend]:
     for vector, layer in vectors.columns:
         pairs = [
-            (one.shift.mean, one.score)
-            for one in shifts
-            if one.vector == vector and one.layer == layer and one.score is not None
+            (shift.shift.mean, shift.score)
+            for shift in shifts
+            if shift.vector == vector and shift.layer == layer and shift.score is not None
         ]
         base_score = scores.get((base, vectors.vectors[vector].trait))
         if base_score is not None:

@@ -68,10 +68,10 @@ def project(
     plan = _plan(model, vectors, layers=layers, types=types, kind=kind)
     backend = HFBackend.wrap(model, tokenizer)
     projector = Projector(backend, plan, tokenizer=tokenizer, turns=turns, limit=_context(model))
-    made = projector([_conversation(one) for one in conversations])
+    projections = projector([_conversation(conversation) for conversation in conversations])
     columns = plan.columns()
     rows: list[dict[str, float | None]] = []
-    for answers in made.require_all():
+    for answers in projections.require_all():
         for number, values in enumerate(answers, start=1):
             place = {"turn": float(number)} if turns == "each" else {}
             rows.append({**place, **dict(zip(columns, values, strict=True))})
@@ -204,8 +204,12 @@ def _load(vector: VectorLike, layer: int | None) -> tuple[str, PersonaVector]:
     return vector_name(path), load_vector(path, layer=layer)
 
 
-def _conversation(one: Sequence[Message] | tuple[str, str]) -> Conversation:
-    if isinstance(one, tuple) and len(one) == 2 and all(isinstance(part, str) for part in one):
-        prompt, answer = one
+def _conversation(conversation: Sequence[Message] | tuple[str, str]) -> Conversation:
+    if (
+        isinstance(conversation, tuple)
+        and len(conversation) == 2
+        and all(isinstance(part, str) for part in conversation)
+    ):
+        prompt, answer = conversation
         return Pair(prompt=str(prompt), answer=str(answer))
-    return Chat(messages=one)  # type: ignore[arg-type]
+    return Chat(messages=conversation)  # type: ignore[arg-type]

@@ -114,10 +114,10 @@ class TraitFile:
             f"{did_you_mean(key, container)} docs/formats.md shows a whole trait file."
         )
 
-    def _wrong_type(self, key: str, wanted: str, found: Any) -> Never:
+    def _wrong_type(self, key: str, expected: str, value: Any) -> Never:
         raise InputError(
-            f"{self.path}:{self._line(key)} should have {wanted} under {key!r}, not "
-            f"{_shortened(found)}; docs/formats.md shows a whole trait file."
+            f"{self.path}:{self._line(key)} should have {expected} under {key!r}, not "
+            f"{_shortened(value)}; docs/formats.md shows a whole trait file."
         )
 
     def _line(self, key: str) -> int:

@@ -128,8 +128,8 @@ class VectorAccumulator:
         for key, cells in other._cells.items():
             self._missing[key] += other._missing[key]
             for slot, cell in cells.items():
-                mine = self._cells[key].setdefault(slot, _Cell(total=np.zeros_like(cell.total)))
-                mine.merge(cell)
+                target = self._cells[key].setdefault(slot, _Cell(total=np.zeros_like(cell.total)))
+                target.merge(cell)
         if other._norm_total is not None:
             self._norm_total = other._norm_total + (
                 0.0 if self._norm_total is None else self._norm_total

@@ -144,17 +144,20 @@ def require_one_model(vectors: Mapping[Path, PersonaVector]) -> None:
 
     Files that do not say their model (a ``.pt``) are taken at their shape.
     """
-    (first, one), *others = vectors.items()
-    for second, two in others:
-        if _model(one) and _model(two) and _fingerprint(one) != _fingerprint(two):
+    (first, left), *others = vectors.items()
+    for second, right in others:
+        if _model(left) and _model(right) and _fingerprint(left) != _fingerprint(right):
             raise InputError(
-                f"{first} was made with {_model(one)} and {second} with {_model(two)}: vectors of "
-                f"different models have no direction in common, so use vectors of one model."
+                f"{first} was made with {_model(left)} and {second} with {_model(right)}: vectors "
+                f"of different models have no direction in common, so use vectors of one model."
             )
-        if (one.num_layers, one.hidden_size) != (two.num_layers, two.hidden_size):
+        if (left.num_layers, left.hidden_size) != (
+            right.num_layers,
+            right.hidden_size,
+        ):
             raise InputError(
-                f"{first} has {one.num_layers} layers of width {one.hidden_size} and {second} "
-                f"{two.num_layers} of width {two.hidden_size}: use vectors of one model."
+                f"{first} has {left.num_layers} layers of width {left.hidden_size} and {second} "
+                f"{right.num_layers} of width {right.hidden_size}: use vectors of one model."
             )
 
 

@@ -120,14 +120,14 @@ class ProjectionPlan:
             rows = np.asarray(means[span], dtype=np.float64)
             along[span] = np.einsum("blh,lvh->bvl", rows, self.units, optimize=True)
             lengths[span] = np.linalg.norm(rows, axis=-1)  # [B, layers]
-        made = []
+        parts = []
         for kind in self.kinds:
             span = SPAN_OF_PROJECTION[kind]
             part = along[span]
             if kind == "cos_sim":
                 length = np.where(lengths[span] == 0, np.nan, lengths[span])
                 part = part / length[:, None]
-            made.append(part)
-        stacked = np.stack(made, axis=2)  # [B, vectors, kinds, layers]
+            parts.append(part)
+        stacked = np.stack(parts, axis=2)  # [B, vectors, kinds, layers]
         flat: np.ndarray = stacked.reshape(len(stacked), -1)
         return flat

@@ -151,8 +151,8 @@ def half_cosines(
     halves = list(_halves(len(counts["pos"]), splits=splits, seed=seed))
     cosines = np.full((len(halves), totals["pos"].shape[1]), np.nan)
     for n, half in enumerate(halves):
-        one, two = (_half_vector(totals, counts, chosen) for chosen in (half, ~half))
-        cosines[n] = _cosine_rows(one, two)
+        first, second = (_half_vector(totals, counts, chosen) for chosen in (half, ~half))
+        cosines[n] = _cosine_rows(first, second)
     return cosines
 
 
@@ -212,9 +212,9 @@ def _half_vector(
     return difference
 
 
-def _cosine_rows(one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
-    dots = np.einsum("lh,lh->l", one, two)
+def _cosine_rows(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    dots = np.einsum("lh,lh->l", first, second)
     cosines: np.ndarray = np.full_like(dots, np.nan)
     np.divide(dots, lengths, out=cosines, where=lengths > 0)
     return cosines

@@ -156,9 +156,10 @@ def _items(
 def _require_one_width(vectors: Mapping[Path, PersonaVector]) -> None:
     widths = {vector.hidden_size: path for path, vector in vectors.items()}
     if len(widths) > 1:
-        (one, first), (two, second) = list(widths.items())[:2]
+        (width, first), (other, second) = list(widths.items())[:2]
         raise InputError(
-            f"Only vectors of one width can be compared: {first} is {one} wide and {second} {two}."
+            f"Only vectors of one width can be compared: {first} is {width} wide and "
+            f"{second} {other}."
         )
 
 

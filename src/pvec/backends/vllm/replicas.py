@@ -121,8 +121,8 @@ def gpus_of(replica: int, *, per_replica: int, replicas: int) -> Iterator[None]:
         return
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = before.split(",") if before else [str(i) for i in range(replicas * per_replica)]
-    mine = visible[replica * per_replica : (replica + 1) * per_replica]
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+    devices = visible[replica * per_replica : (replica + 1) * per_replica]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     try:
         yield
     finally:

@@ -80,6 +80,6 @@ def _rewind_draws(runner: Any) -> None:
 
 
 def _rewindable(generator: torch.Generator) -> RewindableGenerator:
-    made = RewindableGenerator()
-    made.set_state(generator.get_state())
-    return made
+    rewindable = RewindableGenerator()
+    rewindable.set_state(generator.get_state())
+    return rewindable

@@ -67,9 +67,11 @@ class _Extraction:
         return [record for record in self.records if record.condition["sign"] == sign]
 
     def _mean(self, sign: Sign, metric: str) -> Interval:
-        mine = self._of(sign)
-        values = [self._score(record, metric) for record in mine]
-        return grouped_mean(values, groups=[record.question_id for record in mine], limits=SCORES)
+        records = self._of(sign)
+        values = [self._score(record, metric) for record in records]
+        return grouped_mean(
+            values, groups=[record.question_id for record in records], limits=SCORES
+        )
 
     def _summary(self) -> str:
         if not self.scores:
@@ -148,8 +150,8 @@ class _Extraction:
         rows = []
         for sign, name in SIGN_NAMES.items():
             for metric in (self.trait, COHERENCE):
-                one = self._mean(sign, metric)
-                rows.append((name, metric, one.mean, one.low, one.high, one.n, one.missing))
+                mean = self._mean(sign, metric)
+                rows.append((name, metric, mean.mean, mean.low, mean.high, mean.n, mean.missing))
         yield "Mean scores", Table(columns=columns, rows=tuple(rows))
         counts = self._filtered().counts
         yield (

@@ -279,7 +279,7 @@ def _monitor_figures(run: RunData, stored: _Summary) -> Iterator[Figure]:
 
 
 def _shift(run: RunData, stored: _Summary) -> Section:
-    furthest = max(stored["shifts"], key=lambda one: abs(one["shift"]["mean"]))
+    furthest = max(stored["shifts"], key=lambda item: abs(item["shift"]["mean"]))
     return Section(
         id=run.id,
         title=f"Finetuning shift from {stored['base']}",
@@ -302,13 +302,13 @@ def _shift(run: RunData, stored: _Summary) -> Section:
 def _shift_table(shifts: Sequence[_Summary]) -> Table:
     rows = tuple(
         (
-            one["checkpoint"],
-            one["vector"],
-            one["layer"],
-            *(one["shift"][key] for key in ("mean", "low", "high")),
-            one["score"],
+            shift["checkpoint"],
+            shift["vector"],
+            shift["layer"],
+            *(shift["shift"][key] for key in ("mean", "low", "high")),
+            shift["score"],
         )
-        for one in shifts
+        for shift in shifts
     )
     columns = ("checkpoint", "vector", "layer", "shift", "95 % low", "95 % high", "trait score")
     return Table(columns=columns, rows=rows)
@@ -318,9 +318,9 @@ def _shift_figures(run: RunData, stored: _Summary) -> Iterator[Figure]:
     for trend in stored["trends"]:
         vector, layer = trend["vector"], trend["layer"]
         dots = [
-            _dot(model_label(one["checkpoint"]), one["shift"]["mean"], one["score"])
-            for one in stored["shifts"]
-            if one["vector"] == vector and one["layer"] == layer and one["score"] is not None
+            _dot(model_label(item["checkpoint"]), item["shift"]["mean"], item["score"])
+            for item in stored["shifts"]
+            if item["vector"] == vector and item["layer"] == layer and item["score"] is not None
         ]
         if trend.get("base_score") is not None:
             dots.insert(0, _dot(f"{model_label(stored['base'])} (base)", 0.0, trend["base_score"]))

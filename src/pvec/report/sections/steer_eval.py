@@ -129,7 +129,7 @@ def _figures(run: RunData, sweep: SweepSummary) -> Iterator[Figure]:
     for number, vector in enumerate(vectors, start=1):
         points = [point for point in steered if point.vector == vector]
         name = run.id if len(vectors) == 1 else f"{run.id}_{number}"
-        pick = next((one for one in sweep.picks if one.vector == vector), None)
+        pick = next((item for item in sweep.picks if item.vector == vector), None)
         yield _dose_response(name, points, sweep, pick)
         if len({p.layers for p in points}) > 1 and len({p.coef for p in points}) > 1:
             for metric in sweep.metrics[:2]:
@@ -168,9 +168,9 @@ def _dose_response(
     )
 
 
-def _shown_layers(mine: Sequence[Point], pick: Pick | None) -> list[tuple[int, ...]]:
+def _shown_layers(points: Sequence[Point], pick: Pick | None) -> list[tuple[int, ...]]:
     """Return at most ``_LINES`` choices of layers, evenly spread and with the picked one."""
-    choices = sorted({point.layers for point in mine})
+    choices = sorted({point.layers for point in points})
     if len(choices) <= _LINES:
         return choices
     step = (len(choices) - 1) / (_LINES - 1)
@@ -254,13 +254,13 @@ def _points_table(sweep: SweepSummary) -> Table:
 
 
 def _browsable(answers: Sequence[ScoredAnswer]) -> Iterator[Answer]:
-    for one in answers:
+    for answer in answers:
         yield Answer(
-            condition=str(one.condition["name"]),
-            question=one.question,
-            rollout=int(one.condition["rollout"]),
-            text=one.text,
-            scores=one.scores,
+            condition=str(answer.condition["name"]),
+            question=answer.question,
+            rollout=int(answer.condition["rollout"]),
+            text=answer.text,
+            scores=answer.scores,
         )
 
 
