@@ -21,7 +21,7 @@ Vector = Annotated[
     typer.Option(
         "--vector",
         metavar="FILE",
-        help="A vector file or a run with one. None: a random direction.",
+        help="A vector file or a run that has one (default: a random direction).",
     ),
 ]
 
@@ -33,9 +33,9 @@ def verify(ctx: typer.Context, vector: Vector = None) -> None:
 
     Plain hooks read the residual stream: it must change by exactly coefficient x vector at the
     steered layer and tokens and nowhere else; coefficient 0 must change nothing; the rows of a
-    mixed batch must be what they are alone. On vLLM, which no hook can look into, the engine is
-    compared with itself, prefix cache on and off, and with transformers. Exits with 2 when a check
-    fails.
+    mixed batch must equal what they are alone. On vLLM, where hooks cannot look into the engine,
+    its results are compared with each other, with the prefix cache on and off, and with
+    transformers. Exits with 2 when a check fails.
     """
     from pvec.evaluation.verify import verify as workflow
 

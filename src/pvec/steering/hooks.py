@@ -7,7 +7,7 @@ under it, for loops in which every row of a batch carries its own instructions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -69,14 +69,10 @@ class Steerer:
     @contextmanager
     def attached(self) -> Iterator[Steerer]:
         """Hold the hooks, one per steered layer; none remains whatever happens inside."""
-        handles = []
-        try:
+        with ExitStack() as hooks:
             for layer, steering in self._layers.items():
-                handles.append(self._decoder.on_layer(layer, steering.apply))
+                hooks.enter_context(self._decoder.on_layer(layer, steering.apply))
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def set_roles(self, roles: torch.Tensor) -> None:
         """Say what the tokens of the next forward are: ``[B, T]`` of ``positions`` roles."""
@@ -259,12 +255,8 @@ def steer(
         else:
             steerer.set_roles(seen.roles)
 
-    hook = decoder.body.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        with steerer.attached():
-            yield handle
-    finally:
-        hook.remove()
+    with decoder.body.register_forward_pre_hook(before, with_kwargs=True), steerer.attached():
+        yield handle
     handle._check()  # noqa: SLF001
 
 
@@ -296,12 +288,8 @@ def steer_training(
         handle._start_batch(steerer, len(labels))  # noqa: SLF001 - one pair of objects
         steerer.set_roles(roles_from_labels(labels, real))
 
-    hook = model.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        with steerer.attached():
-            yield handle
-    finally:
-        hook.remove()
+    with model.register_forward_pre_hook(before, with_kwargs=True), steerer.attached():
+        yield handle
     handle._check()  # noqa: SLF001
 
 
@@ -322,7 +310,7 @@ class Unsteered:
 
 @contextmanager
 def unsteered(model: nn.Module) -> Iterator[Unsteered]:
-    """Let forwards pass as if no steering were attached to the model, whoever attached it.
+    """Run forwards as if no steering were attached to the model, whoever attached it.
 
     For measurements in the middle of a steered training; steering goes on afterwards as before.
     Raises ``SteeringError`` on leaving when a hook steered all the same.

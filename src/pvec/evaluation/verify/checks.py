@@ -157,23 +157,18 @@ def _change_checks(bench: Bench, positions: Positions) -> Iterator[Check]:
 
 
 def _zero_is_identity(bench: Bench) -> Check:
-    worst = 0.0
+    worst, detail = 0.0, ""
     tokens, plain = bench.generated(bench.request(0, prompt=1))
     for instruction in bench.steering:
         zero = replace(instruction, coef=0.0)
         same, states = bench.generated(bench.request(0, zero, prompt=1))
         if same != tokens:
-            return _failed("coefficient 0 is the identity", "another text")
+            worst, detail = float("inf"), "another text"
+            break
         worst = max(
             worst, *(float((a - b).abs().max()) for a, b in zip(states, plain, strict=True))
         )
-    return Check(
-        name="coefficient 0 is the identity",
-        passed=worst == 0.0,
-        measured=worst,
-        allowed=0.0,
-        unit="absolute",
-    )
+    return bench.check("coefficient 0 is the identity", worst, detail, unit="absolute", allowed=0)
 
 
 def _plain_hook_agrees(bench: Bench) -> Check:
@@ -184,13 +179,12 @@ def _plain_hook_agrees(bench: Bench) -> Check:
         (answer,) = bench.backend.generate([bench.request(0, everywhere, prompt=0)])
         theirs = _generate_by_hand(bench, everywhere)
         different += theirs[: len(answer.token_ids)] != answer.token_ids
-    return Check(
-        name="greedy text equals model.generate with a hand-written hook",
-        passed=different == 0,
-        measured=float(different),
-        allowed=0.0,
+    return bench.check(
+        "greedy text equals model.generate with a hand-written hook",
+        different,
+        f"{len(bench.steering)} answers",
         unit="answers that differ",
-        detail=f"{len(bench.steering)} answers",
+        allowed=0,
     )
 
 
@@ -270,21 +264,10 @@ def _means_in_a_batch(bench: Bench) -> Check:
 def _nothing_is_left(bench: Bench, before: list[torch.Tensor]) -> Check:
     after = bench.plain(bench.prompts[1])
     worst = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
-    return Check(
-        name="unsteered, the model computes afterwards what it did before",
-        passed=worst == 0.0,
-        measured=worst,
-        allowed=0.0,
-        unit="absolute",
-    )
+    name = "unsteered, the model computes afterwards what it did before"
+    return bench.check(name, worst, unit="absolute", allowed=0)
 
 
 def _relative(error: torch.Tensor, reference: torch.Tensor) -> float:
     """Return the largest norm of ``error`` ``[T, H]`` in units of the reference's norm there."""
     return float((error.norm(dim=-1) / reference.norm(dim=-1).clamp_min(1e-12)).max())
-
-
-def _failed(name: str, detail: str) -> Check:
-    return Check(
-        name=name, passed=False, measured=float("inf"), allowed=0.0, unit="absolute", detail=detail
-    )

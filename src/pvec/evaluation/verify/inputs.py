@@ -71,14 +71,23 @@ class VerifyInputs:
                     requests.append(self.request(len(requests), scaled, prompt=prompt))
         return requests
 
-    def check(self, name: str, error: float, detail: str = "") -> Check:
-        """Return the check of an error in units of the residual stream's norm."""
+    def check(
+        self,
+        name: str,
+        error: float,
+        detail: str = "",
+        *,
+        unit: str = "residual norms",
+        allowed: float | None = None,
+    ) -> Check:
+        """Return the check of an error, by default in residual norms, up to rounding."""
+        limit = self.allowed if allowed is None else allowed
         return Check(
             name=name,
-            passed=error <= self.allowed,
-            measured=error,
-            allowed=self.allowed,
-            unit="residual norms",
+            passed=error <= limit,
+            measured=float(error),
+            allowed=float(limit),
+            unit=unit,
             detail=detail,
         )
 
@@ -89,11 +98,4 @@ class VerifyInputs:
         diverge: up to half of the answers may.
         """
         allowed = 0.0 if self.dtype == "float32" else float(total // 2)
-        return Check(
-            name=name,
-            passed=different <= allowed,
-            measured=float(different),
-            allowed=allowed,
-            unit="answers that differ",
-            detail=detail,
-        )
+        return self.check(name, different, detail, unit="answers that differ", allowed=allowed)

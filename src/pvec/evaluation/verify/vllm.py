@@ -147,13 +147,8 @@ def _later_layers_change(bench: EngineBench) -> Check:
             bench.plain.means["prompt"][i.layer + 1],
         )
     ]
-    return Check(
-        name="the layer after a steered one computes with it",
-        passed=not unchanged,
-        measured=float(len(unchanged)),
-        allowed=0.0,
-        unit="layers that did not",
-    )
+    name = "the layer after a steered one computes with it"
+    return bench.check(name, len(unchanged), unit="layers that did not", allowed=0)
 
 
 def _alone(bench: EngineBench) -> Iterator[Check]:
