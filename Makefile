@@ -83,7 +83,7 @@ test: $(STAMP) ## Run the tests that take seconds
 	$(PYTEST) -n $(JOBS) -m 'not slow and not vllm and not fuzz'
 
 test-slow: $(STAMP) ## Run the tests that take minutes
-	$(PYTEST) -m 'slow and not vllm'
+	$(PYTEST) -n $(JOBS) --dist loadfile -m 'slow and not vllm'
 
 # FUZZ_SEED=1 draws other inputs, FUZZ_SCALE=4 four times as many.
 .PHONY: test-fuzz

@@ -1,4 +1,4 @@
-"""``pvec steer-eval`` killed again and again ends with the bytes of an undisturbed evaluation.
+"""``pvec steer-eval``, killed again and again, ends with the answers of an undisturbed run.
 
     KILLS=100 pytest tests/faults/test_kill_steer_eval.py
 
