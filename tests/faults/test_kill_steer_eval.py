@@ -16,7 +16,7 @@ import pytest
 from helpers.frozen_commands import OLD, VECTOR
 from helpers.killed import KilledCommand, run_chains
 
-KILLS = int(os.environ.get("KILLS", "12"))
+KILLS = int(os.environ.get("KILLS", "6"))
 COMMAND = (
     "steer-eval", "--trait", "evil", "--also", "optimistic", "--vector", OLD / VECTOR,
     "--layer", "2,3",

@@ -22,7 +22,7 @@ from pvec.runs.summary import read_log
 from pvec.vectors.formats import save_vector
 from pvec.vectors.vector import PersonaVector
 
-KILLS = int(os.environ.get("KILLS", "24"))
+KILLS = int(os.environ.get("KILLS", "9"))
 
 TIMES = ("runtime", "per_second")
 """Parts of the log's keys whose values are times."""

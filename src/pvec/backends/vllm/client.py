@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from pvec.backends.vllm.packing import pack_plan, unpack
 from pvec.backends.vllm.requests import EngineRequest, EngineResult
 from pvec.backends.vllm.slots import Rows, Slots
-from pvec.backends.vllm.token_rows import RequestMetadata, TokenCounts
+from pvec.backends.vllm.token_rows import RequestMetadata
 from pvec.backends.vllm.worker import EXTRA
 from pvec.errors import ModelError, SteeringError
 from pvec.steering.tables import plan_rows
@@ -43,6 +43,16 @@ class _Running:
     @property
     def watched(self) -> bool:
         return self.plan_key is not None or bool(self.rows)
+
+
+@dataclass(kw_only=True, eq=False)
+class _WorkerResults:
+    """What the workers returned for several finished requests."""
+
+    counts: np.ndarray  # int64 [requests, 3]
+    sums: np.ndarray  # float32 [layers, rows, H]
+    stats: np.ndarray  # float32 [layers, rows, 2]
+    place: Mapping[int, int] = field(default_factory=dict)  # row -> index
 
 
 class EngineClient:
@@ -155,7 +165,7 @@ class EngineClient:
             output_kind=(
                 RequestOutputKind.CUMULATIVE if request.stream else RequestOutputKind.FINAL_ONLY
             ),
-            extra_args={EXTRA: asdict(metadata)} if running.watched else None,
+            extra_args={EXTRA: metadata.as_args()} if running.watched else None,
         )
         prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(request.token_ids)}
         salt = _salt(running)
@@ -187,33 +197,39 @@ class EngineClient:
             running = self._running.get(output.request_id)
             if running is None:
                 continue
+            if not output.finished:
+                running.mailbox.append(_so_far(running.request, output))
+                continue
+            del self._running[output.request_id]
             running.output = output
-            if output.finished:
-                del self._running[output.request_id]
-            if output.finished and running.watched:
+            if running.watched:
                 self._due.append(running)
             else:
-                running.mailbox.append(_result(running))
+                running.mailbox.append(_done(running))
         urgent = short or any(running.rows for running in self._due)
         if self._due and (urgent or len(self._due) >= _FETCH_AT or not self._running):
-            due, self._due = self._due, []
-            for running, fetched in zip(due, self._fetch(due), strict=True):
-                running.mailbox.append(_result(running, **fetched))
+            self._settle()
 
-    def _fetch(self, finished: Sequence[_Running]) -> list[dict[str, Any]]:
-        """Return counts, sums and stats of finished requests and free what these held."""
-        rows = [row for running in finished for row in running.rows]
-        answers = self.call("pvec_fetch", [running.key for running in finished], rows)
-        parts = [unpack(answer) for answer in answers if answer is not None]
-        parts.sort(key=lambda part: int(part["layers"][0]))
-        sums, stats = (np.concatenate([part[name] for part in parts]) for name in ("sums", "stats"))
-        fetched, start = [], 0
-        for running, counts in zip(finished, parts[0]["counts"].tolist(), strict=True):
-            own = slice(start, start + len(running.rows))
-            start = own.stop
-            fetched.append({"counts": counts, "sums": sums[:, own], "stats": stats[:, own]})
+    def _settle(self) -> None:
+        """Fetch the counts of finished requests, hand them over and free what they held."""
+        due, self._due = self._due, []
+        results = self._fetch(due)
+        for place, running in enumerate(due):
             self._free(running)
-        return fetched
+            running.mailbox.append(_done(running, results=results, place=place))
+
+    def _fetch(self, finished: Sequence[_Running]) -> _WorkerResults:
+        rows = [row for running in finished for row in running.rows]
+        answers = [
+            a for a in self.call("pvec_fetch", [r.key for r in finished], rows) if a is not None
+        ]
+        parts = sorted((unpack(answer) for answer in answers), key=lambda p: int(p["layers"][0]))
+        return _WorkerResults(
+            counts=parts[0]["counts"],
+            sums=np.concatenate([part["sums"] for part in parts]),
+            stats=np.concatenate([part["stats"] for part in parts]),
+            place={row: index for index, row in enumerate(rows)},
+        )
 
     def _free(self, running: _Running) -> None:
         if running.plan_key is not None:
@@ -234,31 +250,38 @@ class EngineClient:
         watched = [running for running in (*unfinished, *late) if running.watched]
         if watched:
             self._fetch(watched)
+        for running in watched:
+            self._free(running)
 
 
-def _result(
-    running: _Running,
-    *,
-    counts: tuple[int, int, int] | None = None,
-    sums: np.ndarray | None = None,
-    stats: np.ndarray | None = None,
+def _so_far(request: EngineRequest, output: Any) -> EngineResult:
+    tokens = tuple(output.outputs[0].token_ids)
+    return EngineResult(
+        request=request, token_ids=tokens, stopped=False, logprobs=None, finished=False
+    )
+
+
+def _done(
+    running: _Running, *, results: _WorkerResults | None = None, place: int = 0
 ) -> EngineResult:
     completion = running.output.outputs[0]
-    seen = TokenCounts(*counts) if counts is not None else None
-    if seen is not None and (seen.cached < 0 or seen.gaps):
-        raise SteeringError(
-            f"A request went through the vLLM engine without being seen by pvec's worker ({seen}): "
-            f"this vLLM is not supported, use --backend hf."
-        )
+    high = None
+    if results is not None:
+        cached, high, gaps = results.counts[place].tolist()
+        if cached < 0 or gaps:
+            raise SteeringError(
+                "A request went through the vLLM engine without being seen by pvec's worker "
+                f"(counts {cached}, {high}, {gaps}): this vLLM is not supported, use --backend hf."
+            )
+    index = [results.place[row] for row in running.rows] if results else []
     return EngineResult(
         request=running.request,
         token_ids=tuple(completion.token_ids),
         stopped=completion.finish_reason == "stop",
         logprobs=completion.logprobs,
-        high=seen.high if seen is not None else None,
-        sums=sums if running.rows else None,
-        stats=stats if running.rows else None,
-        finished=running.output.finished,
+        high=high,
+        sums=results.sums[:, index] if results and index else None,
+        stats=results.stats[:, index] if results and index else None,
     )
 
 

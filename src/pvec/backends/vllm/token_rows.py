@@ -10,9 +10,9 @@ Pure numpy: no vLLM here, and no loop over tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +29,7 @@ _NOBODY = 0
 
 @dataclass(frozen=True, kw_only=True)
 class RequestMetadata:
-    """What a request carries into the engine, as a mapping in ``SamplingParams.extra_args``.
+    """What a request carries into the engine.
 
     ``slot`` numbers its steering (0: none); ``prompt`` counts its prompt tokens; a token at
     position p is summed into ``rows[k]``, where k is the number of ``edges`` that are <= p.
@@ -41,8 +41,30 @@ class RequestMetadata:
     edges: tuple[int, ...] = ()
     rows: tuple[int, ...] = (0,)
 
+    def as_args(self) -> dict[str, Any]:
+        """Return the form that travels in ``SamplingParams.extra_args``."""
+        return {
+            "key": self.key,
+            "slot": self.slot,
+            "prompt": self.prompt,
+            "edges": list(self.edges),
+            "rows": list(self.rows),
+        }
 
-class TokenCounts(NamedTuple):
+    @classmethod
+    def from_args(cls, args: Mapping[str, Any]) -> RequestMetadata:
+        """Return the metadata that ``as_args`` described."""
+        return cls(
+            key=int(args["key"]),
+            slot=int(args["slot"]),
+            prompt=int(args["prompt"]),
+            edges=tuple(args["edges"]),
+            rows=tuple(args["rows"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenCounts:
     """What a finished request's tokens went through.
 
     ``cached`` tokens were read from the prefix cache and never computed; positions up to ``high``
@@ -126,7 +148,7 @@ class TokenRowMap:
         self._index.pop(request, None)
         self._free.append(record)
         cached, high, gaps = self._counts[record].tolist()
-        return TokenCounts(max(cached, 0), high, gaps)
+        return TokenCounts(cached=max(cached, 0), high=high, gaps=gaps)
 
     def _enter(self, record: np.ndarray, first: np.ndarray, counts: np.ndarray) -> None:
         seen = self._counts[record]

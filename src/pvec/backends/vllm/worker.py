@@ -57,7 +57,7 @@ class ProbeWorker:
             params = request.sampling_params
             metadata = (params.extra_args or {}).get(EXTRA) if params is not None else None
             if metadata is not None:
-                self.pvec_row_map.open(request.req_id, RequestMetadata(**metadata))
+                self.pvec_row_map.open(request.req_id, RequestMetadata.from_args(metadata))
         return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
 
     def execute_dummy_batch(self) -> None:
@@ -110,7 +110,7 @@ class ProbeWorker:
         return pack(
             {
                 "counts": np.array(
-                    [c or (-1, -1, -1) for c in counts],
+                    [(a.cached, a.high, a.gaps) if a else (-1, -1, -1) for a in counts],
                     dtype=np.int64,
                 ).reshape(-1, 3),
                 "layers": np.array(sorted(self.pvec_probes), dtype=np.int64),
