@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -51,8 +52,9 @@ class ArrowTable(Table):
                 return
             yield batch, rows
 
+    @abstractmethod
     def _batches(self) -> Iterator[Any]:
-        raise NotImplementedError
+        """Yield the file's record batches in order."""
 
 
 class ParquetTable(ArrowTable):
