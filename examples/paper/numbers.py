@@ -97,8 +97,8 @@ class Check:
 
 
 def overall(checks: Sequence[Check]) -> Outcome:
-    """Return a figure's outcome from those of its checks."""
-    outcomes = {check.outcome for check in checks}
+    """Return a figure's outcome from those of its checks that have a number."""
+    outcomes = {check.outcome for check in checks if check.interval.n}
     for bad in ("disagrees", "other side"):
         if bad in outcomes:
             return bad

@@ -209,10 +209,13 @@ def test_errors_of_the_system_are_one_sentence_with_a_remedy(
 
 
 PVEC = (sys.executable, "-m", "pvec")
+AS_IN_A_SHELL = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore these
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
 WAITS = """
-import signal, sys, time
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+import sys, time
 import pvec.cli.config as config
 from pvec.cli.app import main
 
@@ -236,7 +239,7 @@ def test_a_signal_closes_everything_and_is_one_line(
     name: str, code: int, word: str, tmp_path: Path
 ) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", WAITS, "config"],
+        [sys.executable, "-c", AS_IN_A_SHELL + WAITS, "config"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

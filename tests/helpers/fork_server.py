@@ -16,6 +16,8 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from signal import SIG_DFL, SIGHUP, SIGTERM
+from signal import signal as set_handler
 from typing import Any
 
 import torch
@@ -34,6 +36,8 @@ def main() -> None:
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
+            for number in (SIGHUP, SIGTERM):  # a background job may have been told to ignore them
+                set_handler(number, SIG_DFL)
             count_steps(folder, writer, signal=int(signal), steps=int(steps), after=float(seconds))
             run([*sys.argv[1:], "--out", folder, "-q"])
         os.close(writer)
