@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,13 @@ from tests.helpers.architectures import ARCHITECTURES, COLUMNS, TABLE_BEGINS, tr
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 FAST = ("LFM2", "SmolVLM", "Gemma 3n (text)")
+ALL = (
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not os.environ.get("ALL_ARCHITECTURES"),
+        reason="set ALL_ARCHITECTURES=1 to try every architecture",
+    ),
+)
 
 
 def rows() -> dict[str, list[str]]:
@@ -26,7 +34,7 @@ def test_the_table_has_known_architectures() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in rows()],
+    [pytest.param(name, marks=() if name in FAST else ALL) for name in rows()],
 )
 def test_an_architecture_does_what_the_table_says(name: str, tmp_path: Path) -> None:
     results = try_all(name, tmp_path)
