@@ -478,7 +478,7 @@ def main(names: list[str]) -> None:
     page.write_text(f"{head}{TABLE_BEGINS}\n\n{table(results)}", encoding="utf-8")
 
 
-TABLE_BEGINS = "<!-- made by python -m tests.helpers.architectures -->"
+TABLE_BEGINS = "<!-- table of architectures -->"
 
 
 def table(results: Mapping[str, Mapping[str, str]]) -> str:
