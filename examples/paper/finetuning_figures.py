@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from examples.paper.experiments import LAST
-from examples.paper.figures import bars, dots
+from examples.paper.figures import dots
 from examples.paper.numbers import Check, mean_ci, over_seeds, overall
 from examples.paper.plan import BASE, MISTAKES, RESCUE_COEFS
 from examples.paper.replication import Replication, Results, verdict_clause
 from examples.paper.sizes import Size
+from pvec.report.dots import Dot, bars
 from pvec.report.figure import Figure
-from pvec.report.figures import Dot
 from pvec.stats import correlation
 
 SMALL = 10.0
@@ -128,7 +128,7 @@ def _shift_figure(results: Results, size: Size) -> Figure:
     return dots(
         name="4_shift",
         title="Finetuning shift and trait score",
-        caption="One point per model and trait; bars are 95 % intervals over seeds.",
+        caption="One point per model and trait, means over seeds.",
         x_label=f"shift along the trait's vector, layer {LAST}",
         y_label="trait score",
         points=points,

@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from examples.paper.experiments import LAST, LAYERS
-from examples.paper.figures import HEAD, bars, cells, dots
+from examples.paper.figures import HEAD, cells, dots
 from examples.paper.monitoring import MODES
 from examples.paper.numbers import Check, mean_ci, over_seeds, overall
 from examples.paper.replication import Replication, Results, join_words, verdict_clause
 from examples.paper.sizes import Size
 from examples.paper.steps import Result
+from pvec.report.axes import XAxis, exact
+from pvec.report.dots import Dot, bars, scatter
 from pvec.report.figure import Figure, Table
-from pvec.report.figures import Dot, exact, histogram, scatter
+from pvec.report.figures import histogram
 from pvec.stats import auc, correlation
 
 STUDIES = ("system prompts", "shots")
@@ -157,7 +159,7 @@ def _cloud(results: Results, trait: str, study: str) -> Figure:
         name=f"3_{trait}_{study.split(maxsplit=1)[0]}",
         title=f"{trait}, {study}",
         caption="One point per prompt and seed.",
-        x_label=f"projection of the last prompt token, layer {LAST}",
+        x=XAxis(label=f"projection of the last prompt token, layer {LAST}"),
         y_label=f"{trait} score",
         dots=dots,
     )
@@ -202,7 +204,7 @@ def _prediction(results: Results, size: Size) -> Figure:
     return dots(
         name="7_prediction",
         title="Projection difference before, shift after",
-        caption="One point per training set and vector; bars are 95 % intervals over seeds.",
+        caption="One point per training set and vector, means over seeds.",
         x_label=f"mean projection difference, layer {LAST}",
         y_label=f"finetuning shift, layer {LAST}",
         points=points,
@@ -221,7 +223,7 @@ def _samples(results: Results, trait: str, levels: Sequence[str]) -> Figure:
         name=f"7_{trait}_samples",
         title=f"Single samples along {trait}",
         caption="Projection difference of each sample from the model's own answer, all seeds.",
-        x_label=f"projection difference, layer {LAST}",
+        x=XAxis(label=f"projection difference, layer {LAST}"),
         y_label="samples",
         groups=[(level, [v for v in values if v == v]) for level, values in pooled],  # noqa: PLR0124
     )
@@ -229,7 +231,12 @@ def _samples(results: Results, trait: str, levels: Sequence[str]) -> Figure:
 
 def _modes(modes: Sequence[Sequence[dict[str, float]]]) -> Figure:
     parts = {"agreement": "agreement (r)", "auc": "separation (AUC)"}
-    picture = bars(
+    rows = tuple(
+        (MODE_NAMES[mode], part, *cells(over_seeds([one[part] for one in found], r=part in parts)))
+        for mode, found in zip(MODES, modes, strict=True)
+        for part in (*parts, "answers", "cpu")
+    )
+    return bars(
         name="7_modes",
         title="What the cheap modes cost",
         caption="Natural answers to all prompts, to a tenth (the rest predicted from the last "
@@ -241,18 +248,5 @@ def _modes(modes: Sequence[Sequence[dict[str, float]]]) -> Figure:
             text: [over_seeds([one[part] for one in found], r=True) for found in modes]
             for part, text in parts.items()
         },
-    )
-    rows = tuple(
-        (MODE_NAMES[mode], part, *cells(over_seeds([one[part] for one in found], r=part in parts)))
-        for mode, found in zip(MODES, modes, strict=True)
-        for part in (*parts, "answers", "cpu")
-    )
-    table = Table(columns=("mode", "what", *HEAD), rows=rows)
-    return Figure(
-        name=picture.name,
-        title=picture.title,
-        caption=picture.caption,
-        table=table,
-        draw=picture.draw,
-        size=picture.size,
+        table=Table(columns=("mode", "what", *HEAD), rows=rows),
     )

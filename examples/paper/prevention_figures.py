@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from examples.paper.experiments import LAYER
-from examples.paper.figures import bars, dots
+from examples.paper.figures import dots
 from examples.paper.finetuning_figures import Arm, mean_over_traits, score
 from examples.paper.numbers import Check, mean_ci, over_seeds, overall
 from examples.paper.plan import BASE, RESCUE_COEFS
 from examples.paper.replication import Replication, Results, join_words, verdict_clause
 from examples.paper.sizes import Size
+from pvec.report.axes import exact
+from pvec.report.dots import Dot, bars
 from pvec.report.figure import Figure
-from pvec.report.figures import Dot, exact
 
 DOSE = -1.0
 """The inference-time dose that is compared."""
@@ -139,7 +140,7 @@ def _dose_figure(results: Results, size: Size, metric: str) -> Figure:
     return dots(
         name=f"5_{metric}",
         title=f"Finetuned on II, steered at inference: {labels[metric]}",
-        caption=f"The trait's own vector at layer {LAYER}; means over seeds, 95 % intervals.",
+        caption=f"The trait's own vector at layer {LAYER}; means over seeds.",
         x_label="coefficient",
         y_label=labels[metric],
         points=points,

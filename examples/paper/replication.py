@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from examples.paper.numbers import Check, Outcome, format_interval, overall
+from examples.paper.sizes import Size
 from examples.paper.steps import Result
 from pvec.report.figure import Figure, Table
 from pvec.report.page import Section
@@ -30,14 +31,16 @@ class Replication:
     def outcome(self) -> Outcome:
         return overall(self.checks)
 
-    def section(self) -> Section:
+    def section(self, size: Size) -> Section:
         """Return the page's section."""
+        seeds = ", ".join(map(str, size.seeds))
         return Section(
             id=f"figure-{self.number}",
             title=f"{self.number}. {self.title}: {self.outcome}",
             summary=f"The paper: {self.paper} Here: {self.here}",
             notes=self.notes,
             figures=self.figures,
+            source=f"tiny · persona vectors in miniature, size {size.name}, seeds {seeds}",
             tables=(("Checks", self.table()),),
         )
 

@@ -36,14 +36,14 @@ def write(results: Results, size: Size, out: Path) -> tuple[Path, list[Replicati
     """Write ``report.html`` and ``figures/`` (SVG, CSV), and return what is told."""
     told = [figure(results, size) for figure in FIGURES]
     for one in told:
-        write_figures(one.figures, out / "figures", formats=("svg",))
+        write_figures(one.section(size).exported, out / "figures", formats=("svg",))
     checks = checks_table(told)
     (out / "figures" / "checks.csv").write_text(checks.csv(), encoding="utf-8")
     page = render_page(
         title="Persona vectors in miniature",
         chapters=[
             Chapter(summary=summary(told, size), sections=(_overview(told, size),)),
-            Chapter(summary="", sections=tuple(one.section() for one in told)),
+            Chapter(summary="", sections=tuple(one.section(size) for one in told)),
         ],
         made=datetime.now(tz=UTC),
         version=pvec.__version__,

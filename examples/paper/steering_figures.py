@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from examples.paper.experiments import LAYER
-from examples.paper.figures import bars
 from examples.paper.numbers import Check, format_interval, mean_ci, over_seeds, overall
 from examples.paper.plan import KINDS
 from examples.paper.replication import Replication, Results, join_words, verdict_clause
 from examples.paper.sizes import Size
+from pvec.report.axes import SCORE_AXIS, XAxis
+from pvec.report.dots import bars
 from pvec.report.figure import Figure
 from pvec.report.figures import Level, Line, Panel, line_chart
 from pvec.report.grids import Grid, heat_map
@@ -159,18 +160,26 @@ def _curves(results: Results, trait: str) -> Figure:
             _line(points, "steered", layer, metric, label=f"layer {layer}") for layer in layers
         ]
         lines.append(
-            _line(points, "random", LAYER, metric, label=f"random, layer {LAYER}", control=True)
+            _line(
+                points,
+                "random",
+                LAYER,
+                metric,
+                label=f"random, layer {LAYER}",
+                control_of=f"layer {LAYER}",
+            )
         )
         levels = tuple(
             Level(label=text, value=_level(points, role, metric))
             for role, text in (("prompt_pos", "prompted for"), ("prompt_neg", "prompted against"))
         )
-        panels.append(Panel(label=label, lines=lines, levels=levels, scores=True))
+        panels.append(Panel(label=label, lines=lines, levels=levels, limits=SCORE_AXIS))
     return line_chart(
         name=f"2_{trait}_curves",
         title=f"{trait}: dose and effect",
-        caption="Means over seeds with 95 % intervals; coefficient 0 is the unsteered model.",
-        x_label="coefficient",
+        caption="Means over seeds; coefficient 0 is the unsteered model.",
+        x=XAxis(label="coefficient"),
+        ordered=True,
         panels=panels,
     )
 
@@ -197,13 +206,19 @@ def _map(results: Results, trait: str) -> Figure:
 
 
 def _line(
-    points: Sequence[Any], role: str, layer: int, metric: str, *, label: str, control: bool = False
+    points: Sequence[Any],
+    role: str,
+    layer: int,
+    metric: str,
+    *,
+    label: str,
+    control_of: str | None = None,
 ) -> Line:
     coefs = sorted({p["coef"] for p in points[0] if p["role"] == role and p["layers"] == [layer]})
     by_coef = {coef: _at(points, role, layer, coef, metric) for coef in coefs}
     by_coef[0.0] = _level(points, "baseline", metric)
     x = tuple(sorted(by_coef))
-    return Line(label=label, x=x, points=tuple(by_coef[coef] for coef in x), control=control)
+    return Line(label=label, x=x, points=tuple(by_coef[coef] for coef in x), control_of=control_of)
 
 
 def _at(points: Sequence[Any], role: str, layer: int, coef: float, metric: str) -> Interval:

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from pvec.errors import InputError, StoreError
+from pvec.report.axes import SCORE_AXIS, Reference, XAxis, exact
 from pvec.report.figure import Figure, Table, write_figures
-from pvec.report.figures import Level, Line, Panel, exact, histogram, line_chart
+from pvec.report.figures import Level, Line, Panel, histogram, line_chart
 from pvec.report.grids import Grid, heat_map
 from pvec.report.page import Answer, Chapter, Section, embed_json, render_page, within_budget
 from pvec.stats import Interval
@@ -32,13 +33,17 @@ def estimate(mean: float) -> Interval:
 
 def curve() -> Figure:
     line = Line(label="layer 3", x=(-1.0, 0.0, 1.0), points=tuple(map(estimate, (2, 5, 60))))
-    control = Line(label="random", x=(0.0, 1.0), points=(estimate(5), estimate(6)), control=True)
+    control = Line(
+        label="random", x=(0.0, 1.0), points=(estimate(5), estimate(6)), control_of="layer 3"
+    )
     prompt = Level(label="prompt +", value=estimate(85))
     panels = [
-        Panel(label="evil", lines=(line, control), levels=(prompt,), scores=True),
-        Panel(label="coherence", lines=(line,), scores=True),
+        Panel(label="evil", lines=(line, control), levels=(prompt,), limits=SCORE_AXIS),
+        Panel(label="coherence", lines=(line,), limits=SCORE_AXIS),
     ]
-    return line_chart(name="dose", title="Dose", caption="c", x_label="coefficient", panels=panels)
+    return line_chart(
+        name="dose", title="Dose", caption="c", x=XAxis(label="coefficient"), panels=panels
+    )
 
 
 def every_kind() -> list[Figure]:
@@ -49,7 +54,7 @@ def every_kind() -> list[Figure]:
     heat = heat_map(grid, name="heat", title="Heat", caption="c", marked=(0, 1))
     norms = {"response_avg": (0.0, 1.0, 2.0), "prompt_avg": (0.0, NAN)}
     lines = line_chart(
-        name="norms", title="Norms", caption="c", x_label="layer",
+        name="norms", title="Norms", caption="c", x=XAxis(label="layer"),
         panels=[
             Panel(
                 label="norm",
@@ -62,8 +67,9 @@ def every_kind() -> list[Figure]:
         ],
     )  # fmt: skip
     counts = histogram(
-        name="scores", title="Scores", caption="c", x_label="evil",
-        groups=[("positive", (100.0, 100.0, 61.0)), ("negative", (0.0,))], threshold=50.0,
+        name="scores", title="Scores", caption="c",
+        x=XAxis(label="evil", references=[Reference(x=50.0, label="threshold")]),
+        groups=[("positive", (100.0, 100.0, 61.0)), ("negative", (0.0,))],
         scores=True,
     )  # fmt: skip
     return [curve(), heat, lines, counts]
@@ -144,8 +150,10 @@ def test_names_are_text_in_figures_whatever_they_hold() -> None:
     other = Line(label="other", x=(0.0, 1.0), points=(estimate(5), estimate(6)))
     panels = [Panel(label=name, lines=(line, other))]
     figures = [
-        line_chart(name="n", title=name, caption="c", x_label=name, panels=panels),
-        histogram(name="h", title=name, caption="c", x_label=name, groups=[(name, [1.0, 2.0])]),
+        line_chart(name="n", title=name, caption="c", x=XAxis(label=name), panels=panels),
+        histogram(
+            name="h", title=name, caption="c", x=XAxis(label=name), groups=[(name, [1.0, 2.0])]
+        ),
         heat_map(
             Grid(columns=(name, [name]), rows=(name, [name]), values=[[1.0]], value_label=name),
             name="g",

@@ -83,6 +83,17 @@ class SteerSetup:
             "steering": steering,
         }
 
+    @property
+    def relative_norms(self) -> dict[str, list[float]]:
+        """The norms of the vectors by layer, in mean residual norms, where they are known: what a
+        coefficient of 1 means."""
+        names = labels(self.loaded)
+        return {
+            names[path]: vector.relative_norms(self.steer.kind).tolist()
+            for path, vector in self.loaded.items()
+            if vector.mean_norm is not None and not self.steer.incremental
+        }
+
     def open_run(self) -> RunSession:
         """Open the run, or begin it."""
         return RunSession(

@@ -116,6 +116,7 @@ def run(
             scorer = stack.enter_context(ResponseScorer.of(session))
             scorer.check()
         run = stack.enter_context(setup.open_run())
+        run.store.update_manifest(relative_norms=setup.relative_norms)
         for note in setup.notes:
             notify(note)
         generated = run.generate(setup.planned)

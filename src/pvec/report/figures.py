@@ -1,45 +1,70 @@
 """The figures pvec draws, each a picture and the table of the numbers in it.
 
-One grammar for all pages and commands: lines over x in stacked panels (``line_chart``), how values
-are distributed (``histogram``), points (``scatter``); ``grids`` has numbers in cells. Each function
-takes plain numbers and returns a ``Figure``.
+One grammar for all pages, commands and notebooks: lines over x in stacked panels (``line_chart``)
+and how values are distributed (``histogram``); ``dots`` has points and bars, ``grids`` numbers in
+cells. Each function takes plain numbers and returns a ``Figure``. Whatever has an interval is drawn
+with it, and the caption says so, with n; every mark says its numbers in a title.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
+from pvec.report.axes import (
+    XAxis,
+    cover,
+    draw_legend,
+    draw_references,
+    interval_note,
+    legible,
+    mark_x,
+    says,
+    second_scale,
+    spans,
+)
 from pvec.report.figure import Cell, Figure, Table
-from pvec.report.style import GRID, INK, MARKERS, MUTED, SERIES, printable
+from pvec.report.style import (
+    GRID,
+    INK,
+    MARKERS,
+    MUTED,
+    name_marks,
+    number,
+    printable,
+    series_colours,
+)
 from pvec.stats import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
+_BARS = 12
+"""Up to so many values of x have error bars; more have a band."""
+
 _FEW = 40
 """Up to so many points are drawn with large markers."""
-
-_LEGEND = 12
-"""Most groups of points that a legend names; the table has them all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line: ``points[i]`` belongs to ``x[i]``. ``control`` draws it dashed and grey."""
+    """One line: ``points[i]`` belongs to ``x[i]``. A control is dashed, in the colour of the line
+    labelled ``control_of``, or grey where there is none.
+    """
 
     label: str
     x: Sequence[float]
     points: Sequence[Interval]
-    control: bool = False
+    control_of: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """A horizontal line: a value that does not depend on x (a prompt baseline, chance)."""
+    """A horizontal line: a value that does not depend on x (a prompt baseline, an alarm)."""
 
     value: Interval
     label: str = ""
@@ -49,28 +74,14 @@ class Level:
 class Panel:
     """One of a figure's stacked axes: a quantity with its lines and levels.
 
-    ``scores`` fixes the axis to 0-100 and marks x = 0, where nothing is steered.
+    ``limits`` are what the axis covers at least (``SCORE_AXIS``, 0 to 1 for a cosine), so that
+    noise is not drawn as structure.
     """
 
     label: str
     lines: Sequence[Line]
     levels: Sequence[Level] = ()
-    scores: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dot:
-    """One point of a scatter: its group gives colour and marker, ``label`` names it in the CSV."""
-
-    group: str
-    x: Interval
-    y: Interval
-    label: str = ""
-
-
-def exact(value: float) -> Interval:
-    """Return a number without uncertainty."""
-    return Interval(mean=value, low=math.nan, high=math.nan, n=1, groups=1)
+    limits: tuple[float, float] | None = None
 
 
 def line_chart(
@@ -78,33 +89,42 @@ def line_chart(
     name: str,
     title: str,
     caption: str,
-    x_label: str,
+    x: XAxis,
     panels: Sequence[Panel],
+    ordered: bool = False,
     table: Table | None = None,
 ) -> Figure:
-    """Draw lines over x, one panel per quantity, all sharing x; bands are 95 % intervals.
+    """Draw lines over x, one panel per quantity, all sharing x.
 
-    ``table`` replaces the table of one row per point.
+    ``ordered`` lines (layers, doses) get the colours of the ramp. ``table`` replaces the table of
+    one row per point.
     """
     labels = list(dict.fromkeys(label for panel in panels for label in _labels(panel)))
+    colours = _line_colours(panels, ordered=ordered)
+    places = sorted({place for panel in panels for line in panel.lines for place in line.x})
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axis, panel in zip(axes, panels, strict=True):
-            _draw_panel(axis, panel)
-        axes[-1].set_xlabel(printable(x_label))
-        _x_ticks(axes[-1], sorted({x for p in panels for line in p.lines for x in line.x}))
+            _draw_panel(axis, panel, x_label=x.label, colours=colours, labels=labels)
+            draw_references(axis, x.references, named=axis is axes[0] and x.top is None)
+        axes[-1].set_xlabel(printable(x.label))
+        mark_x(axes[-1], places)
+        if x.top is not None:
+            second_scale(axes[0], x.top)
         if len(labels) > 1:
-            _legend(canvas, list(axes))
+            draw_legend(canvas, list(axes), labels)
 
-    height = 0.9 + 1.9 * len(panels) + 0.2 * math.ceil(len(labels) / 2)
+    points = [point for panel in panels for line in panel.lines for point in line.points]
+    shape = "Bands" if len(places) > _BARS else "Bars"
+    height = 0.9 + 1.9 * len(panels) + 0.22 * math.ceil(len(labels) / 2)
     return Figure(
         name=name,
         title=title,
-        caption=caption,
-        table=table or _line_table(x_label, panels),
+        caption=f"{caption}{interval_note(points, shape=shape)}",
+        table=table or _line_table(x.label, panels),
         draw=draw,
-        size=(5.0, height),
+        size=(5.0, height + (0.3 if x.top or x.references else 0.0)),
     )
 
 
@@ -113,13 +133,12 @@ def histogram(
     name: str,
     title: str,
     caption: str,
-    x_label: str,
+    x: XAxis,
     groups: Sequence[tuple[str, Sequence[float]]],
     y_label: str = "responses",
-    threshold: float | None = None,
     scores: bool = False,
 ) -> Figure:
-    """Draw how values are distributed, one outline per (label, values) group.
+    """Draw how values are distributed, one outline per (label, values) group; the caption has n.
 
     ``scores`` bins by fives from 0 to 100; other values choose their own thirty bins.
     """
@@ -132,130 +151,127 @@ def histogram(
         bins = np.histogram_bin_edges(np.concatenate(values or [np.zeros(1)]), bins=30)
     edges = [float(edge) for edge in bins]
     counts = [[int(n) for n in np.histogram(group, bins=edges)[0]] for group in values]
+    labels = [label for label, _ in groups]
 
     def draw(canvas: Canvas) -> None:
         axis = canvas.subplots()
-        for i, (label, _) in enumerate(groups):
-            colour = SERIES[i % len(SERIES)]
-            axis.stairs(counts[i], edges, color=colour, linewidth=1.6, label=_legible(label))
-            axis.stairs(counts[i], edges, color=colour, alpha=0.18, fill=True)
-        if threshold is not None:
-            axis.axvline(threshold, color=MUTED, linewidth=1, linestyle="--")
-        if scores:
-            axis.set_xlim(0, 100)
-        else:
-            axis.axvline(0, color=MUTED, linewidth=0.8)
-        axis.set_xlabel(printable(x_label))
+        for i, colour in enumerate(series_colours(len(groups))):
+            for fill in (True, False):
+                stairs = axis.stairs(
+                    counts[i], edges, color=colour, linewidth=1.6, fill=fill,
+                    alpha=0.18 if fill else None, label="_" if fill else legible(labels[i]),
+                )  # fmt: skip
+                name_marks(stairs, series=i)
+        _bin_titles(axis, edges, dict(zip(labels, counts, strict=True)), y_label)
+        draw_references(axis, x.references)
+        axis.set_xlim(edges[0], edges[-1])
+        axis.set_xlabel(printable(x.label))
         axis.set_ylabel(y_label)
-        _legend(canvas, [axis])
+        draw_legend(canvas, [axis], labels)
 
     table = Table(
-        columns=("from", "to", *(label for label, _ in groups)),
+        columns=("from", "to", *labels),
         rows=tuple(
             (edges[i], edges[i + 1], *(count[i] for count in counts)) for i in range(len(edges) - 1)
         ),
     )
-    return Figure(name=name, title=title, caption=caption, table=table, draw=draw)
+    sizes = ", ".join(f"{label} {len(group):,}" for label, group in groups)
+    return Figure(name=name, title=title, caption=f"{caption} n: {sizes}.", table=table, draw=draw)
 
 
-def scatter(
-    *,
-    name: str,
-    title: str,
-    caption: str,
-    x_label: str,
-    y_label: str,
-    dots: Sequence[Dot],
-    joined: bool = False,
-    table: Table | None = None,
-) -> Figure:
-    """Draw points with their intervals both ways, a colour and marker per group.
-
-    ``joined`` draws a line through each group's points in their order. ``table`` replaces the table
-    of group, x and y.
-    """
-    groups = list(dict.fromkeys(dot.group for dot in dots))
-
-    def draw(canvas: Canvas) -> None:
-        axis = canvas.subplots()
-        for i, group in enumerate(groups):
-            own = [dot for dot in dots if dot.group == group]
-            axis.errorbar(
-                [dot.x.mean for dot in own],
-                [dot.y.mean for dot in own],
-                xerr=spans([dot.x for dot in own]),
-                yerr=spans([dot.y for dot in own]),
-                color=SERIES[i % len(SERIES)],
-                marker=MARKERS[(i + i // len(SERIES)) % len(MARKERS)],
-                markersize=4 if len(dots) > _FEW else 6.5,
-                markeredgewidth=0,
-                alpha=1 if joined else 0.75,
-                linestyle="-" if joined else "",
-                linewidth=1.4,
-                elinewidth=0.7,
-                label=_legible(group),
-            )
-        axis.set_xlabel(printable(x_label))
-        axis.set_ylabel(printable(y_label))
-        if 1 < len(groups) <= _LEGEND:
-            _legend(canvas, [axis])
-
-    rows = tuple((dot.group, dot.x.mean, dot.y.mean) for dot in dots)
-    return Figure(
-        name=name,
-        title=title,
-        caption=caption,
-        table=table or Table(columns=("group", x_label, y_label), rows=rows),
-        draw=draw,
-        size=(5.0, 3.4 + 0.1 * min(len(groups), _LEGEND)),
-    )
+def _line_colours(panels: Sequence[Panel], *, ordered: bool) -> dict[str, str]:
+    """Return the colour of each line: a control has that of the line it is a control of."""
+    lines = [line for panel in panels for line in panel.lines]
+    own = list(dict.fromkeys(line.label for line in lines if line.control_of is None))
+    colours = dict(zip(own, series_colours(len(own), ordered=ordered), strict=True))
+    for line in lines:
+        if line.control_of is not None:
+            colours[line.label] = colours.get(line.control_of, MUTED)
+    return colours
 
 
-def spans(values: Sequence[Interval]) -> list[list[float]] | None:
-    """Return how far intervals reach down and up, or None where one has none."""
-    if any(math.isnan(value.low) for value in values):
-        return None
-    down = [value.mean - value.low for value in values]
-    return [down, [value.high - value.mean for value in values]]
-
-
-def _draw_panel(axis: Axes, panel: Panel) -> None:
-    styles = iter(zip(SERIES * 9, MARKERS * 9, strict=False))
-    for line in panel.lines:
-        colour, marker = (MUTED, "x") if line.control else next(styles)
-        low, high = [point.low for point in line.points], [point.high for point in line.points]
-        if not all(map(math.isnan, low)):
-            axis.fill_between(line.x, low, high, color=colour, alpha=0.12, linewidth=0)
-        axis.plot(
-            line.x,
-            [point.mean for point in line.points],
-            color=colour,
-            marker=marker if len(line.x) <= _FEW else "",
-            linestyle="--" if line.control else "-",
-            label=_legible(line.label),
-        )
+def _draw_panel(
+    axis: Axes, panel: Panel, *, x_label: str, colours: Mapping[str, str], labels: Sequence[str]
+) -> None:
+    own = list(colours)
+    for place, line in enumerate(panel.lines):
+        _draw_line(
+            axis, line, panel.label, x_label=x_label, series=labels.index(line.label),
+            colour=colours[line.label], marker=MARKERS[own.index(line.label) % len(MARKERS)],
+            shift=place - (len(panel.lines) - 1) / 2,
+        )  # fmt: skip
     for i, level in enumerate(panel.levels):
-        axis.axhline(
+        series = labels.index(level.label) if level.label else None
+        drawn = [axis.axhline(
             level.value.mean,
             color=INK if level.label else MUTED,
             linewidth=1.2,
             linestyle=(":", "-.")[i % 2],
-            label=_legible(level.label) if level.label else "_",
-        )
+            label=legible(level.label) if level.label else "_",
+        )]  # fmt: skip
+        name_marks(drawn[0], [says(level.label or "level", panel.label, level.value)],
+                   series=series)  # fmt: skip
+        if not math.isnan(level.value.low):
+            band = axis.axhspan(level.value.low, level.value.high, color=INK, alpha=0.06, zorder=0)
+            name_marks(band, series=series)
     axis.set_ylabel(printable(panel.label))
-    if panel.scores:
+    if panel.limits is not None:
+        cover(axis, panel.limits)
+    if axis.get_xlim()[0] < 0 < axis.get_xlim()[1]:
         axis.axvline(0, color=GRID, linewidth=1.4, zorder=0.5)
-        axis.set_ylim(-4, 104)
-        axis.set_yticks([0, 25, 50, 75, 100])
 
 
-def _x_ticks(axis: Axes, values: Sequence[float]) -> None:
-    from matplotlib.ticker import MaxNLocator
+def _draw_line(
+    axis: Axes, line: Line, quantity: str, *, x_label: str, series: int, colour: str, marker: str,
+    shift: float,
+) -> None:  # fmt: skip
+    """Draw one line with the intervals of its points; bars of several lines stand side by side."""
+    known = [(x, p) for x, p in zip(line.x, line.points, strict=True) if not math.isnan(p.mean)]
+    if not known:
+        return
+    control = line.control_of is not None
+    banded = len(known) > _BARS
+    step = 0.0 if banded else 0.009 * (known[-1][0] - known[0][0])
+    x = [place + shift * step for place, _ in known]
+    y = [point.mean for _, point in known]
+    reach = spans([point for _, point in known])
+    drawn: list[Any] = [*axis.plot(
+        x, y, color=colour, linestyle="--" if control else "-", linewidth=1.2 if control else 1.8,
+        marker=marker if len(x) <= _FEW else "", markersize=0, label=legible(line.label),
+        markerfacecolor="none" if control else colour,
+    )]  # fmt: skip
+    if reach is not None and banded:
+        low = [value - down for value, down in zip(y, reach[0], strict=True)]
+        high = [value + up for value, up in zip(y, reach[1], strict=True)]
+        drawn.append(axis.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0))
+    elif reach is not None:
+        bars = axis.errorbar(x, y, yerr=reach, fmt="none", ecolor=colour, elinewidth=1, alpha=0.7)
+        drawn += bars.lines[2]
+    for artist in drawn:
+        name_marks(artist, series=series)
+    face = "none" if control else colour
+    dots = axis.scatter(
+        x, y, s=26 if len(x) <= _FEW else 5, marker=marker, facecolors=face, edgecolors=colour,
+        linewidths=1.2 if control else 0, zorder=3,
+    )  # fmt: skip
+    name_marks(
+        dots,
+        [f"{says(line.label, quantity, p)}, {x_label} {number(place)}" for place, p in known],
+        series=series,
+    )
 
-    if len(values) <= 9:
-        axis.set_xticks(values, [f"{x:g}" for x in values])
-    elif all(float(x).is_integer() for x in values):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+def _bin_titles(
+    axis: Axes, edges: Sequence[float], counts: Mapping[str, Sequence[int]], unit: str
+) -> None:
+    """Put a column over each bin that shows nothing and says its counts."""
+    from matplotlib.patches import Rectangle
+
+    top = axis.get_ylim()[1]
+    for i, (low, high) in enumerate(pairwise(edges)):
+        column = axis.add_patch(Rectangle((low, 0), high - low, top, alpha=0.002, facecolor=INK))
+        held = ", ".join(f"{label} {count[i]:,}" for label, count in counts.items())
+        name_marks(column, [f"{number(low)} to {number(high)}: {held} {unit}"])
 
 
 def _labels(panel: Panel) -> list[str]:
@@ -279,20 +295,3 @@ def _line_table(x_label: str, panels: Sequence[Panel]) -> Table:
 
 def _interval_cells(point: Interval) -> tuple[Cell, ...]:
     return (point.mean, point.low, point.high, point.n, point.missing)
-
-
-def _legend(canvas: Canvas, axes: Sequence[Axes]) -> None:
-    """Name every line of the axes once, below them."""
-    handles = {
-        label: handle
-        for axis in axes
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    canvas.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2)
-
-
-def _legible(label: str, *, limit: int = 40) -> str:
-    """Return a name for a legend: short, and shown although it begins with an underscore."""
-    text = printable(label)
-    text = text if len(text) <= limit else f"{text[: limit - 1]}…"
-    return f"\u200b{text}" if text.startswith("_") else text

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pvec.report.figure import Figure, Table
-from pvec.report.style import SERIES, printable
+from pvec.report.style import CELLS, INK, name_marks, number, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure as Canvas
 
 _WRITTEN_CELLS = 150
@@ -22,8 +23,9 @@ _WRITTEN_CELLS = 150
 class Grid:
     """``values[row][column]`` (NaN: left blank) and what its sides and colours mean.
 
-    ``columns`` and ``rows`` are an axis label and its ticks. ``limits`` end the colour scale; on
-    both sides of 0 it diverges.
+    ``columns`` and ``rows`` are an axis label and its ticks. ``limits`` end the colour scale.
+    ``scale`` says what the colours mean: how much of a trait, how good, or a value with a sign,
+    whose colours diverge from 0.
     """
 
     columns: tuple[str, Sequence[str | float]]
@@ -31,6 +33,7 @@ class Grid:
     values: Sequence[Sequence[float]]
     value_label: str
     limits: tuple[float, float] = (0.0, 100.0)
+    scale: Literal["trait", "quality", "signed"] = "trait"
     digits: int = 0
     first_row: Literal["top", "bottom"] = "bottom"
 
@@ -51,23 +54,19 @@ def heat_map(
     """
 
     def draw(canvas: Canvas) -> None:
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
+
         axis = canvas.subplots()
         axis.grid(visible=False)
-        low, high = grid.limits
-        mesh = axis.pcolormesh(
-            [list(row) for row in grid.values],
-            cmap="RdBu_r" if low < 0 else "YlGnBu",
-            vmin=low,
-            vmax=high,
-            edgecolors="face",
-        )
-        _write_cells(axis, grid)
+        colours = ScalarMappable(Normalize(*grid.limits), cmap=CELLS[grid.scale])
+        _draw_cells(axis, grid, colours)
         if marked is not None:
             _frame(axis, *marked)
-        if grid.first_row == "top":
-            axis.invert_yaxis()
+        axis.set_xlim(0, len(grid.columns[1]))
+        axis.set_ylim(*(0, len(grid.rows[1]))[:: -1 if grid.first_row == "top" else 1])
         _label_sides(axis, grid)
-        bar = canvas.colorbar(mesh, ax=axis, label=printable(grid.value_label), fraction=0.05)
+        bar = canvas.colorbar(colours, ax=axis, label=printable(grid.value_label), fraction=0.05)
         bar.outline.set_visible(False)
 
     (row_label, rows), (column_label, columns) = grid.rows, grid.columns
@@ -85,29 +84,44 @@ def heat_map(
     )
 
 
-def _write_cells(axis: Axes, grid: Grid) -> None:
-    low, high = grid.limits
-    if sum(len(row) for row in grid.values) > _WRITTEN_CELLS:
-        return
+def _draw_cells(axis: Axes, grid: Grid, colours: ScalarMappable) -> None:
+    """Draw the cells, each with its value as title and, while they fit, as text."""
+    import numpy as np
+    from matplotlib.patches import Rectangle
+
+    written = sum(len(row) for row in grid.values) <= _WRITTEN_CELLS
+    (row_label, rows), (column_label, columns) = grid.rows, grid.columns
     for r, row in enumerate(grid.values):
         for c, value in enumerate(row):
-            if not math.isnan(value):
-                share = abs(value) / high if low < 0 else (value - low) / (high - low)
-                tone = "#ffffff" if share > 0.58 else "#101418"
-                text = f"{value:.{grid.digits}f}"
-                axis.text(c + 0.5, r + 0.5, text, ha="center", va="center", color=tone, size=8)
+            if math.isnan(value):
+                continue
+            red, green, blue, _ = colours.to_rgba(np.array(value))
+            cell = axis.add_patch(Rectangle((c, r), 1, 1, color=(red, green, blue), linewidth=0))
+            place = f"{row_label} {rows[r]}, {column_label} {_tick(columns[c])}"
+            name_marks(cell, [f"{place}: {grid.value_label} {number(value, grid.digits)}"])
+            if written:
+                light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+                tone = "#101418" if light > 0.18 else "#ffffff"
+                text = number(value, grid.digits)
+                axis.text(c + 0.5, r + 0.5, text, ha="center", va="center", color=tone, size=10)
 
 
 def _frame(axis: Axes, row: int, column: int) -> None:
     from matplotlib.patches import Rectangle
 
-    axis.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=SERIES[0], linewidth=2.5))
+    axis.add_patch(
+        Rectangle((column, row), 1, 1, fill=False, edgecolor=INK, linewidth=3, clip_on=False)
+    )
+
+
+def _tick(name: str | float) -> str:
+    return name if isinstance(name, str) else f"{name:g}".replace("-", "\u2212")
 
 
 def _label_sides(axis: Axes, grid: Grid) -> None:
     """Label columns and rows; long column names stand upright, and of many only some are named."""
     (row_label, rows), (column_label, columns) = grid.rows, grid.columns
-    names = [x if isinstance(x, str) else f"{x:g}" for x in columns]
+    names = [_tick(name) for name in columns]
     for setter, ticks in ((axis.set_xticks, names), (axis.set_yticks, list(rows))):
         places = range(0, len(ticks), math.ceil(len(ticks) / 40))
         setter([i + 0.5 for i in places], [printable(ticks[i]) for i in places])

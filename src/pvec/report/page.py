@@ -9,13 +9,13 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.resources import files
 from typing import Any
 
-from pvec.report.figure import Cell, Figure, Table
-from pvec.report.style import printable
+from pvec.report.figure import Figure, Table
+from pvec.report.style import css_variables, printable
 
 ANSWER_BUDGET = 6_000_000
 """Characters of answers that one section embeds at most; beyond that every k-th question block is
@@ -42,7 +42,8 @@ class Section:
     """What one run contributes to a page.
 
     ``summary`` is one sentence with the main numbers. ``notes`` are shown under it as they are.
-    ``compare`` names the two conditions that the answer browser opens with.
+    ``compare`` names the two conditions that the answer browser opens with. ``source`` names model,
+    run and date under every exported figure.
     """
 
     id: str
@@ -53,7 +54,13 @@ class Section:
     tables: tuple[tuple[str, Table], ...] = ()
     answers: tuple[Answer, ...] = ()
     compare: tuple[str, str] | None = None
+    source: str = ""
     provenance: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def exported(self) -> tuple[Figure, ...]:
+        """The figures as files of their own, whose footers say where they come from."""
+        return tuple(replace(figure, source=self.source) for figure in self.figures)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,28 +90,22 @@ def render_page(
         undefined=jinja2.StrictUndefined,
         finalize=_printable,
     )
-    environment.filters["cell"] = format_cell
     template = environment.from_string((assets / "page.html.jinja").read_text(encoding="utf-8"))
     sections = [section for chapter in chapters for section in chapter.sections]
     return template.render(
         title=title,
         summaries=[chapter.summary for chapter in chapters if chapter.summary],
         sections=[_section_context(section) for section in sections],
-        css=_verbatim((assets / "page.css").read_text(encoding="utf-8")),
-        js=_verbatim((assets / "page.js").read_text(encoding="utf-8")),
+        css=_verbatim(css_variables() + (assets / "page.css").read_text(encoding="utf-8")),
+        js=_verbatim(
+            "\n".join(
+                (assets / n).read_text(encoding="utf-8") for n in ("page.js", "js/figures.js")
+            )
+        ),
         made=made.strftime("%Y-%m-%d %H:%M %Z").strip(),
         version=version,
         footnote=footnote,
     )
-
-
-def format_cell(cell: Cell) -> str:
-    """Write a table cell: numbers short, a missing one as a dash."""
-    if cell is None or cell != cell:  # noqa: PLR0124 (NaN)
-        return "–"
-    if isinstance(cell, float):
-        return f"{cell:.1f}" if abs(cell) >= 10 else f"{cell:.3g}"
-    return str(cell)
 
 
 def embed_json(value: object) -> str:

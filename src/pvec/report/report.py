@@ -46,7 +46,7 @@ def run(
         raise InputError(f"--out {page} is a folder: give the page a name, such as report.html.")
     chapters = build_chapters(runs)
     html = render_page(
-        title=_title(runs),
+        title=_title(runs, chapters),
         chapters=chapters,
         made=datetime.now().astimezone(),
         version=__version__,
@@ -74,7 +74,11 @@ def _read(paths: Sequence[Path], judge: str | None) -> list[RunData]:
     return runs
 
 
-def _title(runs: Sequence[RunData]) -> str:
+def _title(runs: Sequence[RunData], chapters: Sequence[Chapter]) -> str:
+    """Return the page's title: that of its only section, or what several are about."""
+    sections = [section for chapter in chapters for section in chapter.sections]
+    if len(sections) == 1:
+        return sections[0].title
     traits = list(dict.fromkeys(run.trait for run in runs))
     models = list(dict.fromkeys(run.model for run in runs))
     named = ", ".join(traits[:-1]) + " and " + traits[-1] if len(traits) > 1 else traits[0]
@@ -83,5 +87,8 @@ def _title(runs: Sequence[RunData]) -> str:
 
 def _figures(chapters: Sequence[Chapter]) -> list[Figure]:
     return [
-        figure for chapter in chapters for section in chapter.sections for figure in section.figures
+        figure
+        for chapter in chapters
+        for section in chapter.sections
+        for figure in section.exported
     ]

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from pvec.report.axes import Reference, XAxis, exact
 from pvec.report.figure import Figure, Table
-from pvec.report.figures import Level, Line, Panel, exact, line_chart
+from pvec.report.figures import Level, Line, Panel, line_chart
 from pvec.report.grids import Grid, heat_map
 from pvec.runs.files import atomic_write
 from pvec.stats import Interval
 from pvec.types import VectorKind
-from pvec.vectors.quality import Spread, summarize
+from pvec.vectors.quality import Spread, suggest_layer, summarize
 from pvec.vectors.vector import PersonaVector
 
 _PANELS = {
@@ -25,6 +26,9 @@ _PANELS = {
 
 _CHANCE = {"auc": 0.5, "stability": 0.0}
 
+_LIMITS = {"norm": (0.0, 0.0), "relative_norm": (0.0, 0.0), "auc": (0.5, 1.0), "stability": (0, 1)}
+"""What an axis covers at least: a difference of 0.001 is no structure."""
+
 
 def layer_figure(
     lines: Sequence[tuple[str, PersonaVector, VectorKind]],
@@ -35,9 +39,11 @@ def layer_figure(
     """Draw what is known by layer, a panel per quantity and a line per (label, vector, kind).
 
     Norms are of the raw vectors, also in units of the mean residual norm; separation (AUC on
-    questions that the vector was not made from) and stability are of a file's main kind. Bands are
-    95 % intervals. What no file holds has no panel.
+    questions that the vector was not made from) and stability are of a file's main kind. What no
+    file holds has no panel. The layer suggested for steering is marked, of one file.
     """
+    files = list({id(vector): (vector, kind) for _, vector, kind in reversed(lines)}.values())
+    suggested = suggest_layer(files[0][0], kind=files[0][1])[0] if len(files) == 1 else None
     by_layer = [(label, _by_layer(vector, kind)) for label, vector, kind in lines]
     panels = [
         Panel(
@@ -48,6 +54,7 @@ def layer_figure(
                 if quantity in values
             ],
             levels=[Level(value=exact(_CHANCE[quantity]))] if quantity in _CHANCE else [],
+            limits=_LIMITS[quantity],
         )
         for quantity, text in _PANELS.items()
         if any(quantity in values for _, values in by_layer)
@@ -57,8 +64,11 @@ def layer_figure(
         title=title,
         caption="Norms are of the raw vectors, which a coefficient multiplies; separation is the "
         "AUC of projections on questions that the vector was not made from; stability is the "
-        "cosine between the vectors of two halves of the questions. Bands are 95 % intervals.",
-        x_label="layer (0 = embedding)",
+        "cosine between the vectors of two halves of the questions.",
+        x=XAxis(
+            label="layer (0 = embedding)",
+            references=[] if suggested is None else [Reference(x=suggested, label="suggested")],
+        ),
         panels=panels,
         table=_table(by_layer),
     )
@@ -73,6 +83,7 @@ def cosine_figure(labels: Sequence[str], cosines: Sequence[Sequence[float]]) -> 
             values=cosines,
             value_label="cosine",
             limits=(-1.0, 1.0),
+            scale="signed",
             digits=2,
             first_row="top",
         ),

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pvec.report.figure import interval_text
 from pvec.runs.names import model_label
 from pvec.runs.secrets import safe_command, without_secrets
 from pvec.runs.store import Run
@@ -58,6 +59,16 @@ class RunData:
         found: Mapping[str, Any] = self.run.manifest.get("settings", {})
         return found
 
+    @property
+    def source(self) -> str:
+        """Model, run and date, for the footer of an exported figure."""
+        date = (
+            str(self.run.manifest["sessions"][-1]["started"])[:10]
+            if (self.run.manifest["sessions"])
+            else ""
+        )
+        return " · ".join(filter(None, (self.model, f"run {self.path.resolve().name}", date)))
+
     def provenance(self) -> tuple[tuple[str, str], ...]:
         """Return what the manifest says, flat: identity, model, versions, commands, timings."""
         manifest = without_secrets(self.run.manifest)  # one of an older pvec may hold some
@@ -69,20 +80,9 @@ class RunData:
         return tuple(rows)
 
 
-def with_interval(estimate: Interval) -> str:
-    """Return ``71.3 (68.0-74.1)``, ``71.3`` without an interval, or ``no score``."""
-    if math.isnan(estimate.mean):
-        return "no score"
-    if math.isnan(estimate.low):
-        return f"{estimate.mean:.1f}"
-    return f"{estimate.mean:.1f} ({estimate.low:.1f}–{estimate.high:.1f})"
-
-
-def signed(difference: Interval) -> str | None:
-    """Return ``+12.0 (+8.1 to +15.9)``, or None where it is not known."""
-    if math.isnan(difference.mean):
-        return None
-    return f"{difference.mean:+.1f} ({difference.low:+.1f} to {difference.high:+.1f})"
+def with_interval(score: Interval) -> str:
+    """Return ``71.3 (68.0 to 74.1)``, ``71.3`` without an interval, or ``no score``."""
+    return "no score" if math.isnan(score.mean) else interval_text(score, 1)
 
 
 def _session(session: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from pvec.report.axes import Reference, XAxis
 from pvec.report.figure import Figure, Table
 from pvec.report.figures import histogram
 from pvec.report.page import Answer, Chapter, Section
@@ -49,7 +50,7 @@ class _Extraction:
     def section(self) -> Section:
         return Section(
             id=self.data.id,
-            title=f"{self.trait} in {self.data.model}: extraction",
+            title=f"Extraction of {self.trait} from {self.data.model}",
             summary=self._summary(),
             notes=tuple(self._notes()),
             figures=tuple(self._figures()),
@@ -57,6 +58,7 @@ class _Extraction:
             answers=tuple(self._answers()),
             compare=(SIGN_NAMES["neg"], SIGN_NAMES["pos"]),
             provenance=(*self.data.provenance(), *self._vector_provenance()),
+            source=self.data.source,
         )
 
     def _score(self, record: ResponseRecord, metric: str) -> float | None:
@@ -124,10 +126,9 @@ class _Extraction:
         return histogram(
             name=f"{self.data.id}_{metric}_scores",
             title=f"{metric} scores",
-            caption=f"All judged answers; dashed: the threshold of the filter ({threshold:g}).",
-            x_label=metric,
+            caption=f"All judged answers; the filter's threshold is {threshold:g}.",
+            x=XAxis(label=metric, references=[Reference(x=threshold, label="threshold")]),
             groups=groups,
-            threshold=threshold,
             scores=True,
         )
 
@@ -146,12 +147,12 @@ class _Extraction:
     def _tables(self) -> Iterator[tuple[str, Table]]:
         if not self.scores:
             return
-        columns = ("answers", "score", "mean", "95 % low", "95 % high", "n", "missing")
+        columns = ("answers", "score", "mean (95 %)", "n", "missing")
         rows = []
         for sign, name in SIGN_NAMES.items():
             for metric in (self.trait, COHERENCE):
                 mean = self._mean(sign, metric)
-                rows.append((name, metric, mean.mean, mean.low, mean.high, mean.n, mean.missing))
+                rows.append((name, metric, mean, mean.n, mean.missing))
         yield "Mean scores", Table(columns=columns, rows=tuple(rows))
         counts = self._filtered().counts
         yield (

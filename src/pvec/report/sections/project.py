@@ -11,8 +11,10 @@ from typing import Any
 
 from pvec.documents import DocumentError, read_text
 from pvec.errors import StoreError
+from pvec.report.axes import Reference, XAxis, exact
+from pvec.report.dots import Dot, scatter
 from pvec.report.figure import Figure, Table
-from pvec.report.figures import Dot, exact, histogram, scatter
+from pvec.report.figures import histogram
 from pvec.report.page import Answer, Chapter, Section
 from pvec.report.sections.common import RunData
 from pvec.runs.names import model_label
@@ -164,13 +166,19 @@ def _difference_figures(run: RunData, stored: _Summary) -> Iterator[Figure]:
         yield histogram(
             name=f"{run.id}_{name}_differences",
             title=f"Projection differences along {column['vector']}, layer {column['layer']}",
-            caption="Each sample's response minus the model's own answer to the same prompt. "
-            f"Dashed: percentile {stored['percentile']:g} of the clean set.",
-            x_label="projection difference",
+            caption="Each sample's response minus the model's own answer to the same prompt. The "
+            f"threshold is percentile {stored['percentile']:g} of the clean set.",
+            x=XAxis(
+                label="projection difference",
+                references=_reference(column["score"]["threshold"]),
+            ),
             y_label="samples",
             groups=groups,
-            threshold=column["score"]["threshold"],
         )
+
+
+def _reference(threshold: float | None) -> list[Reference]:
+    return [] if threshold is None else [Reference(x=threshold, label="threshold")]
 
 
 def _differences(path: Path) -> dict[str, dict[str, list[float]]]:
@@ -269,7 +277,7 @@ def _monitor_figures(run: RunData, stored: _Summary) -> Iterator[Figure]:
             f"{_correlation(column['overall'])} over all, "
             f"{_correlation(column['within'])} within conditions, "
             f"{_correlation(column['same_question'])} within questions.",
-            x_label="projection of the last prompt token",
+            x=XAxis(label="projection of the last prompt token"),
             y_label=f"{column['metric']} score",
             dots=[
                 _dot(point["condition"], point["projections"][str(layer)], point["score"])
@@ -329,7 +337,7 @@ def _shift_figures(run: RunData, stored: _Summary) -> Iterator[Figure]:
             title=f"Shift along {vector} at layer {layer} and trait score",
             caption=f"A point per model; r {_correlation(trend['pearson'])}, by rank "
             f"{_correlation(trend['spearman'])}.",
-            x_label="finetuning shift",
+            x=XAxis(label="finetuning shift"),
             y_label="trait score",
             dots=dots,
         )

@@ -14,11 +14,13 @@ from pvec.evaluation.summary import (
     read_sweep,
     stored_summary,
 )
-from pvec.report.figure import Cell, Figure, Table
+from pvec.report.axes import SCORE_AXIS, Reference, Scale, XAxis
+from pvec.report.figure import Cell, Difference, Figure, Table
 from pvec.report.figures import Level, Line, Panel, line_chart
 from pvec.report.grids import Grid, heat_map
 from pvec.report.page import Answer, Chapter, Section
-from pvec.report.sections.common import RunData, signed, with_interval
+from pvec.report.sections.common import RunData, with_interval
+from pvec.report.style import number
 
 _LINES = 6
 """More lines than this in one figure cannot be told apart; the heat map has them all."""
@@ -45,14 +47,15 @@ def _section(run: RunData, sweep: SweepSummary, answers: Sequence[ScoredAnswer])
     compare = (baseline.name, sweep.picks[0].point.name) if baseline and sweep.picks else None
     return Section(
         id=run.id,
-        title=f"{run.trait} in {run.model}: steering",
+        title=f"Steering {run.model} with {run.trait}",
         summary=_summary(run, sweep),
         notes=tuple(_notes(run, sweep)),
         figures=tuple(_figures(run, sweep)),
         tables=(("All conditions, all questions", _points_table(sweep)),),
-        answers=tuple(_browsable(answers)),
+        answers=tuple(_browsable(answers, sweep)),
         compare=compare,
         provenance=run.provenance(),
+        source=run.source,
     )
 
 
@@ -77,7 +80,7 @@ def _picked(run: RunData, pick: Pick) -> str:
         f"on {pick.questions_for_reading} {where} questions"
     )
     if pick.control:
-        text += f"; a random vector of the same norm gives {_mean(pick.control, trait):.1f}"
+        text += f"; a random vector of the same norm gives {number(_mean(pick.control, trait), 1)}"
     if pick.prompt:
         text += f", asking for it in the system prompt {_mean(pick.prompt, trait):.1f}"
     return f"{text}."
@@ -88,7 +91,7 @@ def _amount(run: RunData, point: Point) -> str:
         return "ablate"
     operator = "cap at " if point.operator == "cap" else ""
     unit = " norms" if run.settings.get("steer", {}).get("coef_unit") == "norm" else ""
-    return f"{operator}coefficient {point.coef:g}{unit}"
+    return f"{operator}coefficient {number(point.coef)}{unit}"
 
 
 def _trait_and_coherence(point: Point, trait: str) -> str:
@@ -126,46 +129,64 @@ def _figures(run: RunData, sweep: SweepSummary) -> Iterator[Figure]:
         return
     steered = sweep.having("steered")
     vectors = list(dict.fromkeys(point.vector for point in steered))
-    for number, vector in enumerate(vectors, start=1):
+    for place, vector in enumerate(vectors, start=1):
         points = [point for point in steered if point.vector == vector]
-        name = run.id if len(vectors) == 1 else f"{run.id}_{number}"
+        name = run.id if len(vectors) == 1 else f"{run.id}_{place}"
         pick = next((item for item in sweep.picks if item.vector == vector), None)
-        yield _dose_response(name, points, sweep, pick)
+        yield _dose_response(name, points, run, sweep, pick)
         if len({p.layers for p in points}) > 1 and len({p.coef for p in points}) > 1:
             for metric in sweep.metrics[:2]:
                 yield _layer_by_coefficient(name, metric, points, sweep, pick)
 
 
 def _dose_response(
-    name: str, points: Sequence[Point], sweep: SweepSummary, pick: Pick | None
+    name: str, points: Sequence[Point], run: RunData, sweep: SweepSummary, pick: Pick | None
 ) -> Figure:
     layers = _shown_layers(points, pick)
-    control_at = pick.point.layers if pick else layers[len(layers) // 2]
     levels = sweep.having("prompt_pos", "prompt_neg")
     panels = [
         Panel(
             label=metric,
             lines=[
-                *(_line(points, choice, sweep, metric) for choice in layers),
-                *_control_line(points, control_at, sweep, metric),
+                line
+                for choice in layers
+                for line in (
+                    _line(points, choice, sweep, metric),
+                    *_control_line(points, choice, sweep, metric),
+                )
             ],
             levels=[Level(label=p.name, value=p.scores[metric]) for p in levels],
-            scores=True,
+            limits=SCORE_AXIS,
         )
         for metric in sweep.metrics
     ]
     hidden = len({p.layers for p in points}) - len(layers)
-    more = f" {hidden} further layers are in the heat map." if hidden else ""
+    caption = "Mean scores by coefficient; dashed: a random vector of the same norm."
+    if hidden:
+        caption += f" {hidden} further layers are in the heat map."
+    if pick:
+        caption += f" Picked: {pick.point.where}, coefficient {number(pick.point.coef)}."
     return line_chart(
         name=f"{name}_dose_response",
         title=f"{points[0].vector}: dose and response",
-        caption=(
-            "Mean scores by coefficient; bands are 95 % intervals over questions. Dashed and grey: "
-            f"a random vector of the same norm.{more}"
+        caption=caption,
+        x=XAxis(
+            label="coefficient",
+            references=[Reference(x=pick.point.coef, label="picked")] if pick else [],
+            top=_dose_scale(run, pick.point if pick else points[0]),
         ),
-        x_label="coefficient",
         panels=panels,
+        ordered=len(layers) > 1,
     )
+
+
+def _dose_scale(run: RunData, point: Point) -> Scale | None:
+    """Return the scale of the coefficients in mean residual norms, at the layer of ``point``."""
+    norms = run.run.manifest.get("relative_norms", {}).get(point.vector)
+    raw = run.settings.get("steer", {}).get("coef_unit", "raw") == "raw"
+    if not raw or norms is None or len(point.layers) != 1 or point.operator != "add":
+        return None
+    return Scale(label=f"norm / residual at {point.where}", factor=norms[point.layers[0]])
 
 
 def _shown_layers(points: Sequence[Point], pick: Pick | None) -> list[tuple[int, ...]]:
@@ -188,7 +209,7 @@ def _line(
     metric: str,
     *,
     label: str = "",
-    control: bool = False,
+    control_of: str | None = None,
 ) -> Line:
     """Return one line; the unsteered baseline is its point at coefficient 0 of an addition."""
     own = [point for point in points if point.layers == layers]
@@ -200,18 +221,23 @@ def _line(
         label=label or own[0].where,
         x=coefs,
         points=[by_coef[coef] for coef in coefs],
-        control=control,
+        control_of=control_of,
     )
 
 
 def _control_line(
-    points: Sequence[Point], layers: tuple[int, ...], sweep: SweepSummary, metric: str
+    points: Sequence[Point],
+    layers: tuple[int, ...],
+    sweep: SweepSummary,
+    metric: str,
+    *,
+    control_of: str = "",
 ) -> Iterator[Line]:
     """Yield the line of the random vector at the same layers, if it was run."""
     controls = [c for p in points if (c := sweep.control_of(p)) is not None and c.layers == layers]
     if controls:
-        label = f"random, {controls[0].where}"
-        yield _line(controls, layers, sweep, metric, label=label, control=True)
+        steered = control_of or controls[0].where
+        yield _line(controls, layers, sweep, metric, label=f"{steered}, random", control_of=steered)
 
 
 def _layer_by_coefficient(
@@ -229,6 +255,7 @@ def _layer_by_coefficient(
             rows=("layer", ["+".join(map(str, choice)) for choice in choices]),
             values=[[means.get((choice, coef), math.nan) for coef in coefs] for choice in choices],
             value_label=metric,
+            scale="quality" if metric == COHERENCE else "trait",
         ),
         name=f"{name}_{metric}_by_layer",
         title=f"{metric} by layer and coefficient",
@@ -240,21 +267,24 @@ def _layer_by_coefficient(
 def _points_table(sweep: SweepSummary) -> Table:
     columns: list[str] = ["condition"]
     for metric in sweep.metrics:
-        columns += [metric, "95 % low", "95 % high", "n", "missing", "vs unsteered"]
+        columns += [f"{metric} (95 %)", "vs unsteered"]
+    columns += ["n", "missing"] if sweep.missing else ["n"]
     rows = []
     for point in sweep.points:
         cells: list[Cell] = [point.name]
         for metric in sweep.metrics:
-            score = point.scores[metric]
-            difference = point.differences.get(metric)
-            cells += [score.mean, score.low, score.high, score.n, score.missing]
-            cells.append(signed(difference) if difference else None)
+            cells += [point.scores[metric], Difference.of(point.differences.get(metric))]
+        scores = [point.scores[metric] for metric in sweep.metrics]
+        cells += [min((score.n for score in scores), default=0)]
+        cells += [sum(score.missing for score in scores)] if sweep.missing else []
         rows.append(tuple(cells))
     return Table(columns=tuple(columns), rows=tuple(rows))
 
 
-def _browsable(answers: Sequence[ScoredAnswer]) -> Iterator[Answer]:
-    for answer in answers:
+def _browsable(answers: Sequence[ScoredAnswer], sweep: SweepSummary) -> Iterator[Answer]:
+    """Yield the answers by condition, in the order of the points: by layer, then by coefficient."""
+    place = {point.name: i for i, point in enumerate(sweep.points)}
+    for answer in sorted(answers, key=lambda answer: place[str(answer.condition["name"])]):
         yield Answer(
             condition=str(answer.condition["name"]),
             question=answer.question,
@@ -289,13 +319,13 @@ def _overview(summaries: Sequence[tuple[RunData, SweepSummary]]) -> Section:
 def _overview_row(run: RunData, pick: Pick) -> tuple[Cell, ...]:
     coherence = pick.point.scores.get(COHERENCE)
     return (
-        run.path.name,
+        run.path.resolve().name,
         pick.point.name,
-        with_interval(pick.baseline.scores[run.trait]) if pick.baseline else None,
-        with_interval(pick.point.scores[run.trait]),
-        coherence.mean if coherence else None,
-        _mean(pick.control, run.trait) if pick.control else None,
-        _mean(pick.prompt, run.trait) if pick.prompt else None,
+        pick.baseline.scores[run.trait] if pick.baseline else None,
+        pick.point.scores[run.trait],
+        coherence,
+        pick.control.scores[run.trait] if pick.control else None,
+        pick.prompt.scores[run.trait] if pick.prompt else None,
     )
 
 
@@ -308,14 +338,16 @@ def _overview_figure(picks: Sequence[tuple[RunData, SweepSummary, Pick]]) -> Fig
         layers = pick.point.layers
         label = f"{pick.vector}, {pick.point.where}"
         traits.append(_line(points, layers, sweep, run.trait, label=label))
-        traits += _control_line(points, layers, sweep, run.trait)
+        traits += _control_line(points, layers, sweep, run.trait, control_of=label)
         if COHERENCE in sweep.metrics:
             coherence.append(_line(points, layers, sweep, COHERENCE, label=label))
     panels = {"trait": traits, COHERENCE: coherence}
     return line_chart(
         name="steering_overview",
         title="Every trait at its picked layer",
-        caption="Mean score of each run's own trait; dashed and grey: random vectors.",
-        x_label="coefficient",
-        panels=[Panel(label=k, lines=lines, scores=True) for k, lines in panels.items() if lines],
+        caption="Mean score of each run's own trait; dashed: random vectors of the same norm.",
+        x=XAxis(label="coefficient"),
+        panels=[
+            Panel(label=k, lines=lines, limits=SCORE_AXIS) for k, lines in panels.items() if lines
+        ],
     )

@@ -8,8 +8,9 @@ from typing import Any
 
 from pvec.documents import misfit, read_json
 from pvec.errors import StoreError
+from pvec.report.axes import XAxis, exact
 from pvec.report.figure import Cell, Figure, Table
-from pvec.report.figures import Level, Line, Panel, exact, line_chart
+from pvec.report.figures import Level, Line, Panel, line_chart
 from pvec.report.page import Chapter, Section
 from pvec.report.sections.common import RunData
 from pvec.runs.summary import HOOKS_ON, PREFIX, read_log
@@ -117,7 +118,7 @@ class _Finetuning:
             name=f"{self.data.id}_{label}",
             title=title,
             caption=caption,
-            x_label="step",
+            x=XAxis(label="step"),
             panels=[Panel(label=label, lines=lines, levels=[Level(value=exact(0.0))])],
             table=Table(columns=("line", "step", label), rows=rows),
         )
