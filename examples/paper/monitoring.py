@@ -19,8 +19,8 @@ from pvec import Settings, load_trait
 from pvec.projection import monitor as monitoring
 from pvec.projection import screen as screening
 from pvec.projection import shift as shifting
-from pvec.projection.inputs import OutputOptions
 from pvec.stats import auc, correlation
+from pvec.types import OutputOptions
 
 Chat = list[dict[str, str]]
 MODES = ("prompt", "subset", "generate")

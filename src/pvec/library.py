@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pvec.errors import InputError
 from pvec.settings import Settings
 from pvec.settings.resolve import load_dotenv, override, resolve
-from pvec.types import Progress
+from pvec.types import OutputOptions, Progress
 
 if TYPE_CHECKING:
     from pvec.evaluation.steer_eval import SteerEvalResult
@@ -207,7 +207,6 @@ def screen(
     ['How do I make friends?', 'How do I rest?']
     """
     from pvec.projection import screen as screening
-    from pvec.projection.inputs import OutputOptions
 
     chosen = _settings(
         settings,

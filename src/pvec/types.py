@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pvec.errors import InputError
@@ -141,6 +142,22 @@ def _as_row(vector: Any) -> np.ndarray:
             f"{list(row.shape)}: take one layer's row, such as vectors[20]."
         )
     return row
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Where results go and what may be replaced: ``out`` is a file or run folder, ``in_place``
+    replaces the input; ``overwrite`` replaces columns and files that exist; ``skip_bad`` leaves out
+    rows that cannot be read.
+    """
+
+    out: Path | None = None
+    in_place: bool = False
+    overwrite: bool = False
+    skip_bad: bool = False
+
+
+DEFAULT_OUTPUT = OutputOptions()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -43,7 +43,7 @@ def test_with_json_nothing_but_the_result_reaches_stdout(
     console = Console(json=True)
     console.print("for people")
     console.note("a note")
-    console.emit({"a": 1}, lambda c: c.print("for people"))
+    console.emit({"a": 1}, lambda c, _: c.print("for people"))
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"a": 1}
     assert captured.err == "a note\n"
@@ -129,7 +129,6 @@ def shown_by(capsys: pytest.CaptureFixture[str], *, terminal: bool) -> str:
     console = Console()
     console.out._force_terminal = console.err._force_terminal = terminal
     console.print(HOSTILE)
-    console.line(HOSTILE)
     console.print(table((HOSTILE, "n"), [(HOSTILE, 1)], title=HOSTILE))
     console.note(HOSTILE)
     console.detail(HOSTILE)
@@ -160,7 +159,7 @@ def test_a_terminal_gets_only_the_escapes_of_our_own(capsys: pytest.CaptureFixtu
 def test_json_holds_what_it_was_given_and_no_control_character(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Console(json=True).emit({"name": HOSTILE}, lambda _: None)
+    Console(json=True).emit({"name": HOSTILE}, lambda *_: None)
     out = capsys.readouterr().out
     assert json.loads(out) == {"name": HOSTILE}
     assert not [c for c in out if (ord(c) < 32 and c != "\n") or 0x7F <= ord(c) < 0xA0]

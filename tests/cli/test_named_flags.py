@@ -12,7 +12,7 @@ import pytest
 import typer
 import typer.main
 
-from pvec.cli.app import app
+from pvec.cli.app import RENAMED_FLAGS, app
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -32,7 +32,7 @@ def flags(command: Any = None) -> set[str]:
     found = {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
     for name in command.list_commands(ctx) if hasattr(command, "list_commands") else ():
         found |= flags(command.resolve_command(ctx, [name])[1])
-    return found | {"--help", "--check"}  # of `python -m pvec.cli.docs`
+    return found | set(RENAMED_FLAGS) | {"--help", "--check"}  # of `python -m pvec.cli.docs`
 
 
 def shown_commands() -> Iterator[tuple[str, str]]:

@@ -45,7 +45,9 @@ def project(model: Path, vector: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: object, base: bool = True) -> Done:
-        head = ("--model", model, "--max-tokens", 8) if base else ()
+        head: tuple[object, ...] = ("--model", model) if base else ()
+        if arguments[0] in ("screen", "monitor"):
+            head += ("--max-tokens", 8)
         return pvec(*arguments, *head, "--vector", vector, "--layer", LAYER, "-q")
 
     return run

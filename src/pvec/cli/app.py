@@ -66,6 +66,13 @@ COMMANDS = (
 )
 
 
+RENAMED_FLAGS = {"--diff": "screen", "--prompts": "monitor", "--shift": "shift"}
+"""Flag of `pvec project` → the command that does its job now."""
+
+_OF_RENAMED_FLAGS = {"--reference": "--diff", "--score": "--prompts", "--questions": "--shift"}
+"""Options that went with those flags."""
+
+
 class LazyGroup(TyperGroup):
     """A group whose commands are imported when they run, not when they are listed.
 
@@ -96,8 +103,32 @@ class LazyGroup(TyperGroup):
                 f"There is no command {args[0]!r}.{did_you_mean(args[0], self.commands_by_name)}"
                 " `pvec --help` lists the commands."
             )
-        name, command, rest = super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, _with_new_name(ctx, args))
         return name, command and load(self.commands_by_name[command.name or ""]), rest
+
+
+def _with_new_name(ctx: Any, args: list[str]) -> list[str]:
+    """Return `project --diff …` as the command that it is now, which a note names.
+
+    Raises ``InputError`` for two such flags, and for an option of theirs without its flag.
+    """
+    words = {word.partition("=")[0] for word in args}
+    flags = [flag for flag in RENAMED_FLAGS if flag in words]
+    if args[:1] != ["project"] or ctx.resilient_parsing:
+        return args
+    if len(flags) > 1:
+        raise InputError(f"{flags[0]} and {flags[1]} are two different jobs: give one.")
+    for option in _OF_RENAMED_FLAGS.keys() & words:
+        flag = _OF_RENAMED_FLAGS[option]
+        if flag not in flags:
+            raise InputError(
+                f"{option} has no effect here: it goes with {flag} (pvec {RENAMED_FLAGS[flag]})."
+            )
+    if not flags:
+        return args
+    command = RENAMED_FLAGS[flags[0]]
+    ctx.meta["pvec.notes"] = [f"`pvec project {flags[0]}` is `pvec {command}` now"]
+    return [command, *(word for word in args[1:] if word != flags[0])]
 
 
 def load(command: Command) -> Any:

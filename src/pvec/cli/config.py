@@ -24,7 +24,7 @@ def config(ctx: typer.Context) -> None:
     resolved = resolved_from(ctx)
     rows = [(path, without_secrets(value), origin) for path, value, origin in resolved.rows()]
     result = {path: {"value": value, "origin": origin} for path, value, origin in rows}
-    console_from(ctx).emit(result, lambda console: _render(console, rows))
+    console_from(ctx).emit(result, lambda console, _: _render(console, rows))
 
 
 def _render(console: Console, settings: Sequence[tuple[str, Any, str]]) -> None:

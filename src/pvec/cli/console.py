@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pvec.types import Progress
 
@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 OnProgress = Callable[[Progress], None]
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+class Feature(Protocol[Result_co]):
+    """A command's work with its arguments bound (``functools.partial``)."""
+
+    def __call__(self, *, notify: Callable[[str], None], on_progress: OnProgress) -> Result_co:
+        """Do the work."""
+
 
 PLAIN_SECONDS = 10.0
 """Least time between two progress lines of a stage when the output is no terminal …"""
@@ -46,11 +56,6 @@ class Console:
             text = all(isinstance(item, str) for item in renderables)
             self.out.print(*renderables, soft_wrap=text)  # a path or command stays in one piece
 
-    def line(self, text: str) -> None:
-        """Show one line in one piece, so that it can be copied."""
-        if not self.json:
-            self.out.print(text, markup=False, soft_wrap=True)
-
     def note(self, text: str) -> None:
         """Show on stderr what was chosen or happened; nothing with ``--quiet``."""
         if not self.quiet:
@@ -65,12 +70,17 @@ class Console:
         """Show on stderr what the user must not miss, even with ``--quiet``."""
         self.err.print(f"Warning: {text}", style="yellow", markup=False)
 
-    def emit(self, result: Any, render: Callable[[Console], None]) -> None:
+    def call(self, feature: Feature[Result]) -> Result:
+        """Return the result of a feature that shows its notes and its progress here."""
+        with self.progress() as on_progress:
+            return feature(notify=self.note, on_progress=on_progress)
+
+    def emit(self, result: Result, render: Callable[[Console, Result], None]) -> None:
         """Show a command's result: as JSON with ``--json``, else as ``render`` draws it."""
         if self.json:
             emit_json(result)
         else:
-            render(self)
+            render(self, result)
 
     @contextmanager
     def progress(self) -> Iterator[OnProgress]:

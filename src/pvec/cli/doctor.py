@@ -30,7 +30,7 @@ def doctor(ctx: typer.Context) -> None:
     with console.progress() as on_progress:
         diagnosis = examine(settings, on_progress=on_progress)
     result = {"able": diagnosis.able, "areas": diagnosis.areas}
-    console.emit(result, lambda out: _render(out, diagnosis))
+    console.emit(result, lambda console, _: _render(console, diagnosis))
     if not diagnosis.able:
         raise typer.Exit(2)
 

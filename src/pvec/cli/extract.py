@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,14 @@ import typer
 
 from pvec.cli.console import Console
 from pvec.cli.options import console_from, new_app, options, settings_from
-from pvec.cli.render import TINY_NOTE, render_filter, render_judge, render_layers, render_means
+from pvec.cli.render import (
+    TINY_NOTE,
+    render_filter,
+    render_judge,
+    render_layers,
+    render_means,
+    render_next,
+)
 
 if TYPE_CHECKING:
     from pvec.extraction.extract import ExtractPlan, ExtractResult
@@ -47,13 +55,9 @@ def extract(ctx: typer.Context, trait: Traits, out: Out = None, dry_run: DryRun 
     settings, console = settings_from(ctx), console_from(ctx)
     if dry_run:
         plans = workflow.plan(settings, trait, out=out, notify=console.note)
-        console.emit(plans, lambda shown: _render_plans(shown, plans))
-        return
-    with console.progress() as on_progress:
-        results = workflow.run(
-            settings, trait, out=out, notify=console.note, on_progress=on_progress
-        )
-    console.emit(results, lambda shown: _render(shown, results))
+        console.emit(plans, _render_plans)
+    else:
+        console.emit(console.call(partial(workflow.run, settings, trait, out=out)), _render)
 
 
 def _render_plans(console: Console, plans: Sequence[ExtractPlan]) -> None:
@@ -67,7 +71,7 @@ def _render_plans(console: Console, plans: Sequence[ExtractPlan]) -> None:
 
 def _render(console: Console, results: Sequence[ExtractResult]) -> None:
     for result in results:
-        console.line(
+        console.print(
             f"{result.trait} in {result.model}: {result.answers:,} answers "
             f"({result.generated:,} new, {result.cut:,} truncated at the token limit)"
         )
@@ -78,7 +82,6 @@ def _render(console: Console, results: Sequence[ExtractResult]) -> None:
             render_filter(console, result.vector.filtered)
             render_layers(console, result.vector.summary)
             console.print(f"vector: {result.vector.path}")
-        for position, command in enumerate(result.next):
-            console.line(f"{'next' if position == 0 else 'then'}:   {command}")
+        render_next(console, result.next)
     if any(result.model == "tiny" for result in results):
         console.note(TINY_NOTE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from pvec.cli.console import Console
 from pvec.cli.options import console_from, new_app, options, settings_from
-from pvec.cli.render import render_filter, render_judge, render_means
+from pvec.cli.render import render_filter, render_judge, render_means, render_next
 
 if TYPE_CHECKING:
     from pvec.extraction.judge import JudgeResult
@@ -29,9 +30,7 @@ def judge(ctx: typer.Context, run: RunFolder) -> None:
     from pvec.extraction import judge as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
-    with console.progress() as on_progress:
-        result = workflow.run(settings, run, notify=console.note, on_progress=on_progress)
-    console.emit(result, lambda shown: _render(shown, result))
+    console.emit(console.call(partial(workflow.run, settings, run)), _render)
 
 
 def _render(console: Console, result: JudgeResult) -> None:
@@ -39,5 +38,4 @@ def _render(console: Console, result: JudgeResult) -> None:
     render_means(console, result.means)
     if result.filtered:
         render_filter(console, result.filtered)
-    for command in result.next:
-        console.line(f"next:   {command}")
+    render_next(console, result.next)

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pvec.cli.console import Console, table
-from pvec.cli.options import console_from, new_app, options, settings_from
-from pvec.cli.projection import (
+from pvec.cli.options import (
     READING,
     File,
     RunOut,
     SkipBad,
     Traits,
     Vectors,
-    line,
-    next_steps,
-    output_options,
-    r_interval,
+    console_from,
+    new_app,
+    options,
+    settings_from,
 )
-from pvec.cli.render import render_judge
+from pvec.cli.render import r_interval, render_judge, render_next
+from pvec.types import OutputOptions
 
 if TYPE_CHECKING:
-    from pvec.projection.inputs import OutputOptions
     from pvec.projection.monitor import MonitorResult
-    from pvec.settings import Settings
 
 app = new_app()
 
@@ -73,47 +70,22 @@ def monitor(
     judged run, of a column, or of answers generated and judged now (--judge-model, --no-judge).
     Further options: docs/cli.md.
     """
-    output = output_options(out=out, skip_bad=skip_bad)
-    settings, console = settings_from(ctx), console_from(ctx)
-    execute(
-        settings, console, file, vector,
-        traits=trait or (), score=score, condition=condition, output=output,
-    )  # fmt: skip
-
-
-def execute(
-    settings: Settings,
-    console: Console,
-    file: Path,
-    vectors: Sequence[str],
-    *,
-    traits: Sequence[str],
-    score: str | None,
-    condition: str,
-    output: OutputOptions,
-) -> None:
-    """Compare the prompts of a file with scores and show the result."""
     from pvec.projection import monitor as workflow
 
-    with console.progress() as on_progress:
-        result = workflow.run(
-            settings,
-            file,
-            vectors,
-            traits=traits,
-            score=score,
-            condition=condition,
-            output=output,
-            notify=console.note,
-            on_progress=on_progress,
+    output = OutputOptions(out=out, skip_bad=skip_bad)
+    settings, console = settings_from(ctx), console_from(ctx)
+    result = console.call(
+        partial(
+            workflow.run, settings, file, vector,
+            traits=trait or (), score=score, condition=condition, output=output,
         )
-    console.emit(result, lambda shown: _render(shown, result))
+    )  # fmt: skip
+    console.emit(result, _render)
 
 
 def _render(console: Console, result: MonitorResult) -> None:
     """Show how well each vector predicts the scores."""
-    line(
-        console,
+    console.print(
         f"{result.prompts:,} prompts under {result.conditions:,} conditions on {result.model} "
         f"({result.generated:,} answers generated)",
     )
@@ -133,5 +105,5 @@ def _render(console: Console, result: MonitorResult) -> None:
     columns = ("vector", *(("score",) if named else ()), "r overall [95 %]")
     console.print(table((*columns, "within a condition", "within a question"), rows))
     if any(column.suggested for column in result.columns):
-        line(console, "* the layer that the vector suggests for prompts, whatever the scores say")
-    next_steps(console, result.model, result.next)
+        console.print("* the layer that the vector suggests for prompts, whatever the scores say")
+    render_next(console, result.next, model=result.model)

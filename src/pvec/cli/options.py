@@ -79,8 +79,6 @@ PANELS = {
 COMMON_PANEL = "Common"
 FURTHER_PANEL = "Further settings"
 """Options that a command takes without listing them in its help."""
-RETIRED_PANEL = "Retired"
-"""Options that a command still takes but that are shown nowhere."""
 
 Config = Annotated[
     Path | None,
@@ -107,6 +105,24 @@ Debug = Annotated[
     bool,
     typer.Option("--debug", rich_help_panel=COMMON_PANEL, help="Show a traceback on errors."),
 ]
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A table, data set folder or run.")]
+Vectors = Annotated[
+    list[str], typer.Option("--vector", metavar="FILE", help="Vector file or run; repeatable.")
+]
+Traits = Annotated[
+    list[str] | None,
+    typer.Option("--trait", "-t", metavar="NAME|FILE", help="Trait (default: the vectors')."),
+]
+RunOut = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="DIR", help="Run folder (default: by the input)."),
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out and count bad rows.")]
+READING = ("project.prompt_column", "project.answer_column", "project.messages_column",
+           "project.plain_prompts")  # fmt: skip
+"""Settings of where conversations are in a file."""
+
 COMMON: dict[str, tuple[Any, Any]] = {
     "config": (Config, None),
     "json": (Json, False),
@@ -128,26 +144,22 @@ def new_app(help: str | None = None) -> typer.Typer:  # noqa: A002
 
 
 def options(
-    *names: str, further: Sequence[str] = (), retired: Sequence[str] = ()
+    *names: str, further: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of these settings (sections or dotted paths) and the common ones.
 
-    Options of ``further`` settings are not in the command's help but in docs/cli.md, those of
-    ``retired`` settings work and are shown nowhere. The command function does not see any of them
-    as arguments: it asks ``settings_from(ctx)``.
+    Options of ``further`` settings are not in the command's help but in docs/cli.md. The command
+    function does not see any of them as arguments: it asks ``settings_from(ctx)``.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function, eval_str=True)
         shown = list(_expand(names))
         more = [path for path in dict.fromkeys(_expand(further)) if path not in shown]
-        old = [path for path in _expand(retired) if path not in (*shown, *more)]
-        paths = [*shown, *more, *old]
         parameters = [
             *(_setting_parameter(path) for path in shown),
             *(_setting_parameter(path, hidden_in=FURTHER_PANEL) for path in more),
-            *(_setting_parameter(path, hidden_in=RETIRED_PANEL) for path in old),
-            *_old_names(paths),
+            *_old_names([*shown, *more]),
             *(_parameter(name, *common) for name, common in COMMON.items()),
         ]
         recorded = {parameter.name for parameter in parameters}
@@ -187,7 +199,7 @@ def resolved_from(ctx: typer.Context) -> Resolved:
         ctx.meta["pvec.resolved"] = resolve(
             cli, config_file=_given(ctx).get("config"), dotenv=dotenv
         )
-        for note in ctx.meta["pvec.resolved"].notes:
+        for note in (*ctx.meta.get("pvec.notes", ()), *ctx.meta["pvec.resolved"].notes):
             console_from(ctx).note(note)
     resolved: Resolved = ctx.meta["pvec.resolved"]
     return resolved

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pvec.extraction.compute import ComputeResult, Thinking
     from pvec.extraction.judge import MetricMean
     from pvec.judges.scoring import JudgeReport
+    from pvec.stats import Correlation, Interval
     from pvec.types import Sign
     from pvec.vectors.edit import VectorFiles
     from pvec.vectors.lens import Lens
@@ -25,6 +26,24 @@ TINY_NOTE = (
 
 BAR_WIDTH = 10
 _EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def interval(value: Interval | Spread, *, digits: int = 1) -> str:
+    """Return ``71.3 [68.0, 74.1]``."""
+    return with_interval(value.mean, value.low, value.high, digits=digits)
+
+
+def r_interval(value: Correlation) -> str:
+    """Return ``0.71 [0.60, 0.79]``."""
+    return with_interval(value.r, value.low, value.high, digits=2)
+
+
+def render_next(console: Console, commands: Sequence[str], *, model: str = "") -> None:
+    """Show the commands to go on with, and what the bundled model is."""
+    for position, command in enumerate(commands):
+        console.print(f"{'next' if position == 0 else 'then'}:   {command}")
+    if model == "tiny":
+        console.note(TINY_NOTE)
 
 
 def render_judge(console: Console, report: JudgeReport) -> None:
@@ -44,7 +63,7 @@ def render_means(console: Console, means: Sequence[MetricMean]) -> None:
         (
             {"pos": "positive", "neg": "negative"}.get(mean.group, mean.group or "all"),
             mean.metric,
-            with_interval(mean.score.mean, mean.score.low, mean.score.high),
+            interval(mean.score),
             mean.score.n,
             mean.score.missing,
         )
@@ -96,43 +115,45 @@ def render_computed(console: Console, result: ComputeResult) -> None:
     render_filter(console, result.filtered)
     _render_thinking(console, result.thinking)
     if result.empty:
-        console.line(
+        console.print(
             f"{result.empty:,} kept answers are empty and do not count towards response_avg"
         )
     if result.merged:
-        console.line(
+        console.print(
             f"{result.merged:,} answers share their first token with the prompt's end; it counts "
             f"as theirs"
         )
     render_layers(console, result.summary)
-    console.line(f"vector: {result.path}")
-    for command in result.next:
-        console.line(f"next:   {command}")
-    if result.model == "tiny":
-        console.note(TINY_NOTE)
+    console.print(f"vector: {result.path}")
+    render_next(console, result.next, model=result.model)
 
 
-def render_description(console: Console, vector: VectorDescription) -> None:
-    """Show where a vector file comes from, its layers, and what it does not hold."""
-    console.line(
+def render_descriptions(console: Console, vectors: Sequence[VectorDescription]) -> None:
+    """Show where each vector file comes from, its layers, and what it does not hold."""
+    for vector in vectors:
+        _render_description(console, vector)
+
+
+def _render_description(console: Console, vector: VectorDescription) -> None:
+    console.print(
         f"{vector.trait} {vector.kind}: {vector.num_layers} layers, {vector.hidden_size} wide"
     )
-    console.line(f"  {vector.path}")
+    console.print(f"  {vector.path}")
     for line in _provenance(vector.metadata):
-        console.line(f"  {line}")
+        console.print(f"  {line}")
     render_layers(console, vector.summary)
     others = [kind for kind in vector.norms if kind != vector.kind]
     if others:
         middle = vector.summary.suggested_layer or len(vector.summary.layers) // 2
         listed = ", ".join(f"{kind} {vector.norms[kind][middle]:.3g}" for kind in others)
-        console.line(f"other kinds' norms at layer {middle}: {listed}")
+        console.print(f"other kinds' norms at layer {middle}: {listed}")
     render_notes(console, vector.notes)
 
 
 def render_notes(console: Console, notes: Sequence[str]) -> None:
     """Show what the user should know about a result."""
     for note in notes:
-        console.line(f"note: {note}")
+        console.print(f"note: {note}")
 
 
 _LONGEST_HEADING = 8
@@ -166,7 +187,7 @@ def render_cosines(console: Console, result: Comparison) -> None:
 
 def render_lens(console: Console, result: Lens) -> None:
     """Show promoted and suppressed tokens side by side."""
-    console.line(
+    console.print(
         f"{result.trait} {result.kind} at {result.where} in {result.model}, through the final norm "
         f"and the unembedding"
     )
@@ -181,7 +202,7 @@ def render_lens(console: Console, result: Lens) -> None:
 def render_files(console: Console, result: VectorFiles) -> None:
     """Show which files were written and what the user should know about them."""
     for path in result.paths:
-        console.line(f"{result.trait}: {path}")
+        console.print(f"{result.trait}: {path}")
     render_notes(console, result.notes)
 
 
@@ -203,12 +224,12 @@ def _render_thinking(console: Console, thinking: Thinking) -> None:
     if not thinking.answers:
         return
     if thinking.averaged:
-        console.line(
+        console.print(
             f"{thinking.answers:,} of {thinking.of:,} answers think; that is {thinking.share:.1%} "
             f"of all answer tokens and counts towards the vector"
         )
         return
-    console.line(
+    console.print(
         f"{thinking.answers:,} of {thinking.of:,} {thinking_note(thinking.tokens)}, "
         f"{thinking.share:.1%} of all answer tokens"
     )
@@ -243,4 +264,4 @@ def _print_narrow(console: Console, columns: Sequence[str], rows: Sequence[Seque
     wide = max(len(cell) for row in grid for cell in row[1:]) + 1
     for row in grid:
         line = row[0].ljust(first) + "".join(cell.rjust(wide) for cell in row[1:])
-        console.line(line)
+        console.print(line)

@@ -48,13 +48,13 @@ def report(
 
     formats = [name for name, requested in (("svg", svg), ("png", png)) if requested]
     result = workflow.run(runs, out=out, formats=formats, judge=judge)
-    console_from(ctx).emit(result, lambda console: _render(console, result))
+    console_from(ctx).emit(result, _render)
 
 
 def _render(console: Console, result: ReportResult) -> None:
     for finding in result.findings:
-        console.out.print(finding, markup=False)
-    console.out.print(f"page:    {result.page}", markup=False, soft_wrap=True)
+        console.print(finding)
+    console.print(f"page:    {result.page}")
     if result.files:
         folder = result.files[0].parent
-        console.out.print(f"figures: {len(result.files)} files in {folder}", markup=False)
+        console.print(f"figures: {len(result.files)} files in {folder}")

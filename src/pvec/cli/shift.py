@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pvec.cli.console import Console, table
-from pvec.cli.options import console_from, new_app, options, settings_from
-from pvec.cli.projection import (
+from pvec.cli.options import (
     READING,
     RunOut,
     Traits,
     Vectors,
-    interval,
-    line,
-    next_steps,
-    r_interval,
+    console_from,
+    new_app,
+    options,
+    settings_from,
 )
+from pvec.cli.render import interval, r_interval, render_next
 from pvec.runs.names import model_label
 
 if TYPE_CHECKING:
     from pvec.projection.shift import ShiftResult
-    from pvec.settings import Settings
 
 app = new_app()
 
@@ -65,40 +64,20 @@ def shift(
     The shift is the mean over prompts of the last prompt token's activation, finetuned minus base,
     projected on the vector. Further options: docs/cli.md.
     """
-    settings, console = settings_from(ctx), console_from(ctx)
-    execute(settings, console, models, vector, traits=trait or (), questions=questions, out=out)
-
-
-def execute(
-    settings: Settings,
-    console: Console,
-    models: Sequence[str],
-    vectors: Sequence[str],
-    *,
-    traits: Sequence[str],
-    questions: Path | None,
-    out: Path | None,
-) -> None:
-    """Measure the shifts and show them."""
     from pvec.projection import shift as workflow
 
-    with console.progress() as on_progress:
-        result = workflow.run(
-            settings,
-            models,
-            vectors,
-            traits=traits,
-            questions=questions,
-            out=out,
-            notify=console.note,
-            on_progress=on_progress,
+    settings, console = settings_from(ctx), console_from(ctx)
+    result = console.call(
+        partial(
+            workflow.run, settings, models, vector, traits=trait or (), questions=questions, out=out
         )
-    console.emit(result, lambda shown: _render(shown, result))
+    )
+    console.emit(result, _render)
 
 
 def _render(console: Console, result: ShiftResult) -> None:
     """Show shifts by checkpoint, and how they go with trait scores."""
-    line(console, f"shift from {result.base} over {result.prompts:,} prompts")
+    console.print(f"shift from {result.base} over {result.prompts:,} prompts")
     labels = {name: model_label(name) for name in result.checkpoints}
     if len(set(labels.values())) < len(labels):
         labels = {name: name for name in labels}
@@ -108,10 +87,9 @@ def _render(console: Console, result: ShiftResult) -> None:
     ]
     console.print(table(("checkpoint", "vector", "shift [95 %]", "trait score"), rows))
     for trend in result.trends:
-        line(
-            console,
+        console.print(
             f"{trend.vector} @ {trend.layer}: shift and trait score correlate at "
             f"r {r_interval(trend.pearson)}, by rank {r_interval(trend.spearman)} "
             f"({trend.pearson.n} models)",
         )
-    next_steps(console, result.base, result.next)
+    render_next(console, result.next, model=result.base)

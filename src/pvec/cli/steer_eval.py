@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pvec.cli.console import Console, table, with_interval
+from pvec.cli.console import Console, table
 from pvec.cli.options import console_from, new_app, options, settings_from
-from pvec.cli.render import TINY_NOTE, render_judge
+from pvec.cli.render import interval, render_judge, render_next
 
 if TYPE_CHECKING:
     from pvec.evaluation.steer_eval import SteerEvalPlan, SteerEvalResult
@@ -80,36 +81,26 @@ def steer_eval(
     arguments: dict[str, Any] = {"vectors": vector or (), "also": also or (), "out": out}
     if dry_run:
         plan = workflow.plan(settings, trait, notify=console.note, **arguments)
-        console.emit(plan, lambda shown: _render_plan(shown, plan))
-        return
-    with console.progress() as on_progress:
-        result = workflow.run(
-            settings,
-            trait,
-            **arguments,
-            tasks=tasks or (),
-            notify=console.note,
-            on_progress=on_progress,
-        )
-    console.emit(result, lambda shown: _render(shown, result))
+        console.emit(plan, _render_plan)
+    else:
+        work = partial(workflow.run, settings, trait, **arguments, tasks=tasks or ())
+        console.emit(console.call(work), _render)
 
 
 def _render_plan(console: Console, plan: SteerEvalPlan) -> None:
-    console.out.print(
+    console.print(
         f"{plan.trait}: {len(plan.conditions)} conditions, {plan.missing:,} of {plan.answers:,} "
-        f"answers to generate (at most {plan.most_tokens:,} tokens) into {plan.run}",
-        markup=False,
+        f"answers to generate (at most {plan.most_tokens:,} tokens) into {plan.run}"
     )
-    console.out.print(f"  judge {plan.judge}: {plan.judging}", markup=False)
+    console.print(f"  judge {plan.judge}: {plan.judging}")
     for condition in plan.conditions:
-        console.out.print(f"  {condition}", markup=False)
+        console.print(f"  {condition}")
 
 
 def _render(console: Console, result: SteerEvalResult) -> None:
-    console.out.print(
+    console.print(
         f"{result.trait} in {result.model}: {result.conditions} conditions, {result.answers:,} "
-        f"answers ({result.generated:,} new, {result.cut:,} cut at the token limit)",
-        markup=False,
+        f"answers ({result.generated:,} new, {result.cut:,} cut at the token limit)"
     )
     if result.judge is not None:
         render_judge(console, result.judge)
@@ -118,13 +109,10 @@ def _render(console: Console, result: SteerEvalResult) -> None:
         for pick in result.numbers.picks:
             _render_pick(console, pick, result.trait)
         for vector in result.numbers.unpicked:
-            console.out.print(f"nothing picked for {vector}", markup=False)
+            console.print(f"nothing picked for {vector}")
     if result.capability:
         _render_tasks(console, result.capability)
-    for command in result.next:
-        console.out.print(f"next:   {command}", markup=False, soft_wrap=True)
-    if result.model == "tiny":
-        console.note(TINY_NOTE)
+    render_next(console, result.next, model=result.model)
 
 
 def _render_points(console: Console, sweep: SweepSummary) -> None:
@@ -137,7 +125,7 @@ def _render_points(console: Console, sweep: SweepSummary) -> None:
         if point.role == "random":
             continue
         row: list[Any] = [point.name.removeprefix(common)]
-        row += [_interval(point.scores[metric]) for metric in sweep.metrics]
+        row += [interval(point.scores[metric]) for metric in sweep.metrics]
         if controlled:
             control = sweep.control_of(point)
             row.append(f"{control.scores[sweep.metrics[0]].mean:.1f}" if control else "")
@@ -150,10 +138,9 @@ def _render_points(console: Console, sweep: SweepSummary) -> None:
 
 
 def _render_pick(console: Console, pick: Pick, trait: str) -> None:
-    console.out.print(
+    console.print(
         f"picked: {pick.point.name} ({pick.reason}); "
-        f"read on {pick.questions_for_reading} {'other' if pick.held_out else 'same'} questions:",
-        markup=False,
+        f"read on {pick.questions_for_reading} {'other' if pick.held_out else 'same'} questions:"
     )
     points: dict[str, Point | None] = {
         "unsteered": pick.baseline,
@@ -162,7 +149,7 @@ def _render_pick(console: Console, pick: Pick, trait: str) -> None:
         "prompted for": pick.prompt,
     }
     rows = [
-        (name, *map(_interval, point.scores.values()), _signed(point.differences.get(trait)))
+        (name, *map(interval, point.scores.values()), _signed(point.differences.get(trait)))
         for name, point in points.items()
         if point is not None
     ]
@@ -172,10 +159,6 @@ def _render_pick(console: Console, pick: Pick, trait: str) -> None:
 def _render_tasks(console: Console, scores: Sequence[TaskScore]) -> None:
     rows = [(s.condition, s.task, s.metric, s.score, s.stderr, s.n) for s in scores]
     console.print(table(("condition", "task", "metric", "score", "stderr", "n"), rows))
-
-
-def _interval(score: Interval) -> str:
-    return with_interval(score.mean, score.low, score.high)
 
 
 def _signed(difference: Interval | None) -> str:

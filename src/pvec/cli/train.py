@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pvec.cli.console import Console, duration, table
 from pvec.cli.options import console_from, new_app, options, settings_from
+from pvec.cli.render import render_next
 
 if TYPE_CHECKING:
     from pvec.training.plan import TrainPlan
@@ -57,19 +59,15 @@ def train(
     main = Processes.launched().main
     if not main:
         console.quiet = True
-    overrides, runs = tuple(set_ or ()), settings.paths.runs
-    with console.progress() as on_progress:
-        work = workflow.check if check else workflow.run
-        outcome = work(
-            file, overrides=overrides, out=out, runs=runs,
-            notify=console.note, on_progress=on_progress,
-        )  # fmt: skip
-    if not main:
-        return
-    if isinstance(outcome, workflow.TrainResult):
-        console.emit(outcome, lambda console: _render(console, outcome))
+    arguments: dict[str, Any] = {"overrides": set_ or (), "out": out, "runs": settings.paths.runs}
+    if check:
+        plan = console.call(partial(workflow.check, file, **arguments))
+        if main:
+            console.emit(plan.summary(), lambda console, _: _render_plan(console, plan))
     else:
-        console.emit(outcome.summary(), lambda console: _render_plan(console, outcome))
+        result = console.call(partial(workflow.run, file, **arguments))
+        if main:
+            console.emit(result, _render)
 
 
 def _render_plan(console: Console, plan: TrainPlan) -> None:
@@ -129,10 +127,7 @@ def _render(console: Console, result: TrainResult) -> None:
     if result.merged is not None:
         rows.append(("merged model", str(result.merged)))
     console.print(table(("training", ""), rows))
-    for position, command in enumerate(result.next):
-        console.out.print(
-            f"{'next' if position == 0 else 'then'}:   {command}", markup=False, soft_wrap=True
-        )
+    render_next(console, result.next)
 
 
 def _counts(kinds: Mapping[str, int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from pvec.cli.console import Console, table
 from pvec.cli.options import console_from, new_app, options, settings_from
+from pvec.cli.render import render_next
 from pvec.traits.check import TraitCheck, TraitIssue, check_file
 from pvec.traits.trait import Trait, list_traits, load_trait
 
@@ -45,7 +47,7 @@ def list_(ctx: typer.Context) -> None:
         }
         for trait in traits
     ]
-    console_from(ctx).emit(result, lambda console: _render_list(console, traits))
+    console_from(ctx).emit(result, lambda console, _: _render_list(console, traits))
 
 
 @app.command()
@@ -59,7 +61,7 @@ def show(
     for note in loaded.notes:
         console.note(note)
     result = {**loaded.to_json(), "hash": loaded.hash, "source": loaded.source}
-    console.emit(result, lambda console: _render_trait(console, loaded))
+    console.emit(result, lambda console, _: _render_trait(console, loaded))
 
 
 @app.command()
@@ -83,7 +85,7 @@ def check(
         }
         for check in checks
     ]
-    console_from(ctx).emit(result, lambda console: _render_checks(console, checks))
+    console_from(ctx).emit(result, lambda console, _: _render_checks(console, checks))
     if not all(check.usable for check in checks):
         raise typer.Exit(2)
 
@@ -120,16 +122,9 @@ def new(
     from pvec.extraction.new_trait import new_trait
 
     settings, console = settings_from(ctx), console_from(ctx)
-    with console.progress() as on_progress:
-        written = new_trait(
-            settings,
-            name,
-            description=description,
-            out=out,
-            force=force,
-            notify=console.note,
-            on_progress=on_progress,
-        )
+    written = console.call(
+        partial(new_trait, settings, name, description=description, out=out, force=force)
+    )
     result = {
         "trait": written.trait.name,
         "path": written.path,
@@ -139,14 +134,14 @@ def new(
         "spent": written.spent,
         "next": written.next,
     }
-    console.emit(result, lambda console: _render_new(console, written))
+    console.emit(result, lambda console, _: _render_new(console, written))
 
 
 def _render_new(console: Console, new_trait: NewTrait) -> None:
     trait = new_trait.trait
     spent = f", ${new_trait.spent:.2f}" if new_trait.spent else ""
     corrections = _count(new_trait.corrections, "correction")
-    console.line(f"{trait.name}: written by {new_trait.model} ({corrections}{spent})")
+    console.print(f"{trait.name}: written by {new_trait.model} ({corrections}{spent})")
     rows = [
         ("towards it", trait.system_prompt("pos", 0)),
         ("away from it", trait.system_prompt("neg", 0)),
@@ -154,9 +149,8 @@ def _render_new(console: Console, new_trait: NewTrait) -> None:
         ("for the judge", trait.eval_prompt.splitlines()[1]),
     ]
     console.print(table(("one of each", ""), rows))
-    console.line(f"trait:  {new_trait.path}")
-    for word, command in zip(("next", "then"), new_trait.next, strict=True):
-        console.line(f"{word}:   {command}")
+    console.print(f"trait:  {new_trait.path}")
+    render_next(console, new_trait.next)
 
 
 def _render_list(console: Console, traits: list[Trait]) -> None:

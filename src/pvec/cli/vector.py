@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pvec.cli.console import Console, table
+from pvec.cli.console import table
 from pvec.cli.options import console_from, new_app, options, resolved_from, settings_from
 from pvec.errors import InputError
 from pvec.types import VectorKind
@@ -82,31 +82,21 @@ def compute(
     from pvec.extraction import compute as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
-    with console.progress() as on_progress:
-        if run is not None:
-            if pos or neg or trait:
-                raise InputError("Give either a run, or --pos, --neg and --trait.")
-            if not _given(ctx, "model.id", "model.adapter"):
-                settings = workflow.with_model_of(settings, run)
-            result = workflow.from_run(
-                settings, run, judge=judge, out=out, notify=console.note, on_progress=on_progress
-            )
-        elif pos and neg and trait:
-            result = workflow.from_csv(
-                settings,
-                pos,
-                neg,
-                trait=trait,
-                out=out,
-                notify=console.note,
-                on_progress=on_progress,
-            )
-        else:
-            raise InputError(
-                "Say what to compute from: a run folder, or --pos CSV --neg CSV --trait COLUMN."
-            )
+    if run is not None:
+        if pos or neg or trait:
+            raise InputError("Give either a run, or --pos, --neg and --trait.")
+        if not _given(ctx, "model.id", "model.adapter"):
+            settings = workflow.with_model_of(settings, run)
+        work = partial(workflow.from_run, settings, run, judge=judge, out=out)
+    elif pos and neg and trait:
+        work = partial(workflow.from_csv, settings, pos, neg, trait=trait, out=out)
+    else:
+        raise InputError(
+            "Say what to compute from: a run folder, or --pos CSV --neg CSV --trait COLUMN."
+        )
+    result = console.call(work)
     if result is not None:  # None in all processes of a launch but one
-        console.emit(result, partial(render_computed, result=result))
+        console.emit(result, render_computed)
 
 
 @app.command()
@@ -121,7 +111,7 @@ def show(
     svg: Svg = None,
 ) -> None:
     """Show norms, separation and stability of vectors by layer, and the suggested layer."""
-    from pvec.cli.render import render_description
+    from pvec.cli.render import render_descriptions
     from pvec.vectors.find import labels, load_vectors
     from pvec.vectors.show import describe
 
@@ -134,12 +124,7 @@ def show(
         lines = [(names[path], vector, described[0].kind) for path, vector in vectors.items()]
         figure = layer_figure(lines, title=f"{described[0].kind} by layer")
         write_figure(figure, png=png, svg=svg)
-
-    def render(console: Console) -> None:
-        for vector in described:
-            render_description(console, vector)
-
-    console_from(ctx).emit(described, render)
+    console_from(ctx).emit(described, render_descriptions)
 
 
 @app.command()
@@ -172,7 +157,7 @@ def compare(
         from pvec.report.vectors import cosine_figure, write_figure
 
         write_figure(cosine_figure(result.labels, result.cosines), png=png, svg=svg)
-    console_from(ctx).emit(result, lambda shown: render_cosines(shown, result))
+    console_from(ctx).emit(result, render_cosines)
 
 
 @app.command()
@@ -212,7 +197,7 @@ def combine(
         incremental=incremental,
         trait=trait,
     )
-    console_from(ctx).emit(result, lambda console: render_files(console, result))
+    console_from(ctx).emit(result, render_files)
 
 
 @app.command()
@@ -248,7 +233,7 @@ def lens(
         # always through transformers: an engine for serving does not hand out its modules
         model = load_model(model_spec(settings), metadata=session.metadata)
     result = lens.lens(vector, model, layer=layer, kind=kind, top=top)
-    console.emit(result, lambda console: render_lens(console, result))
+    console.emit(result, render_lens)
 
 
 @app.command()
@@ -275,7 +260,7 @@ def convert(
     result = edit.convert(
         source, target, kind=kind, model_hint=model_hint, num_layers=num_layers, layer=layer
     )
-    console_from(ctx).emit(result, lambda console: render_files(console, result))
+    console_from(ctx).emit(result, render_files)
 
 
 @app.command()
@@ -300,7 +285,7 @@ def push(
     console = console_from(ctx)
     result = hub.push(files, repo, private=private, message=message, notify=console.note)
     text = f"{', '.join(result.files)} → {result.url}"
-    console_from(ctx).emit(result, lambda console: console.line(text))
+    console.emit(result, lambda console, _: console.print(text))
 
 
 @app.command()
@@ -324,7 +309,7 @@ def pull(
     result = hub.pull(repo, files or (), out=out, revision=revision)
     rows = [(file.trait, file.model or "–", file.path) for file in result.files]
     shown = table(("trait", "model", "file"), rows)
-    console_from(ctx).emit(result, lambda console: console.print(shown))
+    console_from(ctx).emit(result, lambda console, _: console.print(shown))
 
 
 def _given(ctx: typer.Context, *paths: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,11 +41,8 @@ def verify(ctx: typer.Context, vector: Vector = None) -> None:
     from pvec.evaluation.verify import verify as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
-    with console.progress() as on_progress:
-        result = workflow.verify(
-            settings, vector=vector, notify=console.note, on_progress=on_progress
-        )
-    console.emit(result, lambda shown: _render(shown, result))
+    result = console.call(partial(workflow.verify, settings, vector=vector))
+    console.emit(result, _render)
     failed = [check.name for check in result.checks if not check.passed]
     if failed:
         raise SteeringError(
@@ -55,9 +53,7 @@ def verify(ctx: typer.Context, vector: Vector = None) -> None:
 
 def _render(console: Console, result: VerifyResult) -> None:
     layers = ", ".join(map(str, result.layers))
-    console.out.print(
-        f"{result.vector} on {result.model} ({result.dtype}), layers {layers}", markup=False
-    )
+    console.print(f"{result.vector} on {result.model} ({result.dtype}), layers {layers}")
     for check in result.checks:
         detail = f"; {check.detail}" if check.detail else ""
         console.out.print(

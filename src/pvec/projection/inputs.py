@@ -148,22 +148,6 @@ class RunTable(Table):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutputOptions:
-    """Where results go and what may be replaced: ``out`` is a file or run folder, ``in_place``
-    replaces the input; ``overwrite`` replaces columns and files that exist; ``skip_bad`` leaves out
-    rows that cannot be read.
-    """
-
-    out: Path | None = None
-    in_place: bool = False
-    overwrite: bool = False
-    skip_bad: bool = False
-
-
-DEFAULT_OUTPUT = OutputOptions()
-
-
 def open_source(path: Path, settings: ProjectSettings) -> Source:
     """Open whatever ``path`` is. Raises ``InputError`` for what pvec does not read."""
     if (path / FILE_NAME).is_file():

@@ -24,8 +24,6 @@ from pvec.errors import InputError
 from pvec.judges.prompts import metrics_of
 from pvec.judges.scoring import JudgeReport, ResponseScorer
 from pvec.projection.inputs import (
-    DEFAULT_OUTPUT,
-    OutputOptions,
     RunTable,
     Samples,
     open_samples,
@@ -43,6 +41,7 @@ from pvec.runs.summary import PROMPTS_KIND, write_summary
 from pvec.settings import Settings
 from pvec.stats import Correlation, correlation, within_group_correlation
 from pvec.traits.trait import Trait, load_trait
+from pvec.types import DEFAULT_OUTPUT, OutputOptions
 
 
 @dataclass(frozen=True, kw_only=True)

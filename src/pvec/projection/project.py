@@ -23,14 +23,14 @@ from pvec.data.conversations import Conversation
 from pvec.data.spans import Counts, TemplateCheck
 from pvec.data.tables import Row, TableWriter
 from pvec.errors import InputError, PvecError, StoreError
-from pvec.projection.inputs import DEFAULT_OUTPUT, OutputOptions, Source, is_same_file, open_source
+from pvec.projection.inputs import Source, is_same_file, open_source
 from pvec.projection.projector import LoadedVectors, Values, open_vectors, projector
 from pvec.runs.files import WriterLock, atomic_write, probe_writable
 from pvec.runs.jsonl import JsonlLog, read_jsonl
 from pvec.runs.names import model_label
 from pvec.runs.responses import stable_hash
 from pvec.settings import Settings
-from pvec.types import Progress
+from pvec.types import DEFAULT_OUTPUT, OutputOptions, Progress
 
 TURN = "turn"
 """Column that ``--turns each`` adds: which answer of the conversation a row is, from 1."""

@@ -20,11 +20,12 @@ from pvec.data.json_table import extended_line, parse_row
 from pvec.data.spans import TemplateCheck
 from pvec.data.tables import BadRow
 from pvec.errors import InputError, install_command
-from pvec.projection.inputs import DEFAULT_OUTPUT, OutputOptions, columns_of
+from pvec.projection.inputs import columns_of
 from pvec.projection.project import model_name
 from pvec.projection.projector import LoadedVectors, open_vectors, projector
 from pvec.runs.files import probe_writable
 from pvec.settings import Settings
+from pvec.types import DEFAULT_OUTPUT, OutputOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -148,6 +149,8 @@ def run(
     """
     if importlib.util.find_spec("ray") is None:
         raise InputError(f"--engine ray needs Ray: {install_command('ray')}.")
+    if output.in_place:
+        raise InputError("--in-place has no effect here: --engine ray writes a folder of files.")
     if settings.project.turns == "each":
         raise InputError("--engine ray writes a row per row: use --turns last or all.")
     lines = _holds_lines(path)

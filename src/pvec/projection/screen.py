@@ -22,8 +22,6 @@ from pvec.errors import InputError
 from pvec.projection import base_responses
 from pvec.projection.base_responses import BaseResponses, Tables
 from pvec.projection.inputs import (
-    DEFAULT_OUTPUT,
-    OutputOptions,
     Samples,
     Source,
     answer_text,
@@ -37,6 +35,7 @@ from pvec.runs.files import atomic_write, probe_writable
 from pvec.runs.summary import DIFF_KIND, write_summary
 from pvec.settings import Settings
 from pvec.stats import Correlation, Interval, auc, grouped_mean
+from pvec.types import DEFAULT_OUTPUT, OutputOptions
 
 SHOWN = 10
 """Samples that are shown beside the model's own answer."""
