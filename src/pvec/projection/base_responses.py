@@ -13,10 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-from pvec.backends.planned import PlannedResponse, derive_seed
 from pvec.backends.run_session import RunSession
 from pvec.data.conversations import Ids
-from pvec.projection.inputs import Prompt, Samples
+from pvec.projection.inputs import Prompt
 from pvec.projection.projector import LoadedVectors, project_table
 from pvec.runs.responses import ResponseRecord
 from pvec.stats import Correlation, correlation
@@ -29,22 +28,16 @@ Source = Literal["generate", "subset", "prompt"]
 of the prompts and predicted for the others from the last prompt token; or that token's projection
 itself."""
 
-Tables = Mapping[str, np.ndarray]
-"""Name of a set of samples → float64 ``[samples, columns]``, a column per vector and layer."""
-
 
 class BaseResponses:
-    """The base model's responses of one screening; ``generated`` counts those of this call."""
+    """The base model's responses to prompts, by key; ``generated`` counts those of this call."""
 
     def __init__(
-        self, work: RunSession, vectors: LoadedVectors, sets: Mapping[str, Samples]
+        self, work: RunSession, vectors: LoadedVectors, prompts: Mapping[str, Prompt]
     ) -> None:
         self._options = work.settings.project
         self.source: Source = self._options.natural
-        self.sets = sets
-        self.prompts: dict[str, Prompt] = {
-            key: prompt for samples in sets.values() for key, prompt in samples.distinct.items()
-        }
+        self.prompts = prompts
         self.generated = 0
         self._work = work
         self._vectors = vectors
@@ -61,7 +54,11 @@ class BaseResponses:
     def generate(self, keys: Sequence[str]) -> list[ResponseRecord]:
         """Return the answers to these prompts, in their order; generate what the run lacks."""
         planned = [
-            self._planned(self.prompts[key], rollout)
+            self.prompts[key].planned(
+                self._work,
+                seed=("natural", key, rollout),
+                condition={"name": "natural", "rollout": rollout},
+            )
             for key in keys
             for rollout in range(self._options.naturals)
         ]
@@ -69,13 +66,14 @@ class BaseResponses:
         return self._work.responses(planned)
 
     def projections(
-        self, responses: Tables, at_prompt: Tables
-    ) -> tuple[Tables, list[Correlation | None]]:
+        self, keys: Sequence[str], responses: np.ndarray, at_prompt: np.ndarray
+    ) -> tuple[np.ndarray, list[Correlation | None]]:
         """Return the base response's projections for every sample, and per column the agreement.
 
-        ``responses`` and ``at_prompt`` are the samples' own projections, of their answers and of
-        the last prompt tokens. The agreement is the correlation of differences from predicted and
-        from generated base responses where both are known; None where nothing was predicted.
+        ``keys`` are the samples' prompts; ``responses`` and ``at_prompt`` ``[samples, columns]``
+        their own projections, of their answers and of the last prompt tokens. The agreement is the
+        correlation of differences from predicted and from generated base responses where both are
+        known; None where nothing was predicted.
         """
         columns = len(self._vectors.columns)
         nothing: list[Correlation | None] = [None] * columns
@@ -83,27 +81,14 @@ class BaseResponses:
             return at_prompt, nothing
         by_prompt = self._projected(self.chosen())
         blank = np.full(columns, np.nan)
-        known = {
-            name: np.stack([by_prompt.get(key, blank) for key in samples.prompts])
-            for name, samples in self.sets.items()
-        }
+        base = np.stack([by_prompt.get(key, blank) for key in keys])
         if self.source == "generate":
-            return known, nothing
-        return self._predicted(known, responses, at_prompt)
-
-    def _planned(self, prompt: Prompt, rollout: int) -> PlannedResponse:
-        seed = derive_seed(self._work.settings.generation.seed, "natural", prompt.key, rollout)
-        return PlannedResponse(
-            trait="",
-            condition={"name": "natural", "rollout": rollout},
-            question=prompt.question,
-            question_id=prompt.key,
-            system=None,
-            prompt=prompt.text,
-            prompt_ids=prompt.ids,
-            sampling=self._work.session.sampling(seed),
-            engine=self._work.session.identity,
-        )
+            return base, nothing
+        rows = np.isfinite(base).all(axis=1)
+        predicted, crossed = predict_base(base, at_prompt, rows=rows)
+        cheap, full = responses[rows] - crossed, responses[rows] - base[rows]
+        agreement = [correlation(cheap[:, c], full[:, c]) for c in range(columns)]
+        return np.where(rows[:, None], base, predicted), list(agreement)
 
     def _projected(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the projections ``[columns]`` of each prompt's answers, their mean."""
@@ -123,24 +108,6 @@ class BaseResponses:
             if np.isfinite(row).all():  # an empty answer has no projection
                 by_prompt.setdefault(record.question_id, []).append(row)
         return {key: np.mean(rows, axis=0) for key, rows in by_prompt.items()}
-
-    def _predicted(
-        self, known: Tables, responses: Tables, at_prompt: Tables
-    ) -> tuple[Tables, list[Correlation | None]]:
-        """Fill in what was not generated; say how predicted differences agree where both are."""
-        base, response, prompt = (
-            np.concatenate([table[name] for name in self.sets])
-            for table in (known, responses, at_prompt)
-        )
-        rows = np.isfinite(base).all(axis=1)
-        predicted, crossed = predict_base(base, prompt, rows=rows)
-        cheap, full = response[rows] - crossed, response[rows] - base[rows]
-        agreement: list[Correlation | None] = [
-            correlation(cheap[:, c], full[:, c]) for c in range(base.shape[1])
-        ]
-        base[~rows] = predicted[~rows]
-        ends = np.cumsum([len(known[name]) for name in self.sets])[:-1]
-        return dict(zip(self.sets, np.split(base, ends), strict=True)), agreement
 
 
 def predict_base(

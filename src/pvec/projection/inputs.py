@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from pvec.backends.planned import PromptCache
+from pvec.backends.planned import PlannedResponse, PromptCache, derive_seed
+from pvec.backends.run_session import RunSession, run_identity
 from pvec.backends.session import ModelSession
 from pvec.data.conversations import (
     Chat,
@@ -36,12 +37,14 @@ from pvec.data.tables import (
     open_table,
     require_columns,
 )
-from pvec.errors import InputError
+from pvec.errors import InputError, StoreError
 from pvec.models.chat import encode_prompt
 from pvec.runs.manifest import FILE_NAME
-from pvec.runs.responses import ResponseRecord
+from pvec.runs.names import run_name
+from pvec.runs.responses import Json, ResponseRecord
 from pvec.runs.store import Run
 from pvec.settings.tree import ProjectSettings
+from pvec.traits.trait import Trait
 
 _RUN_COLUMNS = ("id", "trait", "question_id", "question", "system", "prompt", "answer")
 
@@ -77,9 +80,9 @@ class Source:
         """Return the same rows, of which those that ``check`` refuses (``InputError``) are bad."""
 
         def conversation(row: Row) -> Conversation:
-            found = self.conversation(row)
-            check(found)
-            return found
+            read = self.conversation(row)
+            check(read)
+            return read
 
         return replace(self, conversation=conversation)
 
@@ -140,8 +143,8 @@ class RunTable(Table):
         metrics = tuple(dict.fromkeys(metric for row in scores.values() for metric in row))
 
         def cells(row: Row) -> Mapping[str, Any]:
-            found = scores.get(row.raw.id, {})
-            return {**row.values, **{m: found[m].score for m in metrics if m in found}}
+            own = scores.get(row.raw.id, {})
+            return {**row.values, **{m: own[m].score for m in metrics if m in own}}
 
         return CsvRowWriter(
             stream, (*self.columns, *metrics), columns, cells, exact=not defuses_csv(self.path)
@@ -193,6 +196,29 @@ class Prompt:
     system: str | None
     question: str
 
+    def planned(
+        self,
+        work: RunSession,
+        *,
+        seed: Sequence[str | int],
+        condition: Mapping[str, Json],
+        trait: str = "",
+        system: str | None = None,
+    ) -> PlannedResponse:
+        """Return an answer to this prompt that a run should hold; ``seed`` is its place there."""
+        session = work.session
+        return PlannedResponse(
+            trait=trait,
+            condition=condition,
+            question=self.question,
+            question_id=self.key,
+            system=system,
+            prompt=self.text,
+            prompt_ids=self.ids,
+            sampling=session.sampling(derive_seed(session.settings.generation.seed, *seed)),
+            engine=session.identity,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Samples:
@@ -223,8 +249,8 @@ def open_samples(source: Source, session: ModelSession, *, skip_bad: bool) -> Sa
     keys, lines, answered = [], [], []
     distinct: dict[str, Prompt] = {}
 
-    def add(found: tuple[Row, Conversation]) -> None:
-        row, conversation = found
+    def add(item: tuple[Row, Conversation]) -> None:
+        row, conversation = item
         try:
             prompt = prompt_of(conversation, session, cache)
         except InputError as error:
@@ -274,3 +300,46 @@ def _answer(conversation: Conversation) -> str | Sequence[int]:
     if isinstance(conversation, Chat):
         return conversation.messages[-1]["content"] if conversation.answered else ""
     return conversation.answer if isinstance(conversation, Pair) else conversation.answer_ids
+
+
+# ── the run folders of screening and monitoring a file, and of a shift from a base model ────────
+
+
+def open_study(
+    session: ModelSession,
+    command: str,
+    *,
+    kind: str,
+    path: Path,
+    out: Path | None,
+    traits: Sequence[Trait] = (),
+) -> RunSession:
+    """Open the run of a command on the file ``path`` or begin it: ``runs/screen-data-tiny``.
+
+    ``kind`` is the run's on disk. Raises ``StoreError`` for a run of another identity.
+    """
+    identity = run_identity(session, subject={"trait": path.resolve().stem})
+    folder = study_folder(session, command, path=path, out=out)
+    return open_run(session, folder, kind=kind, identity=identity, traits=traits)
+
+
+def study_folder(session: ModelSession, command: str, *, path: Path, out: Path | None) -> Path:
+    """Return the run folder of a command on the file ``path``."""
+    settings, adapter = session.settings, session.metadata.adapter
+    name = run_name(command, path.resolve().stem, model=settings.model.id, adapter=adapter)
+    return out or settings.paths.runs / name
+
+
+def open_run(
+    session: ModelSession,
+    folder: Path,
+    *,
+    kind: str,
+    identity: Mapping[str, Json],
+    traits: Sequence[Trait] = (),
+) -> RunSession:
+    """Open the run in ``folder`` or begin it. Raises ``StoreError`` for one of another identity."""
+    try:
+        return RunSession(session, folder, kind=kind, identity=identity, traits=traits)
+    except StoreError as error:
+        raise StoreError(f"{error} (--out names the folder)") from error

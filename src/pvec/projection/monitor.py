@@ -28,6 +28,8 @@ from pvec.projection.inputs import (
     Samples,
     open_samples,
     open_source,
+    open_study,
+    study_folder,
 )
 from pvec.projection.projector import (
     LoadedVectors,
@@ -36,7 +38,6 @@ from pvec.projection.projector import (
     suggested_prompt_layer,
 )
 from pvec.projection.prompt_scores import PromptScores, conditions_of, planned_answers
-from pvec.projection.study import open_study, study_folder
 from pvec.runs.summary import PROMPTS_KIND, write_summary
 from pvec.settings import Settings
 from pvec.stats import Correlation, correlation, within_group_correlation

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pvec.backends.planned import PlannedResponse, derive_seed
+from pvec.backends.planned import PlannedResponse
 from pvec.backends.run_session import RunSession
 from pvec.errors import InputError
 from pvec.judges.prompts import COHERENCE
@@ -104,18 +104,12 @@ def planned_answers(
 ) -> list[PlannedResponse]:
     """Return the answers to generate: some to every prompt."""
     return [
-        PlannedResponse(
-            trait=trait,
+        prompt.planned(
+            work,
+            seed=("monitor", prompt.question, rollout),
             condition={"condition": conditions[prompt.key], "rollout": rollout},
-            question=prompt.question,
-            question_id=prompt.key,
+            trait=trait,
             system=prompt.system,
-            prompt=prompt.text,
-            prompt_ids=prompt.ids,
-            sampling=work.session.sampling(
-                derive_seed(work.settings.generation.seed, "monitor", prompt.question, rollout)
-            ),
-            engine=work.session.identity,
         )
         for prompt in prompts
         for rollout in range(work.settings.project.rollouts)

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from pvec.backends.run_session import RunSession, use_run_date
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
 from pvec.projection import base_responses
-from pvec.projection.base_responses import BaseResponses, Tables
+from pvec.projection.base_responses import BaseResponses
 from pvec.projection.inputs import (
     Samples,
     Source,
@@ -28,9 +29,10 @@ from pvec.projection.inputs import (
     is_same_file,
     open_samples,
     open_source,
+    open_study,
+    study_folder,
 )
 from pvec.projection.projector import LoadedVectors, open_vectors, project_table
-from pvec.projection.study import open_study, study_folder
 from pvec.runs.files import atomic_write, probe_writable
 from pvec.runs.summary import DIFF_KIND, write_summary
 from pvec.settings import Settings
@@ -142,30 +144,40 @@ def run(
 
 
 class _Screening:
-    """One call: base responses, differences, scores, files."""
+    """One call: base responses, differences, scores, files.
+
+    Arrays are ``[samples, columns]`` over the samples of all files, a column per vector and layer.
+    """
 
     def __init__(self, work: RunSession, vectors: LoadedVectors, sets: dict[str, Samples]) -> None:
+        import pandas as pd
+
         self.session = work.session
         self.folder = work.store.path
         self.percentile = work.settings.project.percentile
         self.vectors = vectors
         self.sets = sets
-        self.base = BaseResponses(work, vectors, sets)
+        self.frame = pd.concat(
+            pd.DataFrame({"set": name, "line": samples.lines, "prompt": samples.prompts})
+            for name, samples in sets.items()
+        )
+        self.screened = (self.frame["set"] == "data").to_numpy()
+        prompts = {k: prompt for samples in sets.values() for k, prompt in samples.distinct.items()}
+        self.base = BaseResponses(work, vectors, prompts)
 
     def run(self, targets: tuple[Path, Path] | None) -> ScreenResult:
         self.base.generate(self.base.chosen())
         responses, at_prompt = self._project_samples()
-        base, agreements = self.base.projections(responses, at_prompt)
-        differences = {name: responses[name] - base[name] for name in self.sets}
+        base, agreements = self.base.projections(list(self.frame["prompt"]), responses, at_prompt)
+        differences = responses - base
         scores = self._scores(differences)
-        suspicious = self._suspicious(differences["data"])
-        removed = None
+        suspicious = self._suspicious(differences[self.screened])
+        data, removed = self.sets["data"], None
         if targets is not None:
             limits = [np.inf if s.threshold is None else s.threshold for s in scores]
-            removed = np.any(differences["data"] > np.array(limits), axis=1)  # not unknown ones
-            _write_filtered(targets, self.sets["data"].source, removed=removed)
+            removed = np.any(differences[self.screened] > limits, axis=1)  # not unknown ones
+            _write_filtered(targets, data.source, removed=removed)
         self._write_samples(responses, base, removed)
-        data = self.sets["data"]
         return ScreenResult(
             run=self.folder,
             data=data.source.path,
@@ -190,37 +202,31 @@ class _Screening:
             next=(f"pvec report {self.folder}",),
         )
 
-    def _project_samples(self) -> tuple[Tables, Tables]:
-        """Return each set's response projections and, for the cheap modes, those at the prompt."""
+    def _project_samples(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the projections of the responses and, for the cheap modes, those at the prompt."""
         cheap = self.base.source != "generate"
         kinds = ["proj", "prompt_last_proj"] if cheap else ["proj"]
-        plan = self.vectors.plan_of(*kinds)
-        responses, at_prompt = {}, {}
-        for name, samples in self.sets.items():
-            table = project_table(
-                self.session,
-                plan,
-                samples.conversations(),
-                total=samples.count,
-                stage=f"{name}: responses",
-            )
-            shape = (samples.count, len(self.vectors.vectors), len(kinds), -1)
-            parts = table.reshape(shape)
-            responses[name] = parts[:, :, 0].reshape(samples.count, -1)
-            at_prompt[name] = parts[:, :, -1].reshape(samples.count, -1)
-        return responses, at_prompt
+        table = project_table(
+            self.session,
+            self.vectors.plan_of(*kinds),
+            chain.from_iterable(samples.conversations() for samples in self.sets.values()),
+            total=len(self.frame),
+            stage="responses",
+        ).reshape(len(self.frame), len(self.vectors.vectors), len(kinds), -1)
+        first, last = (table[:, :, kind].reshape(len(table), -1) for kind in (0, -1))
+        return first, last
 
-    def _scores(self, differences: Tables) -> list[DatasetScore]:
-        clean = self.sets.get("reference")
+    def _scores(self, differences: np.ndarray) -> list[DatasetScore]:
+        prompts, clean = self.frame["prompt"].to_numpy(), "reference" in self.sets
         return [
             score_dataset(
-                differences["data"][:, c],
-                prompts=self.sets["data"].prompts,
-                clean=differences["reference"][:, c] if clean else None,
-                clean_prompts=clean.prompts if clean else (),
+                column[self.screened],
+                prompts=prompts[self.screened].tolist(),
+                clean=column[~self.screened] if clean else None,
+                clean_prompts=prompts[~self.screened].tolist(),
                 percentile=self.percentile,
             )
-            for c in range(len(self.vectors.columns))
+            for column in differences.T
         ]
 
     def _suspicious(self, differences: np.ndarray) -> tuple[SuspiciousSample, ...]:
@@ -252,24 +258,25 @@ class _Screening:
             for n in numbers
         )
 
-    def _write_samples(self, responses: Tables, base: Tables, removed: np.ndarray | None) -> None:
+    def _write_samples(
+        self, responses: np.ndarray, base: np.ndarray, removed: np.ndarray | None
+    ) -> None:
         """Write ``samples.csv``: every sample's projections and differences in the input's order.
 
         ``removed`` says which samples of the set ``data`` were, None without a threshold.
         """
-        import pandas as pd
-
-        frames = []
-        for name, samples in self.sets.items():
-            cells: dict[str, object] = {"set": name, "line": samples.lines}
-            for c, (vector, layer) in enumerate(self.vectors.columns):
-                response, own = responses[name][:, c], base[name][:, c]
-                parts = {"response": response, "natural": own, "difference": response - own}
-                cells |= {f"{vector}_layer{layer}_{part}": v for part, v in parts.items()}
-            cells["removed"] = "" if removed is None or name != "data" else removed
-            frames.append(pd.DataFrame(cells))
+        frame = self.frame.drop(columns="prompt")
+        for c, (vector, layer) in enumerate(self.vectors.columns):
+            response, own = responses[:, c], base[:, c]
+            parts = {"response": response, "natural": own, "difference": response - own}
+            for part, values in parts.items():
+                frame[f"{vector}_layer{layer}_{part}"] = values
+        marks = np.full(len(frame), "", dtype=object)
+        if removed is not None:
+            marks[self.screened] = removed
+        frame["removed"] = marks
         with atomic_write(self.folder / SAMPLES, mode="w") as stream:
-            pd.concat(frames).to_csv(stream, index=False)
+            frame.to_csv(stream, index=False)
 
 
 def score_dataset(

@@ -21,9 +21,8 @@ from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.conversations import Ids
 from pvec.errors import InputError, ModelError
 from pvec.models.adapters import adapted, find_adapter
-from pvec.projection.inputs import open_samples, open_source
+from pvec.projection.inputs import open_run, open_samples, open_source
 from pvec.projection.projector import LoadedVectors, Projector, open_vectors
-from pvec.projection.study import open_run
 from pvec.runs.listing import list_runs
 from pvec.runs.names import run_name
 from pvec.runs.responses import stable_hash
