@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 
 from pvec.backends.vllm.engine import VLLMBackend
 from pvec.models.files import ModelSpec
-from pvec.settings.tree import VLLMSettings
+from pvec.settings.sections import VLLMSettings
 from pvec.types import Instruction, Request, Sampling
 
 SHAPES = {

@@ -25,7 +25,7 @@ from pvec.evaluation.chat import (
 )
 from pvec.models.chat import prompt_ids
 from pvec.settings import Settings
-from pvec.settings.tree import GenerationSettings, ModelSettings
+from pvec.settings.sections import GenerationSettings, ModelSettings
 from pvec.types import StreamChunk
 from pvec.vectors.formats import save_vector
 from pvec.vectors.vector import PersonaVector

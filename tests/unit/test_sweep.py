@@ -17,7 +17,7 @@ from pvec.evaluation.conditions import (
     steered_conditions,
     stored_condition,
 )
-from pvec.settings.tree import SteerSettings
+from pvec.settings.sections import SteerSettings
 from pvec.steering.instructions import SteeringVector, random_like, steering_vector
 from pvec.vectors.vector import PersonaVector
 

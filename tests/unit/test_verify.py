@@ -16,7 +16,7 @@ from pvec.errors import InputError, ModelError
 from pvec.evaluation.verify.verify import VerifyResult, verify
 from pvec.models.decoder import Decoder, module_after
 from pvec.settings import Settings
-from pvec.settings.tree import GenerationSettings, ModelSettings, SteerSettings
+from pvec.settings.sections import GenerationSettings, ModelSettings, SteerSettings
 from pvec.steering.proof import record_residual_stream
 from pvec.vectors.formats import save_vector
 from pvec.vectors.vector import PersonaVector

@@ -13,7 +13,7 @@ import pytest
 from pvec.backends.vllm import start
 from pvec.backends.vllm.costs import capture_bytes, table_bytes
 from pvec.errors import InputError, ModelError
-from pvec.settings.tree import VLLMSettings
+from pvec.settings.sections import VLLMSettings
 
 
 def test_importing_the_backend_imports_no_vllm() -> None:

@@ -65,7 +65,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def start(models: Callable[[str], Path]) -> Iterator[Start]:
     """Return what starts (once) an engine for an architecture and settings."""
     from pvec.backends.vllm.engine import VLLMBackend
-    from pvec.settings.tree import VLLMSettings
+    from pvec.settings.sections import VLLMSettings
 
     running: dict[str, VLLMBackend] = {}
 

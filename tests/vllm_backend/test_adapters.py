@@ -24,7 +24,7 @@ def test_requests_on_two_adapters_and_none_share_a_batch(
     from peft import PeftModel
 
     from pvec.models.files import ModelSpec
-    from pvec.settings.tree import VLLMSettings
+    from pvec.settings.sections import VLLMSettings
 
     base = models("qwen2")
     folders = [str(save_adapter(base, tmp_path / f"adapter{n}", seed=n)) for n in range(2)]

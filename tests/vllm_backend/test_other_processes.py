@@ -53,7 +53,7 @@ def backend(request: pytest.FixtureRequest, models: Callable[[str], Path]) -> It
     """Two workers, each in a process of its own."""
     from vllm.envs import disable_envs_cache
 
-    from pvec.settings.tree import VLLMSettings
+    from pvec.settings.sections import VLLMSettings
 
     settings = WORKERS[request.param]
     options = VLLMSettings(

@@ -313,7 +313,7 @@ def test_what_waits_for_an_engine_process_that_is_gone_fails_instead_of_waiting_
 def test_a_model_that_vllm_cannot_run_or_hold_is_refused_with_a_remedy(
     models: Callable[[str], Path],
 ) -> None:
-    from pvec.settings.tree import VLLMSettings
+    from pvec.settings.sections import VLLMSettings
 
     folder = str(models("qwen2"))
     small = VLLMSettings(enforce_eager=True, kv_cache_memory_bytes=2**14, block_size=32, captures=4)
@@ -325,7 +325,7 @@ def test_an_engine_whose_layers_are_not_steered_does_not_start(
     models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pvec.backends.vllm import probe
-    from pvec.settings.tree import VLLMSettings
+    from pvec.settings.sections import VLLMSettings
 
     monkeypatch.setattr(probe, "steering_change", lambda _row, hidden, *_, **_table: 0 * hidden)
     options = VLLMSettings(
@@ -343,7 +343,7 @@ def test_a_graph_compiled_without_probes_or_for_other_tables_is_not_taken_from_t
     from pvec.backends.vllm.start import engine_arguments
     from pvec.models.files import ModelSpec
     from pvec.models.load import inspect_model
-    from pvec.settings.tree import VLLMSettings
+    from pvec.settings.sections import VLLMSettings
 
     metadata = inspect_model(ModelSpec(model=str(models("qwen2"))))
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from pvec.errors import InputError
 from pvec.models.decoder import check_layer
-from pvec.settings.tree import SteerSettings
+from pvec.settings.sections import SteerSettings
 from pvec.steering.instructions import SteeringVector, instructions, random_like
 from pvec.types import Instruction, Operator
 

@@ -18,7 +18,7 @@ from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.runs.summary import update_summary
 from pvec.settings import Settings
-from pvec.settings.tree import FilterSettings
+from pvec.settings.sections import FilterSettings
 from pvec.stats import SCORES, Interval, grouped_mean
 from pvec.types import SIGNS, Progress, Score, Sign
 from pvec.vectors.filter import FilterResult, Reason, ScoredResponse, filter_responses

@@ -18,7 +18,7 @@ from pvec.models.chat import spans_from_ids
 from pvec.runs.responses import ResponseRecord, stable_hash
 from pvec.runs.store import Run
 from pvec.runs.summary import update_summary
-from pvec.settings.commands import FilterSettings
+from pvec.settings.sections import FilterSettings
 from pvec.stats import Interval
 from pvec.traits.trait import Trait
 from pvec.types import SIGNS, Progress, Sign, TokenSpans

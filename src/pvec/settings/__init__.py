@@ -1,7 +1,7 @@
 """The settings of pvec: one typed tree, and where each value comes from.
 
 ``Settings()`` is the defaults, whatever the environment says; ``resolve`` reads files, environment
-and command line. The types of the sections are in ``pvec.settings.tree``.
+and command line. The types of the sections are in ``pvec.settings.sections``.
 """
 
 from pvec.documents import read_yaml

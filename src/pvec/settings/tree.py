@@ -1,10 +1,4 @@
-"""The tree of settings: every default, choice and help text of pvec, declared once.
-
-The command line (``cli/options.py``), the ``PVEC_`` environment names, ``pvec.yaml`` and ``pvec
-config`` all derive from these classes. A new setting is a field with its help as the text under
-it, in ``models.py`` or ``commands.py``; a new section is a class of fields and one line in
-``Settings``.
-"""
+"""The tree of settings: its sections, the dotted path of every setting, and former names."""
 
 from __future__ import annotations
 
@@ -17,37 +11,18 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from pvec.settings.commands import ExtractSettings, FilterSettings, ProjectSettings, SteerSettings
-from pvec.settings.models import (
+from pvec.settings.sections import (
     AuthorSettings,
     BackendSettings,
+    ExtractSettings,
+    FilterSettings,
     GenerationSettings,
     JudgeSettings,
     ModelSettings,
-    VLLMSettings,
+    ProjectSettings,
+    Section,
+    SteerSettings,
 )
-from pvec.settings.section import Section
-
-__all__ = [
-    "ENV_PREFIX",
-    "RENAMED",
-    "AuthorSettings",
-    "BackendSettings",
-    "ExtractSettings",
-    "FilterSettings",
-    "GenerationSettings",
-    "JudgeSettings",
-    "ModelSettings",
-    "PathSettings",
-    "ProjectSettings",
-    "Section",
-    "Settings",
-    "SteerSettings",
-    "VLLMSettings",
-    "env_name",
-    "fields",
-    "value_of",
-]
 
 ENV_PREFIX = "PVEC_"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pvec.settings.tree import VLLMSettings
+from pvec.settings.sections import VLLMSettings
 from pvec.steering.tables import first_row
 
 SPAN_ROWS = 3

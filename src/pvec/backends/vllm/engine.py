@@ -30,7 +30,8 @@ from pvec.models.decoder import check_layer
 from pvec.models.files import ModelSpec
 from pvec.models.load import ModelMetadata, choose_dtype, inspect_model
 from pvec.models.weights import check_checkpoint
-from pvec.settings.tree import Settings, VLLMSettings
+from pvec.settings.sections import VLLMSettings
+from pvec.settings.tree import Settings
 from pvec.types import Generation, ModelInfo, Progress, Request, SpanMeans, StreamChunk, TokenSpans
 
 _MEGABYTE = 2**20

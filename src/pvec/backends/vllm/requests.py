@@ -12,7 +12,7 @@ from pvec.activations.batching import prompt_length
 from pvec.backends.vllm.slots import Segments, cut
 from pvec.backends.vllm.token_rows import OPEN_END
 from pvec.errors import InputError, ModelError, SteeringError
-from pvec.settings.tree import VLLMSettings
+from pvec.settings.sections import VLLMSettings
 from pvec.steering.positions import expected_touched
 from pvec.steering.tables import check_instruction, clamps_needed
 from pvec.types import (

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pvec.backends.vllm.costs import accumulator_rows
 from pvec.errors import InputError, ModelError, install_command
 from pvec.models.template import end_of_turn
-from pvec.settings.tree import VLLMSettings
+from pvec.settings.sections import VLLMSettings
 from pvec.steering import tables
 
 if TYPE_CHECKING:
