@@ -21,6 +21,7 @@ from pvec.errors import ModelError
 from pvec.models import files as modelfiles
 from pvec.models.adapters import adapted
 from pvec.models.files import ModelSpec, locate_model
+from pvec.models.hub import download
 from pvec.models.load import inspect_model, load_model
 from pvec.models.weights import check_checkpoint, load_weights
 
@@ -286,6 +287,7 @@ def test_only_one_copy_of_the_weights_is_downloaded(monkeypatch: pytest.MonkeyPa
         return "folder"
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    modelfiles._download(ModelSpec(model="org/model"), "org/model", weights=True)
+    patterns = modelfiles._patterns(ModelSpec(model="org/model"), weights=True)
+    download("org/model", revision=None, patterns=patterns)
     assert [name for name in taken if re.search(r"safetensors$|bin$", name)] == listing[4:6]
     assert set(listing[:4]) <= set(taken)

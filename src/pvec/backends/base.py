@@ -45,11 +45,13 @@ class Backend(Closing):
         *,
         metadata: ModelMetadata | None = None,
         on_note: Callable[[str], None] | None = None,
+        on_load: Callable[[Progress], None] | None = None,
     ) -> Self:
         """Load the model ``spec`` names, with the engine options of ``settings``.
 
         With ``metadata`` the model's files are not inspected again; ``on_note`` receives a sentence
-        whenever something is chosen or changed for the user.
+        whenever something is chosen or changed for the user, ``on_load`` the progress of loading
+        where it takes long.
         """
 
     @abstractmethod

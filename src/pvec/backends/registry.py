@@ -26,18 +26,25 @@ class BackendChoice:
     reason: str
 
 
-def choose_backend(name: str = "auto", *, bundled: bool = False) -> BackendChoice:
+def choose_backend(
+    name: str = "auto", *, bundled: bool = False, gguf: bool = False
+) -> BackendChoice:
     """Return the backend for ``auto``, ``hf`` or ``vllm``; ``InputError`` for anything else.
 
     ``auto`` takes vLLM when it is installed and there is a CUDA GPU, except for the bundled model,
-    which is too small to be worth an engine's start. Naming vLLM without having it is an error.
+    which is too small to be worth an engine's start, and for GGUF files, which vLLM 0.32
+    does not load. Naming vLLM without having it is an error.
     """
     if name == "auto":
-        return _choose_for_user(bundled=bundled)
+        return _choose_for_user(bundled=bundled, gguf=gguf)
     if name not in get_args(BackendName):
         known = ["auto", *get_args(BackendName)]
         raise InputError(
             f"There is no backend {name!r}: use {', '.join(known)}.{did_you_mean(name, known)}"
+        )
+    if name == "vllm" and gguf:
+        raise InputError(
+            "vLLM does not load GGUF files: use --backend hf, or the model's safetensors."
         )
     if name == "vllm" and not _installed("vllm"):
         raise InputError(
@@ -54,9 +61,11 @@ def backend_class(name: BackendName) -> type[Backend]:
     return cls
 
 
-def _choose_for_user(*, bundled: bool) -> BackendChoice:
+def _choose_for_user(*, bundled: bool, gguf: bool) -> BackendChoice:
     if bundled:
         return BackendChoice(name="hf", reason="the bundled model needs no engine")
+    if gguf:
+        return BackendChoice(name="hf", reason="vLLM does not load GGUF files")
     if not _installed("vllm"):
         return BackendChoice(name="hf", reason="vLLM is not installed")
     if not _has_cuda():

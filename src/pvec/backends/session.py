@@ -60,7 +60,11 @@ class ModelSession(Closing):
         self.processes = processes
         self.spec = replace(model_spec(settings), device=_device(settings, processes))
         self.metadata: ModelMetadata = inspect_model(self.spec)
-        self.choice = choose_backend(settings.backend.name, bundled=self.metadata.bundled)
+        self.choice = choose_backend(
+            settings.backend.name,
+            bundled=self.metadata.bundled,
+            gguf=self.metadata.files.gguf is not None,
+        )
         if self.thinking and not self.metadata.thinking_switch:
             notify(
                 "the chat template has no thinking switch, so --thinking on changes nothing: the "
@@ -115,6 +119,7 @@ class ModelSession(Closing):
                 self.settings,
                 metadata=self.metadata,
                 notify=self.notify,
+                on_load=self.on_progress,
             )
             info = self._backend.info
             self.notify(f"{info.num_layers} layers, {info.hidden_size} wide, {info.dtype}")
@@ -157,11 +162,14 @@ def open_backend(
     *,
     metadata: ModelMetadata | None = None,
     notify: Notify = ignore,
+    on_load: Callable[[Progress], None] = ignore,
 ) -> Backend:
     """Load a model on a backend, as set. Raises ``ModelError`` or ``InputError``."""
     from pvec.backends.registry import backend_class
 
-    return backend_class(name).from_settings(spec, settings, metadata=metadata, on_note=notify)
+    return backend_class(name).from_settings(
+        spec, settings, metadata=metadata, on_note=notify, on_load=on_load
+    )
 
 
 def load_judge_model(name: str, settings: Settings) -> Backend:

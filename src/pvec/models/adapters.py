@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pvec.errors import ModelError
 from pvec.models.files import ModelFiles, ModelSpec, locate_model
-from pvec.models.weights import WRAPPERS, check_tensors, explained, tensor_shapes
+from pvec.models.libraries import explained
+from pvec.models.weights import WRAPPERS, check_tensors, tensor_shapes
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

@@ -1,4 +1,4 @@
-"""Locate the files of a model: bundled, a local folder, a hub id, checkpoints, an adapter.
+"""Locate the files of a model: bundled, a folder, a GGUF file, a hub id, checkpoints, an adapter.
 
 Loads no weights. Hub models are downloaded to the local cache and are folders from then on.
 """
@@ -6,12 +6,16 @@ Loads no weights. Hub models are downloaded to the local cache and are folders f
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pvec.documents import DocumentError, read_json
-from pvec.errors import ModelError, did_you_mean
+from pvec.errors import InputError, ModelError, did_you_mean
+from pvec.models.gguf import transformers_folder
+from pvec.models.gguf_header import GGUFHeader, is_gguf, read_gguf_header
+from pvec.models.hub import download, gguf_files, gguf_inside
 
 BUNDLED = "tiny"
 """The word for the model that ships with pvec; its own judge, if it has one, is ``tiny/judge``."""
@@ -23,8 +27,6 @@ _METADATA = ["*.json", "*.jinja", "*.model", "*.txt", "tokenizer*"]
 _SAFE_WEIGHTS = ["*.safetensors"]
 _PICKLED_WEIGHTS = ["*.bin"]
 _CODE = ["*.py"]
-_OTHER_COPIES = ["*/*.safetensors", "*/*.bin", "consolidated*", "original/*"]
-"""The same weights in another format; transformers reads those at the top level."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class ModelSpec:
     """A model as the user names it, with how to load it."""
 
     model: str
+    gguf_file: str | None = None
+    """The GGUF file of a folder or hub repository that holds several."""
     adapter: str | None = None
     merge_adapter: bool = False
     dtype: Dtype = "auto"
@@ -48,11 +52,15 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """The folders of a model, and notes on choices made while locating them."""
+    """The folders of a model, and notes on choices made while locating them.
+
+    With ``gguf`` the weights are in that file, and the folders have what transformers reads of it.
+    """
 
     id: str
     folder: Path
     tokenizer_folder: Path
+    gguf: GGUFHeader | None = None
     adapter_folder: Path | None = None
     bundled: bool = False
     notes: tuple[str, ...] = ()
@@ -65,7 +73,7 @@ def locate_model(spec: ModelSpec, *, weights: bool = True) -> ModelFiles:
     """
     named = _locate(spec, spec.model, weights=weights)
     if spec.adapter is not None:
-        adapter = _locate(spec, spec.adapter, weights=True)
+        adapter = _locate(replace(spec, gguf_file=None), spec.adapter, weights=True)
         if not (adapter.folder / _ADAPTER_CONFIG).exists():
             raise ModelError(
                 f"{spec.adapter!r} is not an adapter (it has no {_ADAPTER_CONFIG}): give it as the "
@@ -77,7 +85,7 @@ def locate_model(spec: ModelSpec, *, weights: bool = True) -> ModelFiles:
     if not (named.folder / "config.json").exists():
         raise ModelError(
             f"The folder {spec.model!r} does not hold a model: it has neither config.json, "
-            f"{_ADAPTER_CONFIG} nor checkpoint-N folders."
+            f"{_ADAPTER_CONFIG}, a GGUF file nor checkpoint-N folders."
         )
     return named
 
@@ -100,16 +108,48 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def _locate(spec: ModelSpec, name: str, *, weights: bool) -> ModelFiles:
-    """Find one folder: bundled, local (with its latest checkpoint) or on the hub."""
-    if name == BUNDLED or name.startswith(f"{BUNDLED}/"):
-        return _bundled(name)
+    """Find one folder or file: bundled, local (with its latest checkpoint) or on the hub."""
     path = Path(name).expanduser()
+    bundled = name == BUNDLED or name.startswith(f"{BUNDLED}/")
+    if spec.gguf_file is not None and (bundled or path.is_file()):
+        raise InputError(
+            f"--gguf-file names a file in a folder or hub repository, and {name!r} is neither: "
+            f"omit it."
+        )
+    if bundled:
+        return _bundled(name)
     if path.is_dir():
-        return _local(name, path)
+        return _local(name, path, gguf_file=spec.gguf_file)
+    if path.is_file() and is_gguf(path):
+        return _gguf(name, path)
+    if path.suffix == ".gguf" and not path.exists():
+        raise ModelError(f"There is no GGUF file {name!r}: check the path.")
     if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"There is no model folder {name!r}: check the path.")
-    folder = _download(spec, name, weights=weights)
-    return ModelFiles(id=name, folder=folder, tokenizer_folder=folder)
+    return _on_hub(spec, name, weights=weights)
+
+
+def _gguf(name: str, path: Path) -> ModelFiles:
+    """Check a GGUF file and give it the folder that transformers needs."""
+    header = read_gguf_header(path)
+    folder = transformers_folder(header)
+    note = f"GGUF file {path.name} ({', '.join(header.types)}): its weights are dequantised"
+    return ModelFiles(id=name, folder=folder, tokenizer_folder=folder, gguf=header, notes=(note,))
+
+
+def _choose_gguf(name: str, available: Sequence[str], wanted: str | None) -> str:
+    """Return the GGUF file that is wanted, or the only one."""
+    if wanted is not None and wanted not in available:
+        raise InputError(
+            f"{name!r} has no file {wanted!r}.{did_you_mean(wanted, available)} "
+            f"Its GGUF files: {', '.join(available) or 'none'}."
+        )
+    if wanted is None and len(available) > 1:
+        raise InputError(
+            f"{name!r} holds {len(available)} GGUF files: choose one with --gguf-file "
+            f"({', '.join(available)})."
+        )
+    return wanted or available[0]
 
 
 def _bundled(name: str) -> ModelFiles:
@@ -123,14 +163,19 @@ def _bundled(name: str) -> ModelFiles:
     return ModelFiles(id=name, folder=folder, tokenizer_folder=tokenizer, bundled=True)
 
 
-def _local(name: str, path: Path) -> ModelFiles:
-    if any((path / file).exists() for file in ("config.json", _ADAPTER_CONFIG)):
+def _local(name: str, path: Path, *, gguf_file: str | None) -> ModelFiles:
+    adapter = (path / _ADAPTER_CONFIG).exists()
+    if gguf_file is not None and not adapter:
+        return _gguf(name, path / _choose_gguf(name, gguf_inside(path), gguf_file))
+    if adapter or (path / "config.json").exists():
         return ModelFiles(id=name, folder=path, tokenizer_folder=path)
     numbered = {
         int(match[1]): child
         for child in path.iterdir()
         if (match := re.fullmatch(r"checkpoint-(\d+)", child.name)) and child.is_dir()
     }
+    if not numbered and (files := gguf_inside(path)):
+        return _gguf(name, path / _choose_gguf(name, files, None))
     if not numbered:
         return ModelFiles(id=name, folder=path, tokenizer_folder=path)
     latest = numbered[max(numbered)]
@@ -170,7 +215,11 @@ def _near(base: str, adapter: Path) -> str:
         return base
     around = adapter.resolve()
     places = (folder / base for folder in (around, *around.parents))
-    return next((str(place) for place in places if (place / "config.json").exists()), base)
+    return next((str(place) for place in places if _is_model(place)), base)
+
+
+def _is_model(place: Path) -> bool:
+    return (place / "config.json").exists() or (place.suffix == ".gguf" and place.is_file())
 
 
 def _with_adapter(base: ModelFiles, adapter: ModelFiles) -> ModelFiles:
@@ -179,58 +228,33 @@ def _with_adapter(base: ModelFiles, adapter: ModelFiles) -> ModelFiles:
         id=base.id,
         folder=base.folder,
         tokenizer_folder=adapter.folder if has_tokenizer else base.tokenizer_folder,
+        gguf=base.gguf,
         adapter_folder=adapter.folder,
         bundled=base.bundled,
         notes=(*base.notes, *adapter.notes, f"adapter {adapter.id} on {base.id}"),
     )
 
 
-def _download(spec: ModelSpec, name: str, *, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def _on_hub(spec: ModelSpec, name: str, *, weights: bool) -> ModelFiles:
+    """Download a model; of a GGUF repository only the one file that is used."""
+    if spec.gguf_file is None:
+        patterns = _patterns(spec, weights=weights)
+        folder = download(name, revision=spec.revision, patterns=patterns)
+        plain = ModelFiles(id=name, folder=folder, tokenizer_folder=folder)
+        if (folder / _ADAPTER_CONFIG).exists():
+            return plain
+        needed = ["config.json"] if not weights else [*_SAFE_WEIGHTS, *_PICKLED_WEIGHTS]
+        if any(next(folder.glob(pattern), None) for pattern in needed):
+            return plain
+    files = gguf_files(name, revision=spec.revision)
+    if spec.gguf_file is None and not files:
+        return plain
+    file = _choose_gguf(name, files, spec.gguf_file)
+    return _gguf(name, download(name, revision=spec.revision, patterns=[file]) / file)
 
+
+def _patterns(spec: ModelSpec, *, weights: bool) -> list[str]:
+    """Return which files of a repository are needed."""
     patterns = [*_METADATA, *(_SAFE_WEIGHTS if weights else [])]
     patterns += _PICKLED_WEIGHTS if weights and spec.allow_pickle else []
-    patterns += _CODE if spec.trust_remote_code else []
-    try:
-        folder = snapshot_download(
-            name,
-            revision=spec.revision,
-            allow_patterns=patterns,
-            ignore_patterns=_OTHER_COPIES,
-        )
-        return Path(folder)
-    except GatedRepoError as error:
-        raise ModelError(
-            f"The model {name!r} is gated: accept its terms on the hub and log in with "
-            f"`hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelError(
-            f"The model {name!r} has no revision {spec.revision!r}: check the name of the revision."
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelError(_unknown(name)) from error
-    except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"The model {name!r} is not a local folder or in the hub cache, and the hub cannot "
-            f"be reached: check the name and the network.{did_you_mean(name, [BUNDLED])}"
-        ) from error
-    except HfHubHTTPError as error:
-        raise ModelError(
-            f"The model {name!r} could not be downloaded ({error}): try again."
-        ) from error
-
-
-def _unknown(name: str) -> str:
-    return (
-        f"There is no model {name!r}: it is neither a local folder nor on the hub (a private one "
-        f"needs `hf auth login`).{did_you_mean(name, [BUNDLED])}"
-    )
+    return patterns + (_CODE if spec.trust_remote_code else [])

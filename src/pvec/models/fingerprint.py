@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 
 from pvec.errors import ModelError
 from pvec.models.files import ModelFiles, read_config
+from pvec.models.gguf import header_bytes
+from pvec.models.gguf_header import GGUFHeader
 from pvec.models.weights import read_header
 
 _SAMPLE = 256
@@ -31,8 +33,11 @@ def model_fingerprint(files: ModelFiles) -> str:
     template are not part of it (``chat_fingerprint``).
     """
     digest = hashlib.sha256()
-    _add_config(digest, read_config(files.folder))
-    _add_weights(digest, files.folder)
+    if files.gguf is not None:
+        _add_gguf(digest, files.gguf)
+    else:
+        _add_config(digest, read_config(files.folder))
+        _add_weights(digest, files.folder)
     if files.adapter_folder is not None:
         for path in sorted(files.adapter_folder.glob("adapter_*")):
             if path.suffix == ".json":
@@ -78,22 +83,31 @@ def _add_weights(digest: hashlib._Hash, folder: Path) -> None:
             _add_file(digest, path)
 
 
+def _add_gguf(digest: hashlib._Hash, header: GGUFHeader) -> None:
+    digest.update(header_bytes(header))
+    with header.path.open("rb") as file:
+        for tensor in header.tensors:
+            digest.update(_sample(file, tensor.start, tensor.start + tensor.size))
+
+
 def _tensor_samples(path: Path) -> dict[str, bytes]:
     """Return type, shape and three samples of the bytes of each tensor in a safetensors file."""
     header, start = read_header(path)
     with path.open("rb") as file:
-        return {name: _sample(file, start, entry) for name, entry in header.items()}
+        return {
+            name: f"{entry['dtype']}{entry['shape']}".encode()
+            + _sample(file, *(start + offset for offset in entry["data_offsets"]))
+            for name, entry in header.items()
+        }
 
 
-def _sample(file: BinaryIO, start: int, entry: dict[str, Any]) -> bytes:
-    first, stop = entry["data_offsets"]
-    described = f"{entry['dtype']}{entry['shape']}".encode()
+def _sample(file: BinaryIO, first: int, stop: int) -> bytes:
     places = {first, max(first, (first + stop - _SAMPLE) // 2), max(first, stop - _SAMPLE)}
     parts = []
     for place in sorted(places):
-        file.seek(start + place)
+        file.seek(place)
         parts.append(file.read(min(_SAMPLE, stop - place)))
-    return described + b"".join(parts)
+    return b"".join(parts)
 
 
 def _add_file(digest: hashlib._Hash, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +13,10 @@ from pvec.models.adapters import attach_adapter
 from pvec.models.decoder import check_supported
 from pvec.models.files import ModelFiles, ModelSpec, locate_model, read_config
 from pvec.models.fingerprint import chat_fingerprint, model_fingerprint
+from pvec.models.libraries import explained, quiet_transformers
 from pvec.models.template import chat_format, end_of_turn
-from pvec.models.weights import (
-    explained,
-    load_weights,
-    model_config,
-    quiet_transformers,
-)
-from pvec.types import ModelInfo
+from pvec.models.weights import load_weights, model_config
+from pvec.types import ModelInfo, Progress
 
 _TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -133,22 +130,33 @@ def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelMetadata:
     return replace(metadata, notes=(*metadata.notes, note))
 
 
-def load_model(spec: ModelSpec, *, metadata: ModelMetadata | None = None) -> LoadedModel:
-    """Load a model for inference; with ``metadata`` its files are not inspected again."""
+def load_model(
+    spec: ModelSpec,
+    *,
+    metadata: ModelMetadata | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> LoadedModel:
+    """Load a model for inference; with ``metadata`` its files are not inspected again.
+
+    ``on_progress`` sees the tensors of a GGUF file while they are dequantised.
+    """
     metadata = metadata or inspect_model(spec)
     device, device_note = choose_device(spec.device)
     dtype, dtype_note = choose_dtype(spec.dtype, device)
-    placement = _device_map(spec, metadata.files, device)
+    placement = _device_map(spec, metadata.files, device, itemsize=dtype.itemsize)
     notes = [*metadata.notes, f"{str(dtype).removeprefix('torch.')}: {dtype_note}"]
-    if not spec.allow_pickle and not any(metadata.files.folder.glob("*.safetensors")):
+    files = metadata.files
+    if not (files.gguf or spec.allow_pickle or any(files.folder.glob("*.safetensors"))):
         raise ModelError(
             f"{spec.model!r} has no safetensors weights, and .bin weights can run code when "
             f"loaded: convert them, or use --allow-pickle if you trust them."
         )
     model: Any
     model, weight_notes = load_weights(
-        metadata.files.folder,
+        files.folder,
         name=spec.model,
+        gguf=files.gguf,
+        on_progress=on_progress,
         pickle=spec.allow_pickle,
         dtype=dtype,
         device_map=placement,
@@ -158,8 +166,8 @@ def load_model(spec: ModelSpec, *, metadata: ModelMetadata | None = None) -> Loa
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
         notes.append("eager attention: faster kernels leave out this model's logit caps")
-    if metadata.files.adapter_folder is not None:
-        model, adapter_notes = attach_adapter(model, metadata.files.adapter_folder)
+    if files.adapter_folder is not None:
+        model, adapter_notes = attach_adapter(model, files.adapter_folder)
         notes += adapter_notes
         if spec.merge_adapter:
             model = model.merge_and_unload()
@@ -219,8 +227,10 @@ def choose_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
 
 def load_tokenizer(spec: ModelSpec, files: ModelFiles) -> PreTrainedTokenizerBase:
     """Load the tokenizer, with the chat template of ``spec`` if it names a file."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # Of a GGUF file its own: transformers takes that of the architecture for some models.
+    tokenizer_class: Any = AutoTokenizer if files.gguf is None else PreTrainedTokenizerFast
     # Without any of its files transformers would hand out an empty tokenizer.
     if not any(next(files.tokenizer_folder.glob(p), None) for p in _TOKENIZER_FILES):
         raise ModelError(
@@ -229,12 +239,14 @@ def load_tokenizer(spec: ModelSpec, files: ModelFiles) -> PreTrainedTokenizerBas
         )
     with quiet_transformers():
         tokenizer: PreTrainedTokenizerBase = explained(
-            lambda: AutoTokenizer.from_pretrained(
+            lambda: tokenizer_class.from_pretrained(
                 files.tokenizer_folder, trust_remote_code=spec.trust_remote_code
             ),
             problem=f"The tokenizer of {spec.model!r} cannot be loaded",
             remedy="the folder must hold a transformers tokenizer",
         )
+    if files.gguf is not None:
+        tokenizer.name_or_path = files.id  # in messages, not the folder of the cache
     if spec.chat_template is not None:
         try:
             tokenizer.chat_template = Path(spec.chat_template).read_text(encoding="utf-8")
@@ -259,7 +271,7 @@ def _load_config(spec: ModelSpec, files: ModelFiles) -> PretrainedConfig:
     return config
 
 
-def _device_map(spec: ModelSpec, files: ModelFiles, device: str) -> str | None:
+def _device_map(spec: ModelSpec, files: ModelFiles, device: str, *, itemsize: int) -> str | None:
     """Return the map that is set, or ``auto`` when the weights need several GPUs."""
     import torch
 
@@ -268,5 +280,7 @@ def _device_map(spec: ModelSpec, files: ModelFiles, device: str) -> str | None:
     if spec.device != "auto" or not device.startswith("cuda") or torch.cuda.device_count() < 2:
         return None
     weights = sum(path.stat().st_size for path in files.folder.glob("*.safetensors"))
+    if files.gguf is not None:
+        weights = files.gguf.parameters * itemsize
     free, _ = torch.cuda.mem_get_info(0)
     return "auto" if weights * 1.3 > free else None

@@ -10,17 +10,25 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pvec.errors import ModelError
+from pvec.models.gguf import (
+    dequantise_options,
+    dequantising,
+    forget_quantisation,
+    other_sizes,
+    unread_tensors,
+)
+from pvec.models.gguf_header import GGUFHeader
+from pvec.models.libraries import explained, quiet_transformers
+from pvec.types import Progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-Loaded = TypeVar("Loaded")
 
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)(_orig_mod\.)+")
 """Prefixes that DistributedDataParallel and torch.compile put before the names of tensors."""
@@ -38,27 +46,39 @@ _MOST_SHOWN = 3
 
 
 def load_weights(
-    folder: Path, *, name: str, pickle: bool = False, **options: Any
+    folder: Path,
+    *,
+    name: str,
+    pickle: bool = False,
+    gguf: GGUFHeader | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    **options: Any,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Load a causal language model from ``folder`` and return it with notes for the user.
 
     ``name`` is the model's name in messages; ``options`` go to ``from_pretrained``. Without
-    ``pickle`` only safetensors are read. Raises ``ModelError`` when the weights cannot be loaded,
-    or when tensors are missing, left over or of another size; known prefixes of wrappers
-    (``_orig_mod.``, ``module.``) are removed from tensor names with a note.
+    ``pickle`` only safetensors are read. With ``gguf`` the weights are those of that file,
+    dequantised, which ``on_progress`` reports tensor by tensor. Raises ``ModelError`` when the
+    weights cannot be loaded, or when tensors are missing, left over or of another size; known
+    prefixes of wrappers (``_orig_mod.``, ``module.``) are removed from tensor names with a note.
     """
+    import torch
+
     declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     auto_class = auto_model_class(declared, name=name)
     _check_quantisation(declared, name=name)
     trust = bool(options.get("trust_remote_code"))
-    prefixes = _wrapped(folder)
+    prefixes = set() if gguf else _wrapped(folder)
+    config = model_config(folder, trust_remote_code=trust)
+    if gguf is not None:
+        folder, options = gguf.path.parent, options | dequantise_options(gguf.path)
     if prefixes:
         options["key_mapping"] = {WRAPPERS.pattern: ""}
-    with quiet_transformers():
+    with quiet_transformers(), dequantising(on_progress) if gguf else nullcontext():
         loaded: Any = explained(
             lambda: auto_class.from_pretrained(
                 folder,
-                config=model_config(folder, trust_remote_code=trust),
+                config=config,
                 use_safetensors=None if pickle else True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -68,13 +88,21 @@ def load_weights(
             remedy="fetch or save the model again",
         )
     model, info = loaded
+    left_over = [*info["unexpected_keys"]]
+    sizes = {key: (found, needed) for key, found, needed in info["mismatched_keys"]}
+    if gguf is not None:
+        left_over += unread_tensors(gguf, model)
+        with torch.device("meta"):
+            sizes |= other_sizes(model, auto_class.from_config(config))
     notes = check_tensors(
         name,
         missing=info["missing_keys"],
-        left_over=[key for key in info["unexpected_keys"] if not _HARMLESS.search(key)],
-        sizes={key: (found, needed) for key, found, needed in info["mismatched_keys"]},
+        left_over=[key for key in left_over if not _HARMLESS.search(key)],
+        sizes=sizes,
         remedy="fetch or save the model again, or correct its config.json",
     )
+    if gguf is not None:
+        forget_quantisation(model)
     if prefixes:
         notes = (f"removed {', '.join(sorted(prefixes))} from tensor names", *notes)
     return model, notes
@@ -203,24 +231,6 @@ def check_tensors(
     return (f"{len(others)} tensors of other parts of the model are not used",) if others else ()
 
 
-def explained(load: Callable[[], Loaded], *, problem: str, remedy: str) -> Loaded:
-    """Return ``load()``; what the libraries raise becomes one sentence (``ModelError``)."""
-    from safetensors import SafetensorError
-
-    from pvec.models.memory import is_out_of_memory
-
-    try:
-        return load()
-    except (
-        *(OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, ImportError),
-        *(RuntimeError, MemoryError, SafetensorError),
-    ) as error:
-        if is_out_of_memory(error):
-            remedy = "there is not enough memory; use a smaller model or dtype"
-        first = str(error).strip().split("\n", maxsplit=1)[0][:200]
-        raise ModelError(f"{problem} ({first or type(error).__name__}): {remedy}.") from error
-
-
 def tensor_shapes(folder: Path, pattern: str = "*.safetensors") -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor in a folder's safetensors files; no tensor is read."""
     return {
@@ -251,22 +261,6 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
                 f"{path} is not a complete safetensors file: fetch or save the model again."
             ) from error
     return header, 8 + length
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Hide transformers' own progress bars and advice while loading."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _wrapped(folder: Path) -> set[str]:

@@ -30,7 +30,10 @@ class ModelSettings(Section):
     """Which model runs, and how it is loaded."""
 
     id: str = "tiny"
-    """Model to run: a hub id, a local folder, or `tiny`, the bundled teaching model"""
+    """Model to run: a hub id, a folder, a GGUF file, or `tiny`, the bundled teaching model"""
+
+    gguf_file: str | None = None
+    """GGUF file of a folder or hub repository that holds several; only this one is downloaded"""
 
     adapter: str | None = None
     """LoRA adapter of the model: a hub id, a folder, or a folder of checkpoints"""

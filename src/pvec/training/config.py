@@ -45,7 +45,10 @@ class ModelPart(Part):
     """Which model is finetuned, and how it is loaded."""
 
     id: str = "tiny"
-    """A hub id, a local folder, or `tiny`, the bundled model"""
+    """A hub id, a local folder, a GGUF file, or `tiny`, the bundled model"""
+
+    gguf_file: str | None = None
+    """The GGUF file of a folder or hub repository that holds several"""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the frozen weights (the adapter is always float32)"""
@@ -319,4 +322,7 @@ class TrainConfig(Part):
 
     def identity(self) -> dict[str, Any]:
         """Return what makes two trainings different: all but what is written or watched."""
-        return self.model_dump(mode="json", exclude={"output", "monitor"})
+        different = self.model_dump(mode="json", exclude={"output", "monitor"})
+        if self.model.gguf_file is None:  # as written before there was this setting
+            del different["model"]["gguf_file"]
+        return different

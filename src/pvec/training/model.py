@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvec.backends.session import Notify, ignore
 from pvec.errors import InputError, install_command
+from pvec.models.files import ModelFiles
 from pvec.models.weights import load_weights
 from pvec.training.config import TrainConfig
+from pvec.types import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -72,23 +75,26 @@ def check_train_packages() -> None:
 
 def load_for_training(
     config: TrainConfig,
-    folder: Path,
+    files: ModelFiles,
     *,
     dtype: torch.dtype,
     device: str,
     notify: Notify = ignore,
+    on_progress: Callable[[Progress], None] = ignore,
 ) -> PreTrainedModel:
-    """Load the frozen model from ``folder``. Raises ``ModelError`` as ``load_weights`` does."""
+    """Load the frozen model. Raises ``ModelError`` as ``load_weights`` does."""
     import torch
 
     if config.memory.unsloth:
-        return _through_unsloth(config, folder, dtype=dtype)
+        return _through_unsloth(config, files.folder, dtype=dtype)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.model.trust_remote_code}
     if config.model.attention:
         options["attn_implementation"] = config.model.attention
     if config.model.quantize:
         options |= {"quantization_config": _quantisation(config, dtype), "device_map": device}
-    model, notes = load_weights(folder, name=config.model.id, **options)
+    model, notes = load_weights(
+        files.folder, name=config.model.id, gguf=files.gguf, on_progress=on_progress, **options
+    )
     for note in notes:
         notify(note)
     text = model.config.get_text_config()

@@ -199,6 +199,7 @@ class Problems:
 def _inspect_base(config: TrainConfig, device: str) -> ModelMetadata:
     spec = ModelSpec(
         model=config.model.id,
+        gguf_file=config.model.gguf_file,
         dtype=config.model.dtype,
         device=device,
         trust_remote_code=config.model.trust_remote_code,
@@ -208,6 +209,11 @@ def _inspect_base(config: TrainConfig, device: str) -> ModelMetadata:
         raise ModelError(
             f"{config.model.id!r} is an adapter: finetuning starts from a whole model, so give its "
             f"base, or merge the adapter into it first."
+        )
+    if metadata.files.gguf is not None and (config.model.quantize or config.memory.unsloth):
+        raise InputError(
+            f"{config.model.id!r} is a GGUF file, whose weights are dequantised: set "
+            f"model.quantize=null and memory.unsloth=false, or train from its safetensors."
         )
     return metadata
 

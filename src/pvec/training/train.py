@@ -136,10 +136,11 @@ def _train(
     notify(f"loading {plan.metadata.id} on {plan.device}")
     model = load_for_training(
         plan.config,
-        plan.metadata.files.folder,
+        plan.metadata.files,
         dtype=plan.dtype,
         device=plan.device,
         notify=notify,
+        on_progress=on_progress,
     )
     if plan.shift is not None:
         plan.shift.on_alarm = lambda text: notify(f"ALARM, {text}")

@@ -71,7 +71,7 @@ def output_path(out: Path, *, trait: str) -> Path:
             f"pvec cannot write {out.suffix} files: end the name in .safetensors, .pt or .gguf."
         )
     if out.suffix.lower() == ".gguf":
-        from pvec.vectors.gguf import require_gguf
+        from pvec.models.gguf_header import require_gguf
 
         require_gguf()
     probe_writable(out.parent)

@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pvec.errors import InputError, StoreError, install_command
+from pvec.errors import InputError, StoreError
 from pvec.models.decoder import block_index
+from pvec.models.gguf_header import require_gguf
 from pvec.runs.files import atomic_write, store_error
 from pvec.types import VectorKind
 from pvec.vectors.tensors import kind_from_name, trait_from_name
 from pvec.vectors.vector import DEFAULT_KIND, MISSING_LAYERS, MOST_LAYERS, PersonaVector
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from numpy.typing import NDArray
 
 ARCHITECTURE = "controlvector"
@@ -41,15 +40,6 @@ _NUM_LAYERS = "pvec.num_layers"
 """The model's depth, which directions alone do not say; llama.cpp passes over it."""
 
 _BLOCK_0 = "direction.0 is taken for layer 1 (block 0); llama.cpp itself refuses such a file"
-
-
-def require_gguf() -> ModuleType:
-    """Return the gguf package. Raises ``InputError`` with the install command without it."""
-    try:
-        import gguf
-    except ImportError as exc:
-        raise InputError(f"GGUF files need the gguf package: {install_command('gguf')}.") from exc
-    return gguf
 
 
 def save_gguf(

@@ -31,7 +31,8 @@ class HFBackend(Backend):
 
     ``batch_size`` caps the rows of a batch (default: what memory allows, at most 512). ``on_note``
     receives a sentence whenever something is changed for the user (a smaller batch, a shorter
-    answer); ``on_progress`` receives the state of a running ``generate`` after every step.
+    answer); ``on_progress`` receives the state of a running ``generate`` after every step, and
+    ``on_load`` that of loading where it takes long.
     """
 
     def __init__(
@@ -42,17 +43,21 @@ class HFBackend(Backend):
         batch_size: int | None = None,
         on_note: Callable[[str], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        on_load: Callable[[Progress], None] | None = None,
     ) -> None:
         """Load a model; with ``metadata`` its files are not inspected again."""
         if isinstance(model, str):
             model = ModelSpec(model=model)
-        loaded = model if isinstance(model, LoadedModel) else load_model(model, metadata=metadata)
+        if isinstance(model, LoadedModel):
+            loaded = model
+        else:
+            loaded = load_model(model, metadata=metadata, on_progress=on_load or self.on_progress)
         self.info = loaded.info
         self.token_budget: int | None = None  # of a capture's forward; None: by device
         self.tokenizer = loaded.tokenizer
         self.model: PreTrainedModel | None = loaded.model
         self.on_note = on_note or (lambda _note: None)
-        self.on_progress = on_progress or (lambda _progress: None)
+        self.on_progress = on_progress or self.on_progress
         self._causal: CausalModel | None = causal_model(loaded.model, loaded.tokenizer)
         self.limits: BatchLimits = limits_for(
             self._causal.device,
@@ -70,10 +75,17 @@ class HFBackend(Backend):
         *,
         metadata: ModelMetadata | None = None,
         on_note: Callable[[str], None] | None = None,
+        on_load: Callable[[Progress], None] | None = None,
     ) -> Self:
         """Load a model as the settings ask; see ``Backend.from_settings``."""
         options = settings.backend
-        backend = cls(spec, metadata=metadata, batch_size=options.max_batch_rows, on_note=on_note)
+        backend = cls(
+            spec,
+            metadata=metadata,
+            batch_size=options.max_batch_rows,
+            on_note=on_note,
+            on_load=on_load,
+        )
         backend.token_budget = options.token_budget
         return backend
 

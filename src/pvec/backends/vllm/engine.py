@@ -102,6 +102,7 @@ class VLLMBackend(Backend):
         *,
         metadata: ModelMetadata | None = None,
         on_note: Callable[[str], None] | None = None,
+        on_load: Callable[[Progress], None] | None = None,  # noqa: ARG003 - vLLM reports none
     ) -> Self:
         """Start the engine as the settings ask; see ``Backend.from_settings``."""
         return cls(spec, options=settings.backend.vllm, metadata=metadata, on_note=on_note)
