@@ -34,8 +34,7 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from scipy import stats as scipy_stats
-from scipy.special import expit
+from scipy.special import expit, ndtri, stdtrit
 
 from pvec.errors import InputError
 
@@ -132,7 +131,7 @@ def auc(positive: Values, negative: Values) -> float:
     first, second = _present(positive), _present(negative)
     if not len(first) or not len(second):
         return float("nan")
-    ranks = scipy_stats.rankdata(np.concatenate([first, second]))
+    ranks = _ranks(np.concatenate([first, second]))
     wins = ranks[: len(first)].sum() - len(first) * (len(first) + 1) / 2
     return float(wins / (len(first) * len(second)))
 
@@ -147,7 +146,7 @@ def correlation(
     """
     first, second, missing = _pairs(x, y)
     if method == "spearman" and len(first):
-        first, second = scipy_stats.rankdata(first), scipy_stats.rankdata(second)
+        first, second = _ranks(first), _ranks(second)
     r = _pearson(first, second)
     spread = 1.0 + r * r / 2 if method == "spearman" else 1.0
     low, high = _fisher(r, freedom=len(first) - 3, spread=spread)
@@ -298,7 +297,7 @@ def _skewed_interval(values: np.ndarray) -> tuple[float, float]:
 @lru_cache(maxsize=1024)
 def _student(freedom: int) -> float:
     """Return how many standard errors a t interval reaches."""
-    return float(scipy_stats.t.ppf((1 + LEVEL) / 2, freedom))
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
 def _inverse_hall(value: float, skewness: float, n: int) -> float:
@@ -320,7 +319,7 @@ def _fisher(r: float, *, freedom: int, spread: float) -> tuple[float, float]:
         return float("nan"), float("nan")
     if abs(r) >= 1.0:
         return r, r
-    half = scipy_stats.norm.ppf((1 + LEVEL) / 2) * np.sqrt(spread / freedom)
+    half = ndtri((1 + LEVEL) / 2) * np.sqrt(spread / freedom)
     z = np.arctanh(r)
     return float(np.tanh(z - half)), float(np.tanh(z + half))
 
@@ -331,3 +330,9 @@ def _centred(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
     means = np.bincount(codes, weights=values) / np.bincount(codes)
     centred = values - means[codes]
     return np.where(np.abs(centred) < 1e-12 * (np.abs(values).max() or 1.0), 0.0, centred)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Return ranks from 1, equal values sharing their mean (as in scipy.stats, 0.5 s to import)."""
+    _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[codes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,3 +164,30 @@ def test_json_holds_what_it_was_given_and_no_control_character(
     out = capsys.readouterr().out
     assert json.loads(out) == {"name": HOSTILE}
     assert not [c for c in out if (ord(c) < 32 and c != "\n") or 0x7F <= ord(c) < 0xA0]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "quiet", "busy", "said"),
+    [
+        (True, False, False, True),
+        (True, False, True, False),  # something else was shown
+        (True, True, False, False),
+        (False, False, False, False),
+    ],
+)
+def test_a_terminal_is_told_that_libraries_are_loading(
+    terminal: bool,
+    quiet: bool,
+    busy: bool,
+    said: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pvec.cli.console.SILENT_SECONDS", 0.01)
+    console = Console(quiet=quiet)
+    console.out._force_terminal = console.err._force_terminal = terminal
+    with console.note_if_slow():
+        if busy:
+            console.note("loading tiny")
+        time.sleep(0.1)
+    assert ("starting" in capsys.readouterr().err) is said

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ PLAIN_SECONDS = 10.0
 """Least time between two progress lines of a stage when the output is no terminal …"""
 PLAIN_SHARE = 0.1
 """… unless this share of the work was done since the last one."""
+SILENT_SECONDS = 0.2
+"""How long a terminal stays empty before it is told that libraries are loading."""
 
 
 class Console:
@@ -69,6 +72,25 @@ class Console:
     def warn(self, text: str) -> None:
         """Show on stderr what the user must not miss, even with ``--quiet``."""
         self.err.print(f"Warning: {text}", style="yellow", markup=False)
+
+    @contextmanager
+    def note_if_slow(self) -> Iterator[None]:
+        """Say on a terminal that pvec is starting, unless something else is shown soon."""
+        if self.quiet or not self.err.is_terminal:
+            yield
+            return
+
+        def note() -> None:
+            if not (self.out.used or self.err.used):
+                self.note("starting: loading libraries …")
+
+        timer = threading.Timer(SILENT_SECONDS, note)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def call(self, feature: Feature[Result]) -> Result:
         """Return the result of a feature that shows its notes and its progress here."""
@@ -116,12 +138,21 @@ def visible(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
-def _terminal(*, stderr: bool) -> rich.console.Console:
-    """Return a console where text is text: no markup, no control characters but rich's own."""
+def _terminal(*, stderr: bool) -> Any:
+    """Return a console where text is text: no markup, no control characters but rich's own.
+
+    Its ``used`` says whether anything was printed.
+    """
     from rich.console import Console as RichConsole
     from rich.segment import Segment
 
     class Terminal(RichConsole):
+        used = False
+
+        def print(self, *objects: Any, **options: Any) -> None:
+            self.used = True
+            super().print(*objects, **options)
+
         def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
             for text, style, control in super().render(renderable, options):
                 yield Segment(text if control else visible(text), style, control)

@@ -168,7 +168,8 @@ def options(
         def command(**values: Any) -> None:
             ctx = values["ctx"]
             record(ctx, {name: value for name, value in values.items() if name in recorded})
-            function(**{name: value for name, value in values.items() if name not in recorded})
+            with console_from(ctx).note_if_slow():
+                function(**{name: value for name, value in values.items() if name not in recorded})
 
         command.__signature__ = own.replace(  # type: ignore[attr-defined]
             parameters=[*own.parameters.values(), *parameters]

@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args, get_origin
 from dotenv import dotenv_values
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import EnvSettingsSource
 
 from pvec.documents import read_yaml
 from pvec.errors import InputError, did_you_mean
@@ -139,12 +138,22 @@ def _from_environment(
         if text:
             names[path] = name
             texts[env_name(path).lower()] = _json_list(fields()[path], text)
-    source = EnvSettingsSource(Settings)
-    source.env_vars = texts
-    for path, value in _flatten(source()):
+    for path, value in _flatten(_read_texts(texts) if texts else {}):
         name = names[path]
         origin = ".env" if name in dotenv else f"environment {name}"
         yield paths[name], _choice(fields()[path], value), origin
+
+
+def _read_texts(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of environment names (in lower case) as a tree of settings."""
+    from pydantic_settings import BaseSettings, EnvSettingsSource  # 0.1 s, and rarely needed
+
+    class Environment(BaseSettings, Settings):
+        pass
+
+    source = EnvSettingsSource(Environment, env_prefix=ENV_PREFIX, env_nested_delimiter="__")
+    source.env_vars = texts
+    return source()
 
 
 def _json_list(field: FieldInfo, text: str) -> str:

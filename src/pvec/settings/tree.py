@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from pvec.settings.sections import (
     AuthorSettings,
@@ -61,12 +60,8 @@ class PathSettings(Section):
 apostrophe in front"""
 
 
-class Settings(BaseSettings):
+class Settings(Section):
     """The whole tree. ``Settings()`` is the defaults, ``resolve`` reads what the user set."""
-
-    model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_nested_delimiter="__"
-    )
 
     model: ModelSettings = ModelSettings()
     backend: BackendSettings = BackendSettings()
@@ -78,18 +73,6 @@ class Settings(BaseSettings):
     steer: SteerSettings = SteerSettings()
     project: ProjectSettings = ProjectSettings()
     paths: PathSettings = PathSettings()
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take arguments only; ``resolve`` reads the environment, so that it knows the origins."""
-        return (init_settings,)
 
 
 @cache

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from pvec.vectors.vector import PersonaVector
+if TYPE_CHECKING:
+    from pvec.vectors.vector import PersonaVector
 
 PROVENANCE = {
     "model_id": "model",
