@@ -61,12 +61,30 @@ def test_no_command_loads_heavy_packages_before_it_runs(tmp_path: Path) -> None:
     code = """
 import sys
 from pvec.cli.app import LazyGroup, load
+heavy = {"torch", "numpy", "pydantic_settings", "openai"}
 for command in LazyGroup.commands_by_name.values():
     load(command)
-    print(command.name, sorted({"torch", "numpy", "pydantic_settings", "openai"} & set(sys.modules)))
+    print(command.name, sorted(heavy & set(sys.modules)))
 """
     done = pvec(cwd=tmp_path, code=code)
     assert done.stdout.splitlines() == [f"{name} []" for name in LazyGroup.commands_by_name]
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [({}, "PASSIVE"), ({"GOMP_SPINCOUNT": "9"}, None), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")],
+)
+def test_waiting_threads_sleep_unless_the_user_set_something(
+    given: dict[str, str], policy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.setenv(name, "")  # so that what main sets is taken back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 
 @pytest.mark.parametrize("command", LazyGroup.commands_by_name.values(), ids=lambda c: c.name)

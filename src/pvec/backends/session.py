@@ -125,23 +125,12 @@ class ModelSession(Closing):
             self.notify(f"{info.num_layers} layers, {info.hidden_size} wide, {info.dtype}")
             for note in info.notes:
                 self.notify(f"  {note}")
-            if info.bundled and info.device == "cpu":
-                self._use_few_threads()
+            if info.device == "cpu" and self.choice.name == "hf":
+                from pvec.models.memory import use_idle_cores
+
+                most = _BUNDLED_THREADS if info.bundled else None
+                self.notify(f"  {use_idle_cores(most=most)}")
         return self._backend
-
-    def _use_few_threads(self) -> None:
-        """Limit the bundled model to two threads, or one when other processes use the cores.
-
-        Its small matrices have no work for more, and threads that wait for a core cost several
-        times what they save.
-        """
-        import torch
-
-        from pvec.models.memory import idle_cores
-
-        threads = max(1, min(_BUNDLED_THREADS, torch.get_num_threads(), idle_cores()))
-        torch.set_num_threads(threads)
-        self.notify(f"  threads: {threads}")
 
     @property
     def loaded(self) -> bool:

@@ -12,6 +12,7 @@ Exit codes: 0 done; for the others see ``cli/boundary.py``.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ from pvec import __version__
 from pvec.cli.boundary import run_command
 from pvec.cli.options import Config, Debug, Json, Quiet, Verbose, record
 from pvec.errors import InputError, did_you_mean
+
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+"""Torch's threads sleep while they wait for each other, unless the user set something about it:
+spinning takes the cores that other processes, and so the threads waited for, could run on."""
 
 MAIN = "Main commands"
 MORE = "More commands"
@@ -172,6 +177,8 @@ def root(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit; every failure is one sentence on stderr."""
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if not os.environ.keys() & {*WAITING, "GOMP_SPINCOUNT"}:
+        os.environ.update(WAITING)  # before torch is loaded
     run_command(
         lambda: typer.main.get_command(app).main(args, prog_name="pvec", standalone_mode=False),
         as_json="--json" in args,

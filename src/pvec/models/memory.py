@@ -102,6 +102,22 @@ def idle_cores() -> int:
     return cores - max(0, sorted(counts)[_SAMPLES // 2])
 
 
+def use_idle_cores(*, most: int | None = None) -> str:
+    """Let PyTorch compute on the cores that are idle now, ``most`` at most; return a note.
+
+    A thread that waits for a core holds up all others, so beside other processes fewer threads are
+    faster. What the user set with ``OMP_NUM_THREADS`` stays.
+    """
+    threads = torch.get_num_threads()
+    if os.environ.get("OMP_NUM_THREADS"):
+        return f"threads: {threads} (OMP_NUM_THREADS)"
+    idle = idle_cores()
+    chosen = max(1, min(threads, idle, most or threads))
+    torch.set_num_threads(chosen)
+    cores = os.cpu_count() or 1
+    return f"threads: {chosen} ({max(idle, 0)} of {cores} cores are idle; OMP_NUM_THREADS sets it)"
+
+
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

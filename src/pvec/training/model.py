@@ -85,6 +85,8 @@ def load_for_training(
     """Load the frozen model. Raises ``ModelError`` as ``load_weights`` does."""
     import torch
 
+    from pvec.models.memory import use_idle_cores
+
     if config.memory.unsloth:
         return _through_unsloth(config, files.folder, dtype=dtype)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.model.trust_remote_code}
@@ -102,6 +104,8 @@ def load_for_training(
         text.num_experts = text.num_local_experts  # the name by which TRL asks
     if not config.model.quantize:
         torch.nn.Module.to(model, device)
+    if device == "cpu":
+        notify(use_idle_cores())
     return model.requires_grad_(False)
 
 
