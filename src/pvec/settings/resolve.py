@@ -148,7 +148,7 @@ def _read_texts(texts: Mapping[str, str]) -> dict[str, Any]:
     """Return the values of environment names (in lower case) as a tree of settings."""
     from pydantic_settings import BaseSettings, EnvSettingsSource  # 0.1 s, and rarely needed
 
-    class Environment(BaseSettings, Settings):
+    class Environment(BaseSettings, Settings):  # type: ignore[misc]  # our frozen config wins
         pass
 
     source = EnvSettingsSource(Environment, env_prefix=ENV_PREFIX, env_nested_delimiter="__")
