@@ -50,8 +50,9 @@ JudgeScale = Literal["0-100", "0-10", "binary", "binary-text"]
 """What a judge is asked to reply with: a number, YES or NO, or free text that ends in a verdict.
 Whatever the scale, a score is stored as 0 to 100."""
 
-ScoreStatus = Literal["ok", "refusal", "unparsable", "error"]
-"""``error``: the judge could not be asked, worth another run; the other two are its answer."""
+ScoreStatus = Literal["ok", "refusal", "unparsable", "error", "uncalibrated"]
+"""``refusal`` and ``unparsable`` are the judge's answer; ``error``: it could not be asked, worth
+another run; ``uncalibrated``: measured (``Score.raw``), and not yet on the scale of 0 to 100."""
 
 Message = Mapping[str, str]
 """One chat turn: ``{"role": "system" | "user" | "assistant", "content": text}``."""
@@ -252,6 +253,8 @@ class Score:
     score: float | None
     status: ScoreStatus = "ok"
     detail: str = ""
+    raw: Mapping[str, float] | None = None
+    """What the contrast judge measured; its score follows from it and a calibration."""
 
 
 @dataclass(frozen=True, kw_only=True)

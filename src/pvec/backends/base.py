@@ -110,5 +110,22 @@ class Backend(Closing):
         The local judge walks its digit tree with this.
         """
 
+    def answer_logprobs(
+        self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield ``(pair index, logprobs)`` for pairs of prompt ids and answer ids.
+
+        ``logprobs[t] = log P(answer token t | prompt, answer tokens before it)``, float32
+        ``[answer tokens]``, exact over the full vocabulary, temperature 1. Pairs with the same
+        prompt share its computation. Raises ``ModelError`` for an empty prompt or answer, and for
+        one that exceeds the model's context.
+        """
+        import numpy as np
+
+        for index, (prompt, answer) in enumerate(pairs):
+            openings = [answer[: length + 1] for length in range(len(answer))]
+            ((_, sums),) = self.continuation_logprobs([prompt], openings)
+            yield index, np.diff(sums, prepend=np.float32(0.0))
+
     def close(self) -> None:
         """Free the model. Called once, on leaving the context."""

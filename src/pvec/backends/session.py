@@ -162,11 +162,17 @@ def open_backend(
 
 
 def load_judge_model(name: str, settings: Settings) -> Backend:
-    """Load a local judge: the model ``name`` without adapter, on transformers."""
-    spec = ModelSpec(
+    """Load a judge of one's own: the model ``name`` without adapter, on transformers."""
+    return open_backend("hf", judge_spec(name, settings), settings)
+
+
+def judge_spec(name: str, settings: Settings) -> ModelSpec:
+    """Return how the judge ``name`` is loaded: as the settings say of the same model, if it is."""
+    if name == settings.model.id:
+        return replace(model_spec(settings), adapter=None, merge_adapter=False)
+    return ModelSpec(
         model=name, device=settings.model.device, trust_remote_code=settings.model.trust_remote_code
     )
-    return open_backend("hf", spec, settings)
 
 
 def model_spec(settings: Settings) -> ModelSpec:

@@ -45,6 +45,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "judge.api_key": (),  # a key on the command line can be read by every user of the machine
     "judge.scale": ("--judge-scale",),
     "judge.concurrency": ("--judge-concurrency",),
+    "judge.calibration": ("--calibration",),
     "judge.timeout": ("--judge-timeout",),
     "judge.max_retries": ("--judge-retries",),
     "author.model": ("--author-model",),

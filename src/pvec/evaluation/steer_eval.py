@@ -18,8 +18,9 @@ from pvec.errors import JudgeError
 from pvec.evaluation.setup import KIND, SteerSetup
 from pvec.evaluation.summary import SweepSummary, keep_summary, read_sweep
 from pvec.evaluation.tasks import TaskScore, check_tasks, evaluate_tasks
+from pvec.judges.plan import RunPlan, plan_run
 from pvec.judges.prompts import COHERENCE
-from pvec.judges.scoring import JudgeReport, ResponseScorer, RunPlan, plan_run, score_of
+from pvec.judges.scoring import JudgeReport, ResponseScorer, score_of
 from pvec.runs.names import slug
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
@@ -79,6 +80,7 @@ def plan(
             planned=setup.planned,
             metrics=setup.metrics,
             judged=settings.steer.judge,
+            vectors=setup.loaded.values(),
         )
         return SteerEvalPlan(
             trait=setup.trait.name,
@@ -113,8 +115,8 @@ def run(
         setup = SteerSetup(session, trait, vectors=vectors, also=also, out=out)
         scorer = None
         if settings.steer.judge:
-            scorer = stack.enter_context(ResponseScorer.of(session))
-            scorer.check()
+            scorer = stack.enter_context(ResponseScorer.of(session, vectors=setup.loaded.values()))
+            scorer.check(setup.metrics)
         run = stack.enter_context(setup.open_run())
         run.store.update_manifest(relative_norms=setup.relative_norms)
         for note in setup.notes:

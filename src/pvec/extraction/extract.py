@@ -24,8 +24,9 @@ from pvec.backends.run_session import RunSession, run_identity, use_run_date
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
 from pvec.extraction.vector import ENOUGH, RunVector, vector_of_run
+from pvec.judges.plan import RunPlan, plan_run
 from pvec.judges.prompts import metrics_of
-from pvec.judges.scoring import JudgeReport, ResponseScorer, RunPlan, plan_run
+from pvec.judges.scoring import JudgeReport, ResponseScorer
 from pvec.runs.names import run_name
 from pvec.runs.responses import Json
 from pvec.settings import Settings
@@ -110,7 +111,7 @@ def run(
         if settings.extract.judge:
             scorer = stack.enter_context(ResponseScorer.of(session))
             session.kept_means = stack.enter_context(KeptMeans())
-            scorer.check()
+            scorer.check(metrics_of(*loaded), extraction=True)
         runs = [stack.enter_context(_open_run(trait, session, out=out)) for trait in loaded]
         jobs = [_Job(run, trait, scorer) for run, trait in zip(runs, loaded, strict=True)]
         for job in jobs:

@@ -75,9 +75,14 @@ def run(
     """
     seen = Run.read(path)
     traits = seen.traits()
-    bundled = seen.manifest.get("model", {}).get("bundled", False)
-    with ResponseScorer(settings, bundled=bundled, notify=notify) as scorer:
-        scorer.check()
+    model = seen.manifest.get("model", {})
+    with ResponseScorer(
+        settings,
+        bundled=model.get("bundled", False),
+        studied=str(model.get("id", settings.model.id)),
+        notify=notify,
+    ) as scorer:
+        scorer.check(metrics_of(*traits), extraction=seen.kind == "extract", manifest=seen.manifest)
         with Run.reopen(path) as store, store.session():
             for note in store.notes:
                 notify(note)

@@ -14,6 +14,8 @@ from pvec.backends.kept_means import captured
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError
 from pvec.extraction.judge import MetricMean, conclude, sign_of
+from pvec.judges.calibration import METADATA_KEY
+from pvec.judges.measurement import run_calibration
 from pvec.models.chat import spans_from_ids
 from pvec.runs.responses import ResponseRecord, stable_hash
 from pvec.runs.store import Run
@@ -82,6 +84,8 @@ def vector_of_run(
         "seed": str(session.settings.generation.seed),
         "judge": judge,
     }
+    if calibration := run_calibration(store.manifest, judge):
+        provenance[METADATA_KEY] = calibration.to_json()
     provenance["inputs"] = stable_hash(
         {**provenance, "engine": session.identity, "kept": sorted(record.id for record in kept)}
     )

@@ -28,15 +28,19 @@ FREE = Price(prompt=0.0, completion=0.0)
 class JudgeChoice:
     """Which judge it will be, known before any model is loaded."""
 
-    kind: Literal["tiny", "local", "openai"]
+    kind: Literal["tiny", "local", "openai", "contrast"]
     model: str
     base_url: str | None = None
     price: Price | None = FREE
     """None when unknown; zero for a model of one's own."""
 
 
-def choose_judge(settings: JudgeSettings, *, bundled: bool, need_key: bool = True) -> JudgeChoice:
+def choose_judge(
+    settings: JudgeSettings, *, bundled: bool, studied: str = "tiny", need_key: bool = True
+) -> JudgeChoice:
     """Choose the judge: as asked, or the bundled one for the bundled model, or OpenAI's.
+
+    ``studied`` is the model that answers, without adapter: ``contrast`` judges with it.
 
     Raises ``JudgeError`` when its key is missing, unless nobody is going to be asked
     (``need_key``), and ``InputError`` for a wrong specification or a cost limit without a price.
@@ -47,13 +51,15 @@ def choose_judge(settings: JudgeSettings, *, bundled: bool, need_key: bool = Tru
         spec = "tiny" if bundled and settings.base_url is None else DEFAULT_MODEL
     if spec == "tiny":
         return JudgeChoice(kind="tiny", model="tiny")
+    if spec == "contrast":
+        return JudgeChoice(kind="contrast", model=studied)
     kind, _, model = spec.partition(":")
-    if kind not in ("local", "openai"):
+    if kind not in ("local", "openai", "contrast"):
         kind, model = "", spec
     if not model:
         raise InputError(f"--judge-model {spec} names no model: write {spec}MODEL.")
-    if kind == "local":
-        return JudgeChoice(kind="local", model=model)
+    if kind in ("local", "contrast"):
+        return JudgeChoice(kind="local" if kind == "local" else "contrast", model=model)
     if not kind and Path(model).is_dir():
         raise InputError(
             f"--judge-model {spec} is a folder: write local:{spec} to judge with that model."
@@ -61,8 +67,9 @@ def choose_judge(settings: JudgeSettings, *, bundled: bool, need_key: bool = Tru
     base_url = server_url(settings.base_url, option="--judge-url")
     if need_key and base_url is None and api_key(settings.api_key) is None:
         raise JudgeError(
-            f"The judge {model} needs an API key: set {KEY_NAME}, or use another judge "
-            "(--judge-url URL, --judge-model local:MODEL, or --no-judge to score later)."
+            f"The judge {model} needs an API key: use a judge without one (--judge-model contrast: "
+            f"the model judges by likelihood), set {KEY_NAME}, or use another judge (--judge-url "
+            "URL, --judge-model local:MODEL, or --no-judge to score later)."
         )
     price = parse_price(settings.price) if settings.price else known_price(model)
     Budget(limit=settings.max_cost, price=price)  # refuses a limit without a price
@@ -93,6 +100,16 @@ def open_judge(
     from pvec.judges.local import LocalJudge
 
     plain = loaded if loaded is not None and loaded.info.adapter is None else None
+    if choice.kind == "contrast":
+        from pvec.judges.contrast import ContrastJudge
+
+        own = plain is not None and plain.info.id == choice.model
+        return ContrastJudge(
+            plain if own and plain is not None else load(choice.model),
+            tokens=settings.contrast_tokens,
+            most_pairs=settings.contrast_pairs,
+            owns=not own,
+        )
     if choice.kind == "local":
         if plain is not None and plain.info.id == choice.model:
             return LocalJudge(plain)
@@ -103,18 +120,28 @@ def open_judge(
     return LocalJudge(load(model), owns=True)
 
 
-def judge_name(choice: JudgeChoice) -> str:
+def judge_name(choice: JudgeChoice, settings: JudgeSettings, *, spec: ModelSpec) -> str:
     """Return the name that the judge will have (``Judge.name``), without loading or asking it.
 
-    Raises ``ModelError`` for a local model that could not be loaded.
+    ``spec`` is how a model of that name is loaded. Raises ``ModelError`` for a local model that
+    could not be loaded.
     """
     if choice.kind == "openai":
         return OpenAIJudge(choice.model, base_url=choice.base_url).name
     from pvec.judges.local import local_name
     from pvec.models.load import inspect_model
 
-    model = choice.model if choice.kind == "local" else _bundled_judge()
-    return local_name(inspect_model(ModelSpec(model=model)))
+    if choice.kind == "contrast":
+        from pvec.judges.contrast import contrast_name
+
+        return contrast_name(
+            inspect_model(spec),
+            tokens=settings.contrast_tokens,
+            most_pairs=settings.contrast_pairs,
+        )
+    return local_name(
+        inspect_model(spec if choice.kind == "local" else ModelSpec(model=_bundled_judge()))
+    )
 
 
 def _bundled_judge() -> str:

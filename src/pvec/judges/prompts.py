@@ -43,11 +43,20 @@ _PLACEHOLDER = re.compile(r"\{(question|answer)\}")
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """What is scored: a trait by its evaluation prompt, or coherence."""
+    """What is scored: a trait by its evaluation prompt, or coherence.
+
+    ``trait`` has the instructions that the contrast judge compares.
+    """
 
     name: str
     prompt: str
     scale: JudgeScale = "0-100"
+    trait: Trait | None = None
+
+    @property
+    def is_coherence(self) -> bool:
+        """Whether this is coherence and no trait."""
+        return self.name == COHERENCE
 
 
 COHERENCE_METRIC = Metric(name=COHERENCE, prompt=COHERENCE_PROMPT)
@@ -56,7 +65,7 @@ COHERENCE_METRIC = Metric(name=COHERENCE, prompt=COHERENCE_PROMPT)
 def metrics_of(*traits: Trait) -> list[Metric]:
     """Return what an answer about ``traits`` is scored on: each trait, and coherence."""
     return [
-        *(Metric(name=trait.name, prompt=trait.eval_prompt) for trait in traits),
+        *(Metric(name=trait.name, prompt=trait.eval_prompt, trait=trait) for trait in traits),
         COHERENCE_METRIC,
     ]
 

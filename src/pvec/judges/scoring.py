@@ -6,26 +6,28 @@ comes, so that nothing paid for is lost.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Self
+from functools import cached_property
+from typing import Any, Self
 
-from pvec.backends.planned import PlannedResponse, missing
-from pvec.backends.session import ModelSession, Notify, ignore, load_judge_model
+from pvec.backends.session import ModelSession, Notify, ignore, judge_spec, load_judge_model
 from pvec.closing import Closing
 from pvec.data.judged_csv import JudgedAnswer
-from pvec.errors import JudgeError
+from pvec.errors import InputError, JudgeError
 from pvec.judges.base import Judge
+from pvec.judges.calibration import Calibration
 from pvec.judges.choice import choose_judge, judge_name, open_judge
-from pvec.judges.cost import Estimate, estimate
-from pvec.judges.prompts import COHERENCE, Metric, fill, missing_queries
-from pvec.runs.responses import Json, ResponseRecord
+from pvec.judges.contrast import ContrastJudge
+from pvec.judges.measurement import calibrate, find_calibration, measure, require_pairs
+from pvec.judges.prompts import COHERENCE, Metric, missing_queries
+from pvec.runs.names import run_name
+from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.types import JudgeQuery, JudgeScale, Progress, Score
+from pvec.vectors.vector import PersonaVector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,23 +58,37 @@ class ResponseScorer(Closing):
         settings: Settings,
         *,
         bundled: bool,
+        studied: str = "tiny",
         session: ModelSession | None = None,
+        vectors: Iterable[PersonaVector] = (),
         need_key: bool = True,
         notify: Notify = ignore,
     ) -> None:
-        self.choice = choose_judge(settings.judge, bundled=bundled, need_key=need_key)
+        self.choice = choose_judge(
+            settings.judge, bundled=bundled, studied=studied, need_key=need_key
+        )
         self._settings = settings
+        self._vectors = tuple(vectors)
+        self._calibration: Calibration | None = None
         self._session = session
         self._notify = notify
         self._judge: Judge | None = None
 
     @classmethod
-    def of(cls, session: ModelSession, *, need_key: bool = True) -> Self:
+    def of(
+        cls,
+        session: ModelSession,
+        *,
+        vectors: Iterable[PersonaVector] = (),
+        need_key: bool = True,
+    ) -> Self:
         """Choose the judge of the answers that the model of ``session`` gives."""
         return cls(
             session.settings,
             bundled=session.metadata.bundled,
+            studied=session.metadata.id,
             session=session,
+            vectors=vectors,
             need_key=need_key,
             notify=session.notify,
         )
@@ -81,7 +97,9 @@ class ResponseScorer(Closing):
     def judge(self) -> Judge:
         """The judge, opened on first use."""
         if self._judge is None:
-            loaded = self._session.backend if self._session and self._session.loaded else None
+            session, loaded = self._session, None
+            if session is not None and (session.loaded or self._judges_itself(session)):
+                loaded = session.backend
             self._judge = open_judge(
                 self.choice,
                 self._settings.judge,
@@ -90,16 +108,63 @@ class ResponseScorer(Closing):
             )
         return self._judge
 
-    @property
+    def _judges_itself(self, session: ModelSession) -> bool:
+        own = self.choice.kind == "contrast" and self.choice.model == session.metadata.id
+        return own and session.metadata.adapter is None
+
+    @cached_property
     def name(self) -> str:
-        """Under what name this judge's scores are kept; another scale is another judge."""
+        """Under what name this judge's scores are kept; another scale is another judge.
+
+        The contrast judge's is read from the model's files, without loading it.
+        """
+        if self.choice.kind == "contrast":
+            return self.expected_name
         scale = self._settings.judge.scale
         return self.judge.name if scale == "0-100" else f"{self.judge.name} ({scale})"
 
-    def check(self) -> None:
-        """Ask a server for one score before anything is generated; a local judge loads later."""
+    @property
+    def expected_name(self) -> str:
+        """The judge's own name, without loading or asking it."""
+        spec = judge_spec(self.choice.model, self._settings)
+        return judge_name(self.choice, self._settings.judge, spec=spec)
+
+    def check(
+        self,
+        metrics: Sequence[Metric],
+        *,
+        extraction: bool = False,
+        manifest: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Find out, before anything is generated, whether this judge can score ``metrics``.
+
+        A server is asked for one score; a local judge loads later. The contrast judge needs
+        instruction pairs, and unless an ``extraction`` calibrates it, a calibration, which may be
+        in the run's ``manifest``. Raises ``JudgeError`` or ``InputError``.
+        """
         if self.choice.kind == "openai":
             self.judge.check()
+        if self.choice.kind != "contrast":
+            return
+        if self._settings.judge.scale != "0-100":
+            raise InputError(
+                "The contrast judge reads no rubric and replies with nothing: omit --judge-scale."
+            )
+        require_pairs(metrics)
+        if not extraction:
+            settings = self._settings
+            self._calibration = find_calibration(
+                self.name,
+                metrics,
+                given=settings.judge.calibration,
+                vectors=self._vectors,
+                manifest=manifest or {},
+                default=lambda trait: (
+                    settings.paths.runs
+                    / run_name(trait, model=self.choice.model, adapter=None)
+                    / f"vectors/{trait}.safetensors"
+                ),
+            )
 
     def score(
         self,
@@ -113,55 +178,47 @@ class ResponseScorer(Closing):
 
         Raises as ``score_responses`` does.
         """
-        scale = self._settings.judge.scale
-        report = score_responses(
-            records,
-            [_scaled(metric, scale) for metric in metrics],
-            judge=self.judge,
-            scored=run.scored_ids(),
-            failed=run.failed_ids(),
-            on_score=lambda score: run.append_score(replace(score, judge=self.name)),
-            on_progress=on_progress,
-        )
+        if isinstance(self.judge, ContrastJudge):
+            report = self._score_by_contrast(run, self.judge, records, metrics, on_progress)
+        else:
+            scale = self._settings.judge.scale
+            report = score_responses(
+                records,
+                [scaled(metric, scale) for metric in metrics],
+                judge=self.judge,
+                scored=run.scored_ids(),
+                failed=run.failed_ids(),
+                on_score=lambda score: run.append_score(replace(score, judge=self.name)),
+                on_progress=on_progress,
+            )
         for note in self.judge.notes:
             self._notify(note)
         if report.stopped:
             self._notify(f"{report.stopped}; {report.unasked} scores are left for another call")
         return replace(report, judge=self.name)
 
-    def estimate(
-        self, run: Run | None, planned: Sequence[PlannedResponse], metrics: Sequence[Metric]
-    ) -> Estimate:
-        """Estimate what it costs to score what this judge has not scored of the planned responses.
-
-        An answer that is still to be generated is taken to be as long as its limit allows, at four
-        characters a token. ``run`` is None for one that has not begun. Loads and asks nothing.
-        """
-        metrics = [_scaled(metric, self._settings.judge.scale) for metric in metrics]
-        identities = {response.id for response in planned}
-        records = [] if run is None else [r for r in run.responses() if r.id in identities]
-        answered = {record.id for record in records}
-        queries = missing_queries(
-            records,
-            metrics,
-            judge=judge_name(self.choice),
-            fenced=self.choice.kind != "tiny",
-            scored=set() if run is None else run.scored_ids(),
+    def _score_by_contrast(
+        self,
+        run: Run,
+        judge: ContrastJudge,
+        records: Sequence[ResponseRecord],
+        metrics: Sequence[Metric],
+        on_progress: Callable[[Progress], None],
+    ) -> JudgeReport:
+        answers = [record for record in records if record.finish_reason != "failed"]
+        counts = measure(run, judge, answers, metrics, on_progress=on_progress)
+        final = calibrate(run, judge.name, answers, metrics, calibration=self._calibration)
+        for note in final.notes:
+            self._notify(note)
+        measured = counts.pop("uncalibrated", 0)
+        return JudgeReport(
+            judge=judge.name,
+            counts={**({"ok": measured} if measured else {}), **counts},
+            skipped=len(answers) * len(metrics) - measured - counts.total(),
+            unasked=0,
+            stopped=None,
+            spent=0.0,
         )
-        prompts = itertools.chain(
-            (query.messages[0]["content"] for query in queries),
-            (
-                fill(
-                    metric.prompt,
-                    question=response.question,
-                    answer="x" * (4 * response.sampling.max_tokens),
-                )
-                for response in planned
-                if response.id not in answered
-                for metric in metrics
-            ),
-        )
-        return estimate(prompts, price=self.choice.price)
 
     def close(self) -> None:
         """Close the judge, if one was opened."""
@@ -251,54 +308,6 @@ def judged_answer(record: ResponseRecord, scores: Mapping[str, Score], trait: st
     )
 
 
-def _scaled(metric: Metric, scale: JudgeScale) -> Metric:
+def scaled(metric: Metric, scale: JudgeScale) -> Metric:
     """Return a trait's metric on the scale that its prompt asks for; coherence is always 0-100."""
     return metric if metric.name == COHERENCE else replace(metric, scale=scale)
-
-
-# -- what a command would do ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """What ``--dry-run`` tells before anything is spent. ``missing`` answers are still to be
-    generated; ``most_tokens`` are, if each of them runs to its limit.
-    """
-
-    run: Path
-    answers: int
-    missing: int
-    most_tokens: int
-    judge: str
-    judging: str
-
-
-def plan_run(
-    session: ModelSession,
-    folder: Path,
-    *,
-    kind: str,
-    identity: Mapping[str, Json],
-    planned: Sequence[PlannedResponse],
-    metrics: Sequence[Metric],
-    judged: bool,
-) -> RunPlan:
-    """Count what a run lacks of its planned responses and of their scores, and what that costs.
-
-    Needs no key, loads no weights and writes nothing; raises what the run itself would raise for
-    its settings and its folder.
-    """
-    run = Run.preview(folder, kind=kind, identity=identity)
-    left = list(planned) if run is None else missing(run, planned)
-    judge, judging = "none", "no judge calls"
-    if judged:
-        scorer = ResponseScorer.of(session, need_key=False)
-        judge, judging = scorer.choice.model, str(scorer.estimate(run, planned, metrics))
-    return RunPlan(
-        run=folder,
-        answers=len(planned),
-        missing=len(left),
-        most_tokens=sum(response.sampling.max_tokens for response in left),
-        judge=judge,
-        judging=judging,
-    )

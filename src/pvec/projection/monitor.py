@@ -136,12 +136,14 @@ def run(  # noqa: PLR0913 (what to compare with: each is an option)
         if score is not None:
             known = PromptScores.from_column(samples, score, conditions=conditions)
             return _compare(begin(), loaded, known)
-        scorer = None
-        if settings.project.judge:
-            scorer = stack.enter_context(ResponseScorer.of(session))
-            scorer.check()
         names = traits or dict.fromkeys(vector.trait for vector in loaded.vectors.values())
         judged = [load_trait(name) for name in names]
+        scorer = None
+        if settings.project.judge:
+            scorer = stack.enter_context(
+                ResponseScorer.of(session, vectors=loaded.vectors.values())
+            )
+            scorer.check(metrics_of(*judged))
         return _generate(begin(judged), loaded, samples, conditions, judged, scorer)
 
 

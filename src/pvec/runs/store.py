@@ -188,7 +188,10 @@ class Run(Closing):
 
     def append_score(self, score: Score) -> None:
         """Keep a finished judgement; once this returns, a kill cannot lose it."""
-        self._score_log.append(dataclasses.asdict(score))
+        line = dataclasses.asdict(score)
+        if score.raw is None:
+            del line["raw"]
+        self._score_log.append(line)
 
     def responses(self) -> Iterator[ResponseRecord]:
         """Yield the answers in the order in which they finished, one at a time."""

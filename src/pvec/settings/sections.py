@@ -7,6 +7,7 @@ it; a new section is a class of fields and one line in ``Settings`` (``tree.py``
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
@@ -161,8 +162,9 @@ class JudgeSettings(Section):
     """Who scores the answers."""
 
     model: str | None = None
-    """Judge: a model name of the server, `local:MODEL` for any causal LM, or `tiny` \
-(default: `tiny` for the bundled model, gpt-4.1-mini-2025-04-14 otherwise)"""
+    """Judge: a model name of the server, `contrast` for the model itself by likelihood (no key), \
+`contrast:MODEL` for another model by likelihood, `local:MODEL` for any causal LM that rates, or \
+`tiny` (default: `tiny` for the bundled model, gpt-4.1-mini-2025-04-14 otherwise)"""
 
     base_url: str | None = None
     """Address of an OpenAI-compatible server (default: OPENAI_BASE_URL, else OpenAI's)"""
@@ -172,6 +174,17 @@ class JudgeSettings(Section):
 
     scale: Literal["0-100", "0-10", "binary", "binary-text"] = "0-100"
     """What the judge replies with; every scale is reported as 0 to 100"""
+
+    contrast_tokens: int = Field(default=64, ge=1)
+    """Tokens of an answer, from its first, that the contrast judge compares"""
+
+    contrast_pairs: int | None = Field(default=None, ge=1)
+    """Instruction pairs that the contrast judge compares, from the first (default: all but the \
+answer's own)"""
+
+    calibration: Path | None = None
+    """Vector or run that calibrates the contrast judge (default: the vectors in use, else where \
+`pvec extract` writes the trait's vector)"""
 
     concurrency: int = Field(default=32, ge=1)
     """Maximum number of simultaneous requests; reduced when the server asks for it"""

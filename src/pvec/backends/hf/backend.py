@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pvec.activations.capture import capture_means
 from pvec.backends.base import Backend
-from pvec.backends.hf import continuation, generation
+from pvec.backends.hf import answers, continuation, generation
 from pvec.backends.hf.batch_check import check_batching
 from pvec.backends.hf.forward import CausalModel, causal_model
 from pvec.models.decoder import find_decoder
@@ -159,6 +159,14 @@ class HFBackend(Backend):
             continuations,
             limits=self.limits,
             notify=self.on_note,
+        )
+
+    def answer_logprobs(
+        self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield ``(pair index, logprobs)``; see ``Backend.answer_logprobs``."""
+        return answers.answer_logprobs(
+            self._decoding_model(), pairs, limits=self.limits, notify=self.on_note
         )
 
     def close(self) -> None:
