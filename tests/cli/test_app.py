@@ -274,6 +274,38 @@ def test_a_signal_closes_everything_and_is_one_line(
     )
 
 
+IN_AN_IMPORT = """
+import os, signal
+import pvec.cli.config as config
+from pvec.cli.app import main
+
+class Attribute:
+    def __set_name__(self, owner, name):
+        os.kill(os.getpid(), signal.{name})
+
+def load(ctx):
+    class Of_a_library:
+        value = Attribute()
+
+config.resolved_from = load
+main(["config"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "word"),
+    [("SIGTERM", 143, "Terminated"), ("SIGHUP", 129, "Terminated"), ("SIGINT", 130, "Interrupted")],
+)
+def test_a_signal_in_the_middle_of_an_import_is_no_bug(
+    name: str, code: int, word: str, tmp_path: Path
+) -> None:
+    """Python 3.11 makes a RuntimeError of what is raised while a class is being made."""
+    done = pvec(cwd=tmp_path, code=AS_IN_A_SHELL + IN_AN_IMPORT.format(name=name))
+    assert done.returncode == code
+    assert done.stderr.startswith(f"Error: {word}; ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
     code = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{WAITS}".replace(
         "60", "1"

@@ -127,6 +127,8 @@ def test_what_can_be_put_right_here_is_not_sent_back(text: str) -> None:
 BAD: dict[str, tuple[Any, str]] = {
     "no JSON": ("I would rather not use JSON.", "the reply holds no JSON object"),
     "cut JSON": (GOOD[:200] + "}", "the reply is not valid JSON"),
+    "a number of 6000 digits": (f'{{"rubric": {"9" * 6000}}}', "JSON that cannot be read"),
+    "too many levels": ('{"rubric": ' + "[" * 100_000 + "}", "JSON that cannot be read"),
     "an empty reply": ("", "the reply holds no JSON object"),
     "a missing part": ({"rubric": None}, "rubric: "),
     "a missing key": ({"instructions": [{"pos": "Complain."}] * 5}, "instructions"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 import shutil
@@ -42,6 +43,14 @@ def remove(name: str) -> Callable[[Path], None]:
     return lambda checkpoint: (checkpoint / name).unlink()
 
 
+def pipe(name: str) -> Callable[[Path], None]:
+    def damage(checkpoint: Path) -> None:
+        (checkpoint / name).unlink()
+        os.mkfifo(checkpoint / name)
+
+    return damage
+
+
 def trap(name: str) -> Callable[[Path], None]:
     return lambda checkpoint: (
         (checkpoint / name).write_bytes(pickle.dumps(Trap(checkpoint.parent / "sprung"))) and None
@@ -65,6 +74,9 @@ DAMAGES = {
     "no random state": remove("rng_state.pth"),
     "state cut off": truncate("trainer_state.json"),
     "state of another kind": replace("trainer_state.json", b"[1, 2]"),
+    "state of many levels": replace("trainer_state.json", b"[" * 100_000 + b"]" * 100_000),
+    "optimiser that is a pipe": pipe("optimizer.pt"),
+    "weights that are a pipe": pipe("adapter_model.safetensors"),
     "state of another step": replace("trainer_state.json", b'{"global_step": 9}'),
 }  # fmt: skip
 
@@ -135,6 +147,8 @@ def test_without_a_whole_checkpoint_the_training_begins_again(
         truncate("result.json"),
         replace("result.json", b"{}"),
         replace("result.json", b"[[]]"),
+        replace("result.json", b"[" * 100_000 + b"]" * 100_000),
+        pipe("result.json"),
     ],
 )
 def test_a_damaged_result_is_made_again(

@@ -18,7 +18,7 @@ import pytest
 
 from pvec.errors import StoreError
 from pvec.runs import files
-from pvec.runs.files import atomic_write, probe_writable
+from pvec.runs.files import atomic_write, probe_target, probe_writable
 from pvec.runs.jsonl import JsonlLog, read_jsonl
 from pvec.runs.store import Run
 
@@ -153,6 +153,44 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
 def test_too_little_space_is_found_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"only \d+ MiB are free and \d+ MiB are needed"):
         probe_writable(tmp_path / "run", need_bytes=2**60)
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_one_is_let_be(
+    tmp_path: Path,
+) -> None:
+    target, other = tmp_path / "[x].csv", tmp_path / "y.csv"
+    script = """
+        import os, signal, sys
+        from pvec.runs.files import atomic_write
+        writers = [atomic_write(path) for path in sys.argv[1:]]
+        for writer in writers:
+            writer.__enter__().write(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    with started(script, str(target), str(other)) as process:
+        assert process.wait(60) == -signal.SIGKILL
+    assert len(list(tmp_path.glob("*.tmp"))) == 2
+    with atomic_write(target) as first:
+        first.write(b"first")
+        with atomic_write(target) as second:
+            second.write(b"second")
+        assert target.read_bytes() == b"second"
+    assert target.read_bytes() == b"first"
+    assert [path.name[:7] for path in tmp_path.glob("*.tmp")] == [".y.csv."], "another's file"
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with pytest.raises(StoreError, match=r"a pipe or a device; choose another path\.$"):
+            probe_target(path)
+        with pytest.raises(StoreError, match="a pipe"), atomic_write(path) as stream:
+            stream.write(b"x")
+        assert path.is_fifo()
+    with pytest.raises(StoreError, match="that is a folder"):
+        probe_target(tmp_path)
 
 
 def test_a_path_through_a_file_is_one_sentence(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
     python fork_server.py train CONFIG
 
 Reads lines ``FOLDER SIGNAL STEPS SECONDS`` from standard input. For each it forks a process that
-runs the command with ``--out FOLDER`` and sends itself the signal ``SECONDS`` after its
-``STEPS``-th step. A step is a file opened there or a line appended to a log: progress, not time, so
-that a busy machine changes nothing. Writes how it ended (the exit code, or minus the signal) and
-how many steps it had taken.
+runs the command with ``--out FOLDER``, its output in ``FOLDER.output``, and sends itself the
+signal ``SECONDS`` after its ``STEPS``-th step. A step is a file opened there or a line appended to
+a log: progress, not time, so that a busy machine changes nothing. Writes how it ended (the exit
+code, or minus the signal) and how many steps it had taken.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from signal import SIG_DFL, SIGHUP, SIGTERM
@@ -38,6 +39,7 @@ def main() -> None:
         if child == 0:
             for number in (SIGHUP, SIGTERM):  # a background job may have been told to ignore them
                 set_handler(number, SIG_DFL)
+            sys.stdout = sys.stderr = Path(f"{folder}.output").open("w")  # noqa: SIM115 (until the end)
             count_steps(folder, writer, signal=int(signal), steps=int(steps), after=float(seconds))
             run([*sys.argv[1:], "--out", folder, "-q"])
         os.close(writer)
@@ -86,11 +88,13 @@ def run(command: list[str]) -> None:
     """Run the command and leave the forked process, whatever happens."""
     code = 1
     try:
-        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (until the end)
         pvec(command)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
+    except BaseException:  # a fault of pvec, to be shown
+        traceback.print_exc()
     finally:
+        sys.stderr.flush()
         os._exit(code)
 
 

@@ -7,7 +7,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,21 @@ def run_chains(
             after = draw.choice([0.0, draw.uniform(0, 0.1)])
             at = draw.randint(1, steps)
             ended, _ = command.run(chain, kill=kill, steps=at, after=after)
-            assert ended in (0, -kill, 128 + kill), f"chain {chains}: exit code {ended}"
+            assert ended in (0, -kill, 128 + kill), (
+                f"chain {chains}: exit code {ended}, {kill!r} {after:.3f} s after step {at}:\n"
+                + chain.with_suffix(".output").read_text()
+            )
             killed += ended != 0
-        assert outcome(chain) == expected, f"chain {chains} after {killed} kills"
+        different = differences(outcome(chain), expected)
+        assert not different, f"{chain} after {killed} kills: {different}"
     return chains
+
+
+def differences(outcome: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Return both values of what differs, by key; of mappings the entries that differ."""
+    pairs = {key: (outcome.get(key), expected.get(key)) for key in {*outcome, *expected}}
+    return {
+        key: differences(*pair) if all(isinstance(part, Mapping) for part in pair) else pair
+        for key, pair in pairs.items()
+        if pair[0] != pair[1]
+    }

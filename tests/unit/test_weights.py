@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import warnings
@@ -17,13 +18,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pvec.errors import ModelError
+from pvec.errors import InputError, ModelError
 from pvec.models import files as modelfiles
 from pvec.models.adapters import adapted
 from pvec.models.files import ModelSpec, locate_model
 from pvec.models.hub import download
 from pvec.models.load import inspect_model, load_model
-from pvec.models.weights import check_checkpoint, load_weights
+from pvec.models.weights import check_checkpoint, load_weights, read_header
 
 Tensors = dict[str, torch.Tensor]
 IDS = torch.tensor([[5, 60, 300, 7]])
@@ -136,6 +137,38 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(ModelError, match="not a complete safetensors file"):
+        inspect_model(ModelSpec(model=str(folder)))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[1]",
+        b'{"x": {}}',
+        b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": []}}',
+        b'{"x": {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}}',
+        b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, %s]}}' % (b"9" * 6000),
+        b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 80]}}',
+        b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+    ids=lambda header: header[:60].decode(),
+)
+def test_a_header_that_says_nothing_of_its_tensors_is_refused(
+    header: bytes, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ModelError, match="not a complete safetensors file"):
+        read_header(file)
+    good = b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
+    file.write_bytes(len(good).to_bytes(8, "little") + good + bytes(8))
+    assert read_header(file)[1] == 8 + len(good)
+
+
+def test_a_pipe_among_the_weights_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    folder = copy_of("llama", tmp_path / "model")
+    os.mkfifo(folder / "more.safetensors")
+    with pytest.raises(InputError, match="a pipe or a device"):
         inspect_model(ModelSpec(model=str(folder)))
 
 

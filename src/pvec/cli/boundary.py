@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType, TracebackType
@@ -68,18 +68,19 @@ def run_command(command: Callable[[], Any], *, as_json: bool, debug: bool) -> No
         show(Failure(kind.__name__, f"unexpected {kind.__name__}: {error}{hint}", 1), error)
 
     sys.excepthook = hook
+    received: list[int] = []
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a character that the terminal lacks ends nothing
             stream.reconfigure(errors="backslashreplace")
     try:
-        with _terminable():
+        with _terminable(received):
             code = command()
             sys.stdout.flush()
     except BaseException as error:
         if _output_is_closed(error):
             _discard_output()
             sys.exit(_CLOSED_PIPE)
-        failure = failure_of(error)
+        failure = failure_of(_interruption(error, received) or error)
         if failure is None:
             raise
         show(failure, None if isinstance(error, SystemExit) else error)
@@ -120,11 +121,32 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return is_out_of_memory(error)
 
 
+def _interruption(error: BaseException, received: Sequence[int]) -> BaseException | None:
+    """Return the interruption that ended the command, whatever became of it on its way here.
+
+    A signal arrives anywhere. Inside of an import, for one, Python makes a ``RuntimeError`` of what
+    its handler raises ("Error calling __set_name__"), and libraries do the like. ``received`` are
+    the signals that came, each of which was to end the command.
+    """
+    if received:
+        return Terminated(128 + received[0])
+    cause: BaseException | None = error
+    for _ in range(100):  # a chain may be a circle
+        if cause is None or isinstance(cause, KeyboardInterrupt):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into ``Terminated`` unless the caller ignores them (nohup)."""
+def _terminable(received: list[int]) -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into ``Terminated`` unless the caller ignores them (nohup).
+
+    They are noted in ``received``.
+    """
 
     def terminate(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
         raise Terminated(128 + number)
 

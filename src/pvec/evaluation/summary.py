@@ -6,7 +6,6 @@ They are made once, when answers have been judged, and kept in the run (``keep_s
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from pvec.documents import read_json
 from pvec.evaluation.conditions import ROLES, Condition, Role, layers_label, stored_condition
 from pvec.runs.responses import Json, stable_hash
 from pvec.runs.store import Run
@@ -156,7 +156,7 @@ def stored_summary(
     """
     basis = _basis(answers, trait=trait, min_coherence=min_coherence)
     try:
-        stored = json.loads((run.path / SUMMARY).read_text(encoding="utf-8"), object_hook=_unknown)
+        stored = _unknown(read_json(run.path / SUMMARY))
         if stored.pop("basis") == basis:
             return _SUMMARY.validate_python(stored)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -311,10 +311,14 @@ def _basis(answers: Sequence[ScoredAnswer], *, trait: str, min_coherence: float)
     return stable_hash([trait, min_coherence, rows])
 
 
-def _unknown(parts: dict[str, Any]) -> dict[str, Any]:
+def _unknown(value: Any) -> Any:
     """Read the numbers of an interval that are not known, null in JSON, as NaN."""
+    if isinstance(value, list):
+        return [_unknown(item) for item in value]
+    if not isinstance(value, dict):
+        return value
     bounds = {"mean", "low", "high"}
-    return {k: math.nan if v is None and k in bounds else v for k, v in parts.items()}
+    return {k: math.nan if v is None and k in bounds else _unknown(v) for k, v in value.items()}
 
 
 _SUMMARY: TypeAdapter[SweepSummary] = TypeAdapter(SweepSummary)

@@ -16,7 +16,7 @@ from pvec.errors import InputError, JudgeError, ModelError
 from pvec.judges.author import Author, UnusableReply, correction, read_draft, task, trait_from
 from pvec.judges.pacing import Patience
 from pvec.judges.server import KEY_NAME, api_key, server_url
-from pvec.runs.files import atomic_write, probe_writable
+from pvec.runs.files import atomic_write, probe_target
 from pvec.settings import Settings
 from pvec.traits.check import check_trait
 from pvec.traits.trait import OWN_FOLDER, Trait, bundled_traits, check_name
@@ -61,7 +61,7 @@ def new_trait(
     description = " ".join(description.split())
     if not description:
         raise InputError("The description is empty: say in a sentence what the trait is.")
-    probe_writable(path.parent)
+    probe_target(path)
     with _open_author(settings) as author:
         notify(f"{author.model} writes the trait {name!r}")
         trait, corrections = _write(

@@ -221,6 +221,8 @@ def read_draft(text: str) -> Draft:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise UnusableReply([f"the reply is not valid JSON: {error.msg} at {where}"]) from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, thousands of levels
+        raise UnusableReply(["the reply holds JSON that cannot be read"]) from None
     for part in ("instructions", "questions"):
         if isinstance(data.get(part), list):
             data[part] = _distinct(data[part])

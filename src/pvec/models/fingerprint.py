@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pvec.documents import check_regular
 from pvec.errors import ModelError
 from pvec.models.files import ModelFiles, read_config
 from pvec.models.gguf import header_bytes
@@ -111,6 +112,7 @@ def _sample(file: BinaryIO, first: int, stop: int) -> bytes:
 
 
 def _add_file(digest: hashlib._Hash, path: Path) -> None:
+    check_regular(path)
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)

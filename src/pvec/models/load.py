@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pvec.documents import read_text
 from pvec.errors import InputError, ModelError
 from pvec.models.adapters import attach_adapter
 from pvec.models.decoder import check_supported
@@ -249,11 +250,11 @@ def load_tokenizer(spec: ModelSpec, files: ModelFiles) -> PreTrainedTokenizerBas
         tokenizer.name_or_path = files.id  # in messages, not the folder of the cache
     if spec.chat_template is not None:
         try:
-            tokenizer.chat_template = Path(spec.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            tokenizer.chat_template = read_text(Path(spec.chat_template))
+        except FileNotFoundError:
             raise InputError(
-                f"The chat template {spec.chat_template!r} cannot be read: check the path."
-            ) from error
+                f"There is no chat template {spec.chat_template!r}: check the path."
+            ) from None
     return tokenizer
 
 

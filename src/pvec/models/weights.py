@@ -7,7 +7,6 @@ the model lacks; both are only log messages. Here they are errors that name the 
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -15,7 +14,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pvec.documents import check_regular, misfit, parse_record
 from pvec.errors import ModelError
+from pvec.models.files import read_config
 from pvec.models.gguf import (
     dequantise_options,
     dequantising,
@@ -44,6 +45,9 @@ _OTHER_PARTS = re.compile(
 
 _MOST_SHOWN = 3
 
+_ENTRY = {"dtype": str, "shape": [int], "data_offsets": [int]}
+"""What a safetensors file says of each tensor."""
+
 
 def load_weights(
     folder: Path,
@@ -64,7 +68,7 @@ def load_weights(
     """
     import torch
 
-    declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    declared = read_config(folder)
     auto_class = auto_model_class(declared, name=name)
     _check_quantisation(declared, name=name)
     trust = bool(options.get("trust_remote_code"))
@@ -185,7 +189,7 @@ def check_checkpoint(folder: Path, *, name: str, pickle: bool = False) -> None:
     For engines that load the weights themselves; no memory is taken for them. Quantised
     checkpoints and architectures that transformers has no causal model of are left to the engine.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     if "quantization_config" in config:
         return
     try:
@@ -245,22 +249,20 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
     Raises ``ModelError`` for a file that is not whole.
     """
+    check_regular(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        try:
-            if length > size:
-                raise ValueError
-            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            if 8 + length + end > size:
-                raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(
-                f"{path} is not a complete safetensors file: fetch or save the model again."
-            ) from error
-    return header, 8 + length
+        header = parse_record(file.read(length)) if length <= size else None
+    entries = {name: entry for name, entry in (header or {}).items() if name != "__metadata__"}
+    ends = [0]
+    if header is not None and misfit(entries, {...: _ENTRY}) is None:
+        ends += [stop for entry in entries.values() for stop in entry["data_offsets"][1:2]]
+    if len(ends) <= len(entries) or header is None or 8 + length + max(ends) > size:
+        raise ModelError(
+            f"{path} is not a complete safetensors file: fetch or save the model again."
+        )
+    return entries, 8 + length
 
 
 def _wrapped(folder: Path) -> set[str]:

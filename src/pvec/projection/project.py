@@ -25,7 +25,7 @@ from pvec.data.tables import Row, TableWriter
 from pvec.errors import InputError, PvecError, StoreError
 from pvec.projection.inputs import Source, is_same_file, open_source
 from pvec.projection.projector import LoadedVectors, Values, open_vectors, projector
-from pvec.runs.files import WriterLock, atomic_write, probe_writable
+from pvec.runs.files import WriterLock, atomic_write, probe_target
 from pvec.runs.jsonl import JsonlLog, read_jsonl
 from pvec.runs.names import model_label
 from pvec.runs.responses import stable_hash
@@ -333,7 +333,7 @@ def _target(source: Source, output: OutputOptions) -> Path:
 
 def _require_free(target: Path, output: OutputOptions) -> None:
     """Raise ``InputError`` or ``StoreError`` where the output cannot be written."""
-    probe_writable(target.parent)
+    probe_target(target)
     if target.exists() and not (output.in_place or output.overwrite):
         raise InputError(
             f"{target} is there already: give --overwrite to replace it, --out for another place, "

@@ -33,7 +33,7 @@ from pvec.projection.inputs import (
     study_folder,
 )
 from pvec.projection.projector import LoadedVectors, open_vectors, project_table
-from pvec.runs.files import atomic_write, probe_writable
+from pvec.runs.files import atomic_write, probe_target
 from pvec.runs.summary import DIFF_KIND, write_summary
 from pvec.settings import Settings
 from pvec.stats import Correlation, Interval, auc, grouped_mean
@@ -314,7 +314,7 @@ def _filtered_paths(source: Source, *, overwrite: bool) -> tuple[Path, Path]:
             raise InputError(f"{target} is the input itself: rename the input.")
         if target.exists() and not overwrite:
             raise InputError(f"{target} is there already: give --overwrite to replace it.")
-    probe_writable(kept.parent)
+        probe_target(target)
     return kept, removed
 
 

@@ -14,7 +14,7 @@ from pvec.report.figure import Figure, write_figures
 from pvec.report.page import Chapter, render_page
 from pvec.report.sections import build_chapters
 from pvec.report.sections.common import RunData
-from pvec.runs.files import atomic_write
+from pvec.runs.files import atomic_write, probe_target
 from pvec.runs.store import Run
 
 
@@ -44,6 +44,7 @@ def run(
     page = out or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
     if page.is_dir():
         raise InputError(f"--out {page} is a folder: give the page a name, such as report.html.")
+    probe_target(page)
     chapters = build_chapters(runs)
     html = render_page(
         title=_title(runs, chapters),

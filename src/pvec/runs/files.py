@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +79,16 @@ def probe_writable(folder: Path, *, need_bytes: int = _SPARE_BYTES) -> None:
         )
 
 
+def probe_target(path: Path) -> None:
+    """Make sure that ``atomic_write`` can write ``path``: called before anything is computed.
+
+    Raises ``StoreError`` as ``probe_writable`` does for its folder, and for a folder, a pipe or a
+    device in its place.
+    """
+    _refuse_special(path)
+    probe_writable(path.parent)
+
+
 @contextlib.contextmanager
 def atomic_write(
     path: str | Path, *, mode: str = "wb", aside: Path | None = None
@@ -86,19 +98,18 @@ def atomic_write(
     Whoever looks at ``path`` sees the old file or the new one, whole. ``mode`` is ``"wb"`` or
     ``"w"`` (UTF-8, newlines as written). ``aside`` is another folder of the same disk for the file
     in the making. A link keeps pointing where it did, and an existing
-    file's permissions stay. Raises ``StoreError`` when the disk is full or read-only.
+    file's permissions stay. Raises ``StoreError`` when the disk is full or read-only, and for a
+    pipe or a device, which it would replace.
     """
     target = Path(os.path.realpath(path))
+    _refuse_special(target)
     encoding = None if "b" in mode else "utf-8"
     newline = None if "b" in mode else ""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(
-            dir=aside or target.parent, prefix=f".{target.name}.", suffix=".tmp"
-        )
+        descriptor, unfinished, lock = _begin_file(target, aside or target.parent)
     except OSError as exc:
         raise store_error(target, exc) from exc
-    unfinished = Path(name)
     try:
         with open(descriptor, mode, encoding=encoding, newline=newline) as stream:  # noqa: PTH123
             yield stream
@@ -111,6 +122,8 @@ def atomic_write(
         raise store_error(target, exc) from exc
     finally:
         unfinished.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
 
 
 class WriterLock:
@@ -159,6 +172,50 @@ class WriterLock:
 
     def __exit__(self, *exc_info: object) -> None:
         self.release()
+
+
+def _begin_file(target: Path, folder: Path) -> tuple[int, Path, int | None]:
+    """Begin the file that will replace ``target``; return its descriptor, its path and its lock.
+
+    What killed writers of ``target`` left in ``folder`` is removed: nobody holds its lock.
+    """
+    prefix, suffix = f".{target.name}.", ".tmp"
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=folder, prefix=prefix, suffix=suffix)
+        lock = None
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # of a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock = os.dup(descriptor)
+            for path in folder.glob(f"{glob.escape(prefix)}*{suffix}"):
+                _remove_abandoned(path)
+        if os.fstat(descriptor).st_nlink or lock is None:
+            return descriptor, Path(name), lock
+        os.close(descriptor)  # another writer took it for abandoned before it was locked
+        os.close(lock)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete a file in the making unless somebody holds its lock."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        finally:
+            os.close(descriptor)
+
+
+def _refuse_special(path: Path) -> None:
+    """Raise ``StoreError`` for what is there but is no regular file."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # not there, or what writing will name
+        return
+    if stat.S_ISDIR(mode):
+        raise store_error(path, OSError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    if not stat.S_ISREG(mode):
+        raise StoreError(f"cannot write {path}: it is a pipe or a device; choose another path.")
 
 
 def _permissions(target: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import struct
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pvec.backends.session import Notify, ignore
+from pvec.documents import check_regular, read_json
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -48,7 +48,7 @@ def latest_checkpoint(
         if not state_path.is_file():  # the Trainer writes this file last
             continue
         try:
-            state = json.loads(state_path.read_text(encoding="utf-8"))
+            state = read_json(state_path, finite=False)
             return _checkpoint(path, step, state, shapes)
         except _DAMAGED as error:
             first = str(error).strip().split("\n", maxsplit=1)[0][:150]
@@ -59,7 +59,7 @@ def latest_checkpoint(
 def has_adapter(folder: Path, *, shapes: Shapes) -> bool:
     """Whether ``folder`` holds an adapter with its configuration and whole weights."""
     try:
-        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        read_json(folder / "adapter_config.json", finite=False)
         _check_weights(folder, shapes)
     except _DAMAGED:
         return False
@@ -83,6 +83,7 @@ def _checkpoint(path: Path, step: int, state: dict[str, Any], shapes: Shapes) ->
     _check_weights(path, shapes)
     with warnings.catch_warnings(action="ignore"), safe_globals():  # type: ignore[no-untyped-call]
         for file in (path / "optimizer.pt", path / "scheduler.pt", *_rng_states(path)):
+            check_regular(file)
             torch.load(file, map_location="cpu", weights_only=True)
     control = state["stateful_callbacks"]["TrainerControl"]["args"]
     finished = bool(control["should_training_stop"]) or step >= state["max_steps"]
@@ -92,6 +93,7 @@ def _checkpoint(path: Path, step: int, state: dict[str, Any], shapes: Shapes) ->
 def _check_weights(folder: Path, shapes: Shapes) -> None:
     from safetensors import SafetensorError, safe_open
 
+    check_regular(folder / WEIGHTS)
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

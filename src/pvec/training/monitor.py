@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
+from pvec.documents import read_text
 from pvec.errors import InputError
 from pvec.models.load import ModelMetadata
 from pvec.training.config import MonitorPart
@@ -54,9 +55,12 @@ def _prompts(part: MonitorPart, traits: Sequence[str]) -> tuple[str, ...]:
     for entry in part.prompts:
         if entry.endswith(".txt"):
             path = Path(entry).expanduser()
-            if not path.is_file():
-                raise InputError(f"There is no file of probe prompts {entry}.")
-            lines = path.read_text(encoding="utf-8").splitlines()
+            try:
+                lines = read_text(path).splitlines()
+            except FileNotFoundError:
+                raise InputError(
+                    f"There is no file of probe prompts {entry}: check monitor.prompts."
+                ) from None
             prompts += [line.strip() for line in lines if line.strip()]
         else:
             prompts.append(entry)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pvec.backends.processes import Processes
 from pvec.backends.session import Notify, ignore
+from pvec.documents import read_json
 from pvec.runs.files import atomic_write
 from pvec.runs.jsonl import JsonlLog
 from pvec.runs.store import Run
@@ -190,7 +191,7 @@ def _finished(plan: TrainPlan) -> TrainResult | None:
     if not has_adapter(plan.folder / ADAPTER, shapes=plan.adapter.shapes):
         return None
     try:
-        saved = json.loads((plan.folder / RESULT).read_text(encoding="utf-8"))
+        saved = read_json(plan.folder / RESULT, finite=False)
         for name in ("run", "adapter", "merged"):
             saved[name] = Path(saved[name]) if saved[name] else None
         for name in ("steering", "touched", "next"):

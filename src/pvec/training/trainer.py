@@ -24,6 +24,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from pvec.backends.session import Notify, ignore
+from pvec.documents import read_json
 from pvec.steering.proof import LayerProof, prove_steering
 from pvec.training.checkpoints import Checkpoint
 from pvec.training.forward import prove_isolation, score_loss_tokens_only
@@ -246,7 +247,7 @@ def _name_base(adapter: Path, model: str) -> None:
     Only now: peft would look for a base of that name on the hub while it saves.
     """
     path = adapter / "adapter_config.json"
-    written = json.loads(path.read_text(encoding="utf-8"))
+    written = read_json(path)
     written["base_model_name_or_path"] = model
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pvec.errors import InputError
-from pvec.runs.files import atomic_write, probe_writable
+from pvec.runs.files import atomic_write, probe_target
 from pvec.runs.names import safe_name
 from pvec.types import VectorKind
 from pvec.vectors.tensors import load_tensors, plain, split_axis, vector_from
@@ -74,7 +74,7 @@ def output_path(out: Path, *, trait: str) -> Path:
         from pvec.models.gguf_header import require_gguf
 
         require_gguf()
-    probe_writable(out.parent)
+    probe_target(out)
     return out
 
 
