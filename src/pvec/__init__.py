@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from pvec import plot
     from pvec.activations.capture import capture_means
     from pvec.activations.record import Activations, record_activations
     from pvec.backends.hf.backend import HFBackend
@@ -90,6 +91,7 @@ __all__ = [
     "load_trait",
     "load_vector",
     "monitor",
+    "plot",
     "project",
     "record_activations",
     "save_vector",
@@ -100,6 +102,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plot":  # a module, not a name of one
+        return importlib.import_module("pvec.plot")
     if name not in _HOMES:
         raise AttributeError(f"module 'pvec' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

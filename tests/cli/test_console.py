@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pydantic import SecretStr
+from rich.console import Console as RichConsole
 
-from pvec.cli.console import Console, PlainProgress, duration, jsonable, table, with_interval
+from pvec.cli.console import Console, jsonable, table, with_interval
+from pvec.cli.progress import PlainProgress, bars, duration
 from pvec.settings import Settings
 from pvec.types import Progress
 
@@ -97,6 +101,50 @@ def test_plain_progress_of_a_fast_job_is_one_line_a_second_at_most() -> None:
     for done in range(1001):
         progress(Progress(stage="capture", done=done, total=1000))
     assert len(lines) <= 3
+
+
+def test_the_time_left_does_not_count_what_came_before_the_first_part() -> None:
+    lines: list[str] = []
+    clock = iter([0.0, 80.0, 90.0]).__next__  # loading and the first batch take 80 seconds
+    progress = PlainProgress(lines.append, clock=clock)
+    for done in (0, 20, 40):
+        progress(Progress(stage="generate", done=done, total=100, unit="answers"))
+    assert lines[1] == "generate: 20/100 answers", "one batch tells nothing about the speed"
+    assert lines[2] == "generate: 40/100 answers, 2 answers/s, 30s left"
+
+
+def bar_lines(progresses: Sequence[Progress], *, width: int = 80) -> list[str]:
+    """Return what a terminal of ``width`` columns shows when all is done."""
+    stream = io.StringIO()
+    terminal = RichConsole(file=stream, width=width, force_terminal=True, no_color=True)
+    seconds = iter(float(2 * n) for n in range(len(progresses)))
+    with bars(terminal, clock=seconds.__next__) as on_progress:
+        for progress in progresses:
+            on_progress(progress)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\n", stream.getvalue()).split("\n")
+
+
+def test_a_bar_leaves_count_speed_and_time_left_their_place_on_80_columns() -> None:
+    detail = "8,410 tokens/s, 20 at once"
+    running = [
+        Progress(stage="evil: answers", done=done, total=12_000, unit="answers", detail=detail)
+        for done in (0, 20, 1_234)
+    ]
+    shown = bar_lines(running)
+    assert all(len(line.rstrip()) <= 80 for line in shown)
+    last = next(line for line in reversed(shown) if line.strip())
+    assert "1,234/12,000 answers, 607 answers/s, 18s left" in last
+    assert "━" in last
+
+
+def test_a_finished_bar_says_what_was_done() -> None:
+    detail = "8,410 tokens/s, 0 at once"
+    work = [
+        Progress(stage="answers", done=done, total=2_000, unit="answers", detail=detail)
+        for done in (0, 1_000, 2_000)
+    ]
+    last = next(line for line in reversed(bar_lines(work)) if line.strip())
+    assert last.rstrip().endswith("2,000/2,000 answers, 500 answers/s")
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pvec.cli import steer_eval
 from pvec.cli.app import main
+from pvec.cli.console import Console
 from pvec.evaluation import steer_eval as workflow
 from pvec.evaluation.steer_eval import SteerEvalResult
-from pvec.evaluation.summary import ScoredAnswer, summarise
+from pvec.evaluation.summary import Pick, Point, ScoredAnswer, summarise
 from pvec.evaluation.tasks import TaskScore
 from pvec.judges.scoring import JudgeReport
 from pvec.stats import Interval
@@ -195,3 +197,25 @@ def test_increments_are_not_taken_twice(
     )  # fmt: skip
     assert code == 2
     assert "holds the increments already" in capsys.readouterr().err
+
+
+def test_tables_of_a_sweep_fit_80_columns_without_folding(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    wide = Interval(mean=83.0, low=17.6, high=100.0, n=1_000, groups=20)
+    change = Interval(mean=83.0, low=-61.5, high=100.0, n=1_000, groups=20)
+    point = Point(
+        name="evil · layer 24 · coef -1.25", role="steered", vector="evil", layers=(24,),
+        coef=-1.25, operator="add", scores={"evil": wide, "coherence": wide},
+        differences={"evil": change, "coherence": change},
+    )  # fmt: skip
+    pick = Pick(
+        vector="evil", point=point, baseline=point, control=point, prompt=point, held_out=True,
+        questions_for_choice=10, questions_for_reading=10, reason="highest evil",
+    )  # fmt: skip
+    steer_eval._render_pick(Console(), pick, "evil")
+    shown = [line for line in capsys.readouterr().out.splitlines() if "[" in line]
+    assert len(shown) == 4, "a row is one line"
+    assert all(len(line.rstrip()) <= 80 for line in shown)
+    assert all(line.count("]") == 3 for line in shown)

@@ -11,19 +11,15 @@ import json
 import math
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from pvec.types import Progress
+from pvec.cli.progress import OnProgress, PlainProgress, bars
 
 if TYPE_CHECKING:
-    import rich.console
-    from rich.progress import TaskID
     from rich.table import Table
 
-OnProgress = Callable[[Progress], None]
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 
@@ -35,10 +31,6 @@ class Feature(Protocol[Result_co]):
         """Do the work."""
 
 
-PLAIN_SECONDS = 10.0
-"""Least time between two progress lines of a stage when the output is no terminal …"""
-PLAIN_SHARE = 0.1
-"""… unless this share of the work was done since the last one."""
 SILENT_SECONDS = 0.2
 """How long a terminal stays empty before it is told that libraries are loading."""
 
@@ -108,13 +100,12 @@ class Console:
     def progress(self) -> Iterator[OnProgress]:
         """Give a function to hand to a workflow as ``on_progress``.
 
-        Draws one bar per stage with rate and time left on a terminal, plain lines elsewhere,
-        nothing with ``--quiet``.
+        Draws one bar per stage on a terminal, plain lines elsewhere, nothing with ``--quiet``.
         """
         if self.quiet:
             yield lambda _: None
         elif self.err.is_terminal:
-            with _bars(self.err) as on_progress:
+            with bars(self.err) as on_progress:
                 yield on_progress
         else:
             yield PlainProgress(lambda line: self.err.print(line, markup=False, soft_wrap=True))
@@ -160,99 +151,6 @@ def _terminal(*, stderr: bool) -> Any:
     return Terminal(highlight=False, markup=False, emoji=False, stderr=stderr)
 
 
-class PlainProgress:
-    """Progress as lines, few enough for a log file: on a stage's start, end, and in between."""
-
-    def __init__(
-        self, write: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._write = write
-        self._clock = clock
-        self._stage: str | None = None
-        self._started = (0.0, 0)
-        self._last = (0.0, 0)
-
-    def __call__(self, progress: Progress) -> None:
-        """Write a line when enough happened since the last one."""
-        now = self._clock()
-        if progress.stage != self._stage:
-            self._stage = progress.stage
-            self._started = self._last = (now, progress.done)
-            self._write(self._line(progress, now))
-        elif self._due(progress, now):
-            self._last = (now, progress.done)
-            self._write(self._line(progress, now))
-
-    def _due(self, progress: Progress, now: float) -> bool:
-        written_at, written = self._last
-        if progress.total and progress.done >= progress.total:
-            return written < progress.done
-        share = (progress.done - written) / progress.total if progress.total else 0.0
-        waited = now - written_at
-        return waited >= PLAIN_SECONDS or (share >= PLAIN_SHARE and waited >= 1.0)
-
-    def _line(self, progress: Progress, now: float) -> str:
-        total = "" if progress.total is None else f"/{progress.total:,}"
-        text = f"{progress.stage}: {progress.done:,}{total} {progress.unit}"
-        started_at, started = self._started
-        rate = (progress.done - started) / (now - started_at) if now > started_at else 0.0
-        if rate > 0:
-            text += f", {rate:.3g} {progress.unit}/s"
-            if progress.total is not None and progress.done < progress.total:
-                text += f", {duration((progress.total - progress.done) / rate)} left"
-        return f"{text}, {progress.detail}" if progress.detail else text
-
-
-@contextmanager
-def _bars(console: rich.console.Console) -> Iterator[OnProgress]:
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bars
-
-    bars = Bars(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}", style="dim", markup=False),
-        TextColumn("{task.fields[detail]}", style="dim", markup=False),
-        console=console,
-    )
-    tasks: dict[str, TaskID] = {}
-
-    def on_progress(progress: Progress) -> None:
-        if progress.stage not in tasks:
-            tasks[progress.stage] = bars.add_task(
-                progress.stage, total=progress.total, completed=progress.done, rate="", detail=""
-            )
-        task = tasks[progress.stage]
-        bars.update(task, total=progress.total, completed=progress.done, detail=progress.detail)
-        bars.update(task, rate=_rate(bars, task, progress.unit))
-
-    with bars:
-        yield on_progress
-
-
-def _rate(bars: Any, task_id: TaskID, unit: str) -> str:
-    """Return ``12.3 answers/s, 1m 05s left`` of one bar, or nothing while it is too early."""
-    task = bars.tasks[bars.task_ids.index(task_id)]
-    speed = task.finished_speed or task.speed
-    if not speed:
-        return ""
-    left = task.time_remaining
-    text = f"{speed:.3g} {unit}/s"
-    return f"{text}, {duration(left)} left" if left and not task.finished else text
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in words: ``8s``, ``2m 05s``, ``3h 20m``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes}m {rest:02d}s"
-    return f"{minutes // 60}h {minutes % 60:02d}m"
-
-
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None
 ) -> Table:
@@ -285,7 +183,7 @@ def _cell(value: Any) -> _Cell:
     if isinstance(value, int):
         return _Cell(f"{value:,}", isnumber=True)
     if isinstance(value, float):
-        return _Cell(f"{value:.4g}", isnumber=True)
+        return _Cell(f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}", isnumber=True)
     return _Cell(str(value), isnumber=False)
 
 
@@ -293,7 +191,7 @@ def with_interval(mean: float, low: float, high: float, *, digits: int = 1) -> s
     """Return ``71.3 [68.0, 74.1]``, or a dash when there is no mean."""
     if math.isnan(mean):
         return "–"
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{mean:,.{digits}f} [{low:,.{digits}f}, {high:,.{digits}f}]"
 
 
 def emit_json(result: Any) -> None:

@@ -29,7 +29,8 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def interval(value: Interval | Spread, *, digits: int = 1) -> str:
-    """Return ``71.3 [68.0, 74.1]``."""
+    """Return ``71.3 [68.0, 74.1]``; above 100 ``129 [127, 130]``, as a table has 80 columns."""
+    digits = 0 if abs(value.mean) > 100 else digits
     return with_interval(value.mean, value.low, value.high, digits=digits)
 
 

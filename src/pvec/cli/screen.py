@@ -87,12 +87,17 @@ def _render(console: Console, result: ScreenResult) -> None:
             column.score.auc,
             column.score.threshold,
             column.score.above if column.score.threshold is not None else None,
-            None if column.agreement is None else column.agreement.r,
         )
         for column in result.columns
     ]
-    columns = ("vector", "difference [95 %]", "clean set", "AUC", "threshold", "above", "agreement")
+    columns = ("vector", "difference [95 %]", "clean [95 %]", "AUC", "threshold", "above")
     console.print(table(columns, rows))
+    for column in result.columns:
+        if column.agreement is not None:
+            console.print(
+                f"{column.vector} @ {column.layer}: predicted differences agree with generated "
+                f"ones at r {column.agreement.r:.2f} (n = {column.agreement.n:,})",
+            )
     for sample in result.suspicious[:3]:
         console.print(f"line {sample.line}: {_shortened(sample.question)}")
         console.print(f"  training data: {_shortened(sample.response)}")

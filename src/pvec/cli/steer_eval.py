@@ -145,15 +145,15 @@ def _render_pick(console: Console, pick: Pick, trait: str) -> None:
     points: dict[str, Point | None] = {
         "unsteered": pick.baseline,
         "picked": pick.point,
-        "random vector": pick.control,
-        "prompted for": pick.prompt,
+        "random": pick.control,
+        "prompted": pick.prompt,
     }
     rows = [
         (name, *map(interval, point.scores.values()), _signed(point.differences.get(trait)))
         for name, point in points.items()
         if point is not None
     ]
-    console.print(table(("", *pick.point.scores, f"{trait} vs unsteered"), rows))
+    console.print(table(("", *pick.point.scores, "vs unsteered"), rows))
 
 
 def _render_tasks(console: Console, scores: Sequence[TaskScore]) -> None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pvec.cli.console import Console, duration, table
+from pvec.cli.console import Console, table
 from pvec.cli.options import console_from, new_app, options, settings_from
+from pvec.cli.progress import duration
 from pvec.cli.render import render_next
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from pvec.evaluation.tasks import TaskScore, check_tasks, evaluate_tasks
 from pvec.judges.plan import RunPlan, plan_run
 from pvec.judges.prompts import COHERENCE
 from pvec.judges.scoring import JudgeReport, ResponseScorer, score_of
+from pvec.notebook import HtmlResult
 from pvec.runs.names import slug
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
@@ -29,7 +30,7 @@ from pvec.types import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerEvalResult:
+class SteerEvalResult(HtmlResult):
     """What an evaluation made. ``numbers`` is None when nothing was judged (yet).
 
     ``answers`` counts those of this command's conditions, ``generated`` the new ones among them,

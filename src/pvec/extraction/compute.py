@@ -24,6 +24,7 @@ from pvec.extraction.vector import (
 )
 from pvec.models.chat import encode_pair, spans_from_ids
 from pvec.models.reasoning import think_length
+from pvec.notebook import HtmlResult
 from pvec.runs.names import run_name
 from pvec.runs.store import Run
 from pvec.settings import Settings
@@ -47,7 +48,7 @@ class Thinking:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeResult:
+class ComputeResult(HtmlResult):
     """A vector that was computed, and from what.
 
     ``empty`` answers were kept and have no token to average. ``merged`` ones share a token with

@@ -27,6 +27,7 @@ from pvec.extraction.vector import ENOUGH, RunVector, vector_of_run
 from pvec.judges.plan import RunPlan, plan_run
 from pvec.judges.prompts import metrics_of
 from pvec.judges.scoring import JudgeReport, ResponseScorer
+from pvec.notebook import HtmlResult
 from pvec.runs.names import run_name
 from pvec.runs.responses import Json
 from pvec.settings import Settings
@@ -39,7 +40,7 @@ KIND = "extract"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractResult:
+class ExtractResult(HtmlResult):
     """What one trait's extraction made. ``vector`` is None when nothing was judged (yet)."""
 
     trait: str

@@ -23,6 +23,7 @@ from pvec.data.csv_table import write_csv
 from pvec.errors import InputError
 from pvec.judges.prompts import metrics_of
 from pvec.judges.scoring import JudgeReport, ResponseScorer
+from pvec.notebook import HtmlResult
 from pvec.projection.inputs import (
     RunTable,
     Samples,
@@ -76,7 +77,7 @@ class MonitorColumn:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MonitorResult:
+class MonitorResult(HtmlResult):
     """The result of monitoring. ``columns`` is empty when nothing was judged (yet)."""
 
     run: Path

@@ -23,6 +23,7 @@ from pvec.data.conversations import Conversation
 from pvec.data.spans import Counts, TemplateCheck
 from pvec.data.tables import Row, TableWriter
 from pvec.errors import InputError, PvecError, StoreError
+from pvec.notebook import HtmlResult
 from pvec.projection.inputs import Source, is_same_file, open_source
 from pvec.projection.projector import LoadedVectors, Values, open_vectors, projector
 from pvec.runs.files import WriterLock, atomic_write, probe_target
@@ -55,7 +56,7 @@ class ColumnSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectResult:
+class ProjectResult(HtmlResult):
     """What projecting a file did. ``output`` is None when there was nothing to do.
 
     ``kept`` are columns that the file had already; ``resumed`` rows were done by an earlier call;

@@ -20,6 +20,7 @@ from pvec.backends.planned import OnProgress
 from pvec.backends.run_session import RunSession, use_run_date
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
+from pvec.notebook import HtmlResult
 from pvec.projection import base_responses
 from pvec.projection.base_responses import BaseResponses
 from pvec.projection.inputs import (
@@ -85,7 +86,7 @@ class SuspiciousSample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScreenResult:
+class ScreenResult(HtmlResult):
     """The result of screening a file. ``kept`` and ``removed`` are the filtered file and the rest,
     None without a clean reference set.
     """

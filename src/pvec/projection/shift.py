@@ -21,6 +21,7 @@ from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.conversations import Ids
 from pvec.errors import InputError, ModelError
 from pvec.models.adapters import adapted, find_adapter
+from pvec.notebook import HtmlResult
 from pvec.projection.inputs import open_run, open_samples, open_source
 from pvec.projection.projector import LoadedVectors, Projector, open_vectors
 from pvec.runs.listing import list_runs
@@ -62,7 +63,7 @@ class ShiftTrend:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShiftResult:
+class ShiftResult(HtmlResult):
     """What was measured. ``trends`` holds those vectors for which three or more scores exist."""
 
     run: Path

@@ -11,7 +11,7 @@ from pathlib import Path
 from pvec import __version__
 from pvec.errors import InputError
 from pvec.report.figure import Figure, write_figures
-from pvec.report.page import Chapter, render_page
+from pvec.report.page import Chapter, Section, render_page
 from pvec.report.sections import build_chapters
 from pvec.report.sections.common import RunData
 from pvec.runs.files import atomic_write, probe_target
@@ -60,6 +60,13 @@ def run(
         files=tuple(files),
         findings=tuple(chapter.summary for chapter in chapters),
     )
+
+
+def sections_of(paths: Sequence[Path], *, judge: str | None = None) -> list[Section]:
+    """Return what the page of these runs would show. Raises as ``run`` does."""
+    return [
+        section for chapter in build_chapters(_read(paths, judge)) for section in chapter.sections
+    ]
 
 
 def _read(paths: Sequence[Path], judge: str | None) -> list[RunData]:

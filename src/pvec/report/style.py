@@ -115,6 +115,8 @@ def themed(svg: str, *, label: str) -> str:
     root = ET.fromstring(svg)  # noqa: S314 (written by matplotlib)
     for name in ("width", "height"):
         root.attrib.pop(name, None)
+    for title in root.findall(f"{{{_SVG}}}title"):  # it would be shown wherever no mark is
+        root.remove(title)
     root.set("role", "group")
     root.set("aria-label", printable(label))
     return ET.tostring(root, encoding="unicode")

@@ -25,6 +25,14 @@ LOG = "log.jsonl"
 PREFIX = "persona/"
 """Every number of the persona shift in that log begins with this."""
 
+LOW, HIGH = "persona_low/", "persona_high/"
+"""The ends of its 95 % interval over prompts begin with these."""
+
+ANSWERS = "persona_answers.jsonl"
+"""Answers before and after a finetuning, ``question``, ``base`` and ``final``, where it was told to
+generate some.
+"""
+
 HOOKS_ON = f"{PREFIX}hooks_on"
 """Measurements made so far with steering on: always 0, and proof of it."""
 

@@ -7,6 +7,7 @@ adapters or all weights, steered or not.
 # ruff: noqa: ARG002 - the Trainer decides what its callbacks are given
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,8 @@ from pvec.activations.capture import capture_means
 from pvec.errors import InputError, ModelError
 from pvec.models.chat import prompt_ids, spans_from_ids
 from pvec.models.decoder import check_layer, describe_layer, find_decoder
-from pvec.runs.summary import HOOKS_ON, PREFIX
+from pvec.runs.summary import HIGH, HOOKS_ON, LOW, PREFIX
+from pvec.stats import grouped_mean
 from pvec.steering.hooks import unsteered
 from pvec.types import TokenSpans
 from pvec.vectors.projection import project
@@ -32,7 +34,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BASE = "persona_base/"
-"""Where the first line of a Trainer's log keeps the projections before training."""
+"""Where the first line of a Trainer's log keeps the projections before training …"""
+BASE_PROMPTS = "persona_base_prompts/"
+"""… those of each prompt …"""
+BASE_ANSWERS = "persona_base_answers"
+"""… and the answers, where some are generated."""
+Rows = dict[str, "NDArray[np.float64]"]
+"""Per vector, the projections of each prompt ``[P]``; NaN where an answer was empty."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,8 +68,9 @@ class PersonaShiftCallback(TrainerCallback):
     one, else the model at the first step; a resumed run keeps the value it began with.
 
     Measured at the first and the last step and every ``every`` steps; logged beside the loss as
-    ``persona/NAME``. ``generate`` > 0 also projects greedy answers of so many tokens
-    (``persona/NAME_response``, the mean over their tokens, as a shift too). Steering made with
+    ``persona/NAME``, with its 95 % interval over prompts. ``generate`` > 0 also projects greedy
+    answers of so many tokens (``persona/NAME_response``, the mean over their tokens, as a shift
+    too) and keeps the first and the last ones (``answers``). Steering made with
     pvec is off while it measures: ``persona/hooks_on`` counts measurements where it was not, and
     any is an error.
 
@@ -100,6 +109,10 @@ class PersonaShiftCallback(TrainerCallback):
         self._tokenizer = tokenizer
         self._prompts = [prompt_ids(tokenizer, _chat(prompt)) for prompt in prompts]
         self._base: dict[str, float] = {}
+        self._base_rows: Rows = {}
+        self._base_answers: list[str] = []
+        self._last_answers: list[str] = []
+        self._questions = [chat[-1]["content"] for chat in map(_chat, prompts)]
         self._hooks_on = 0
         self._pending: dict[str, float] = {}
         self._alarmed: set[str] = set()
@@ -129,10 +142,17 @@ class PersonaShiftCallback(TrainerCallback):
         """Check the vectors against the model and measure it as it was before training."""
         model: nn.Module = kwargs["model"]
         self._check(model)
-        self._base = self._known_base(state) or self._measure_base(model)
+        self._base = self._known_base(state)
+        if not self._base:
+            self._base_rows = self._measure_base(model)
+            self._base = {name: _mean(rows) for name, rows in self._base_rows.items()}
+            self._base_answers = self._last_answers
         if state.global_step == 0:
-            self._note(0, self.measure(model), control)
-            base = {f"{BASE}{name}": value for name, value in self._base.items()}
+            self._note(0, self._measure(model), control)
+            # What a Trainer's log holds is typed as numbers; it is written as JSON.
+            base: dict[str, Any] = {f"{BASE}{name}": value for name, value in self._base.items()}
+            base |= {f"{BASE_PROMPTS}{k}": _known(rows) for k, rows in self._base_rows.items()}
+            base |= {BASE_ANSWERS: self._base_answers} if self._base_answers else {}
             state.log_history.append({"step": 0, **self._pending, **base})
             self._pending = {}
 
@@ -146,7 +166,7 @@ class PersonaShiftCallback(TrainerCallback):
         """Measure when it is time."""
         last = state.global_step >= state.max_steps
         if state.global_step % self.every == 0 or last:
-            self._note(state.global_step, self.measure(kwargs["model"]), control)
+            self._note(state.global_step, self._measure(kwargs["model"]), control)
 
     def on_log(
         self,
@@ -172,17 +192,24 @@ class PersonaShiftCallback(TrainerCallback):
         names += [f"{name}_response" for name in names] if self.generate else []
         for entry in state.log_history:
             if all(f"{BASE}{name}" in entry for name in names):
-                return {name: float(entry[f"{BASE}{name}"]) for name in names}
+                kept: Mapping[str, Any] = entry  # an older pvec logged the means only
+                self._base_answers = list(kept.get(BASE_ANSWERS, []))
+                self._base_rows = {
+                    name: np.array(kept[f"{BASE_PROMPTS}{name}"], dtype=np.float64)
+                    for name in names
+                    if f"{BASE_PROMPTS}{name}" in kept
+                }
+                return {name: float(kept[f"{BASE}{name}"]) for name in names}
         return {}
 
     def _note(
         self,
         step: int,
-        values: dict[str, float],
+        values: Rows,
         control: TrainerControl,
     ) -> None:
-        shifts = {f"{PREFIX}{name}": value - self._base[name] for name, value in values.items()}
-        self._pending = {**shifts, HOOKS_ON: float(self._hooks_on)}
+        shifts = {f"{PREFIX}{n}": _mean(rows) - self._base[n] for n, rows in values.items()}
+        self._pending = {**shifts, **self._intervals(values), HOOKS_ON: float(self._hooks_on)}
         self.history.append({"step": float(step), **self._pending})
         control.should_log = control.should_log or step > 0
         self._sound_alarm(step, shifts, control)
@@ -211,15 +238,37 @@ class PersonaShiftCallback(TrainerCallback):
                     f"{decoder.hidden_size} wide: use a vector that was extracted from it."
                 )
 
-    def _measure_base(self, model: nn.Module) -> dict[str, float]:
+    def _intervals(self, values: Rows) -> dict[str, float]:
+        """Return the ends of the shifts' intervals over prompts, those that are known."""
+        ends: dict[str, float] = {}
+        for name, rows in values.items():
+            if name in self._base_rows:
+                moved = grouped_mean(rows - self._base_rows[name], groups=range(len(rows)))
+                ends |= {f"{LOW}{name}": moved.low, f"{HIGH}{name}": moved.high}
+        return {name: end for name, end in ends.items() if math.isfinite(end)}
+
+    @property
+    def answers(self) -> tuple[dict[str, str], ...]:
+        """The answers before training and at the last measurement, with their questions."""
+        return tuple(
+            {"question": question, "base": base, "final": final}
+            for question, base, final in zip(
+                self._questions, self._base_answers, self._last_answers, strict=False
+            )
+        )
+
+    def _measure_base(self, model: nn.Module) -> Rows:
         disable = getattr(model, "disable_adapter", None)
         if disable is None:
-            return self.measure(model)
+            return self._measure(model)
         with disable():
-            return self.measure(model)
+            return self._measure(model)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Return the mean projections of the model as it is, steering off."""
+        return {name: _mean(rows) for name, rows in self._measure(model).items()}
+
+    def _measure(self, model: nn.Module) -> Rows:
         started = time.perf_counter()
         training = model.training
         model.eval()
@@ -243,15 +292,15 @@ class PersonaShiftCallback(TrainerCallback):
 
     def _project(
         self, model: nn.Module, span: Literal["prompt_last", "response"], rows: list[TokenSpans]
-    ) -> dict[str, float]:
+    ) -> Rows:
         layers = sorted({probe.layer for probe in self.probes})
         means = [
             row.means[span]  # [L, H]
             for row in capture_means(model, rows, layers=layers, share_prompts=False)
         ]
-        centre = np.nanmean(np.stack(means).astype(np.float64), axis=0)  # [L, H]
+        each = np.stack(means).astype(np.float64)  # [P, L, H]
         return {
-            probe.name: float(project(centre[layers.index(probe.layer)], probe.vector))
+            probe.name: np.asarray(project(each[:, layers.index(probe.layer)], probe.vector))
             for probe in self.probes
         }
 
@@ -273,18 +322,29 @@ class PersonaShiftCallback(TrainerCallback):
         )
         special = set(tokenizer.all_special_ids)
         answers = []
+        self._last_answers = []
         for number, (prompt, row) in enumerate(zip(self._prompts, output.tolist(), strict=True)):
             answer_ids = []
             for token in row[width:]:
                 if token in special:
                     break
                 answer_ids.append(token)
+            self._last_answers.append(str(tokenizer.decode(answer_ids)))
             answers.append(spans_from_ids(str(number), prompt_ids=prompt, answer_ids=answer_ids))
         return answers
 
 
 def _chat(prompt: str | Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _mean(rows: NDArray[np.float64]) -> float:
+    return float(np.nanmean(rows))
+
+
+def _known(rows: NDArray[np.float64]) -> list[float | None]:
+    """Return numbers as JSON can hold them."""
+    return [None if math.isnan(value) else value for value in rows.tolist()]
 
 
 def _warn(text: str) -> None:

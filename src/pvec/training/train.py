@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 from pvec.backends.processes import Processes
 from pvec.backends.session import Notify, ignore
 from pvec.documents import read_json
+from pvec.notebook import HtmlResult
 from pvec.runs.files import atomic_write
-from pvec.runs.jsonl import JsonlLog
+from pvec.runs.jsonl import JsonlLog, encode_line
 from pvec.runs.store import Run
-from pvec.runs.summary import HOOKS_ON, LOG, PREFIX
+from pvec.runs.summary import ANSWERS, HOOKS_ON, LOG, PREFIX
 from pvec.training.configfile import load_config
 from pvec.types import Progress
 
@@ -36,7 +37,7 @@ ADAPTER = "adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainResult:
+class TrainResult(HtmlResult):
     """The outcome of a finetuning: losses per token, and the shifts of the last measurement."""
 
     run: Path
@@ -164,6 +165,9 @@ def _train(
     if store is not None:
         with atomic_write(plan.folder / RESULT, mode="w") as stream:
             stream.write(json.dumps(_jsonable(result), indent=2) + "\n")
+        if plan.shift is not None and plan.shift.answers:
+            with atomic_write(plan.folder / ANSWERS) as stream:
+                stream.writelines(map(encode_line, plan.shift.answers))
         store.end_session(timings={"train": round(seconds, 3)})
     return result
 
