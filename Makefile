@@ -80,10 +80,10 @@ paper: $(STAMP) ## Replay the paper's findings on the bundled model, in one repo
 	$(OFFLINE) $(BIN)/python -m examples.paper $(PAPER)
 
 test: $(STAMP) ## Run the tests that take seconds
-	$(PYTEST) -n $(JOBS) -m 'not slow and not vllm and not fuzz'
+	$(PYTEST) -n $(JOBS) -m 'not slow and not vllm and not fuzz and not browser'
 
 test-slow: $(STAMP) ## Run the tests that take minutes
-	$(PYTEST) -n $(JOBS) --dist loadfile -m 'slow and not vllm'
+	$(PYTEST) -n $(JOBS) --dist loadfile -m 'slow and not vllm and not browser'
 
 # FUZZ_SEED=1 draws other inputs, FUZZ_SCALE=4 four times as many.
 .PHONY: test-fuzz
@@ -92,7 +92,7 @@ test-fuzz: $(STAMP) ## Give damaged files, settings and options to every command
 
 .PHONY: coverage
 coverage: $(STAMP) ## Run all tests but vLLM's and report the coverage in build/coverage
-	$(PYTEST) -m 'not vllm' --cov=pvec --cov-report=term:skip-covered \
+	$(PYTEST) -m 'not vllm and not browser' --cov=pvec --cov-report=term:skip-covered \
 	  --cov-report=html:build/coverage
 
 # vLLM pins its own torch build, so its tests live in an environment of their own. The CPU packaging
@@ -114,6 +114,31 @@ $(VLLM_STAMP): pyproject.toml constraints.txt
 test-vllm: $(VLLM_STAMP) ## Run the tests of the vLLM backend in a vLLM of their own
 	$(OFFLINE) OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false VLLM_ENABLE_V1_MULTIPROCESSING=0 \
 	  $(VLLM_VENV)/bin/python -m pytest tests/vllm_backend
+
+# The report's pages in a headless Chromium, which is the system's (Playwright's own would have to
+# be downloaded). Where there is none, a root user of Debian or Ubuntu gets its package; anybody else
+# is told, and CI fails.
+BROWSER_VENV  ?= .venv-browser
+BROWSER_STAMP := $(BROWSER_VENV)/.pvec-installed
+BROWSER_PAGES := build/browser-pages
+FIND_CHROMIUM := command -v chromium || command -v chromium-browser || command -v chrome
+
+$(BROWSER_STAMP): constraints.txt
+	test -x $(BROWSER_VENV)/bin/python || $(PYTHON) -m venv $(BROWSER_VENV)
+	$(BROWSER_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(BROWSER_VENV)/bin/python -m pip install --quiet -c constraints.txt \
+	  playwright axe-playwright-python pytest pytest-timeout
+	@touch $@
+
+.PHONY: test-browser
+test-browser: $(STAMP) $(BROWSER_STAMP) ## Open the report's pages in a headless Chromium and use them
+	@$(FIND_CHROMIUM) >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } || true
+	@if ! { $(FIND_CHROMIUM); } >/dev/null; then echo "test-browser needs Chromium: install it \
+	(apt-get install chromium) and run this again" >&2; exit 2; fi
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tests/browser/make_pages.py $(BROWSER_PAGES)
+	PVEC_BROWSER_PAGES=$(BROWSER_PAGES) $(BROWSER_VENV)/bin/python -m pytest \
+	  --confcutdir tests/browser tests/browser
 
 check: format-check lint types contracts docs-check test ## Everything that must hold before a push
 

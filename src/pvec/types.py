@@ -149,13 +149,14 @@ def _as_row(vector: Any) -> np.ndarray:
 class OutputOptions:
     """Where results go and what may be replaced: ``out`` is a file or run folder, ``in_place``
     replaces the input; ``overwrite`` replaces columns and files that exist; ``skip_bad`` leaves out
-    rows that cannot be read.
+    rows that cannot be read; ``tokens`` also writes the projections of every token.
     """
 
     out: Path | None = None
     in_place: bool = False
     overwrite: bool = False
     skip_bad: bool = False
+    tokens: bool = False
 
 
 DEFAULT_OUTPUT = OutputOptions()
@@ -218,12 +219,15 @@ class SpanMeans:
 
     ``means[span]`` is float32 ``[len(layers), hidden_size]``; ``norms[span]`` is the mean over the
     span's tokens of the residual norm, float32 ``[len(layers)]``. Rows follow ``layers``.
+    ``along`` holds the projection of each of the response's tokens on the directions that were
+    asked for, float32 ``[tokens, len(layers), directions]``.
     """
 
     id: str
     layers: tuple[int, ...]
     means: Mapping[SpanName, np.ndarray]
     norms: Mapping[SpanName, np.ndarray]
+    along: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

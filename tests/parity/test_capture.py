@@ -12,7 +12,13 @@ from transformers import PreTrainedModel
 
 from pvec.activations.capture import capture_means
 from pvec.types import SpanMeans, SpanName, TokenSpans
-from tests.helpers.models import ARCHITECTURES, NUM_LAYERS, SLIDING_WINDOW, tiny_model
+from tests.helpers.models import (
+    ARCHITECTURES,
+    HIDDEN_SIZE,
+    NUM_LAYERS,
+    SLIDING_WINDOW,
+    tiny_model,
+)
 
 TOLERANCE = 1e-5
 
@@ -141,3 +147,31 @@ def test_chosen_layers_are_the_rows_of_all_layers(model: PreTrainedModel) -> Non
                 np.testing.assert_allclose(
                     means, everything[row.id].means[span][layers], rtol=1e-5, atol=1e-5
                 )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_tokens_are_projected_as_transformers_has_them(name: str) -> None:
+    """Each response token at once, whatever the batch, with and without a shared prompt."""
+    model = tiny_model(name)
+    layers, rng = (0, 2, NUM_LAYERS), np.random.default_rng(4)
+    directions = rng.normal(size=(len(layers), 2, HIDDEN_SIZE))
+    sequences = {s.id: s for s in [*rollouts(), spans_of("empty", (5, 6, 7), ())]}
+    for share in (True, False):
+        captured = capture_means(
+            model,
+            sequences.values(),
+            layers=layers,
+            token_budget=150,
+            share_prompts=share,
+            directions=directions,
+        )
+        for row in captured:
+            states = transformers_hidden_states(model, sequences[row.id])[list(layers)].numpy()
+            start, stop = sequences[row.id].spans["response"]
+            expected = np.einsum("lth,lvh->tlv", states[:, start:stop], directions)
+            assert row.along is not None
+            assert row.along.shape == expected.shape
+            np.testing.assert_allclose(row.along, expected, rtol=1e-4, atol=2e-4)
+            if stop > start:
+                means = np.einsum("lh,lvh->lv", row.means["response"], directions)
+                np.testing.assert_allclose(row.along.mean(axis=0), means, rtol=1e-4, atol=2e-5)

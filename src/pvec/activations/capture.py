@@ -58,6 +58,7 @@ def capture_means(
     token_budget: int | None = None,
     share_prompts: bool = True,
     on_retry: OnRetry | None = None,
+    directions: np.ndarray | None = None,
 ) -> Iterator[SpanMeans]:
     """Yield the mean activation and mean residual norm of every span of every sequence.
 
@@ -65,6 +66,8 @@ def capture_means(
     the final norm. Sequences may be a stream of any length, come back in any order, and may carry
     steering. ``token_budget`` bounds the padded tokens of a forward; when memory runs out it is
     halved and ``on_retry`` is told. The same set of sequences gives bit-identical results.
+    ``directions`` ``[len(layers), directions, H]`` are unit vectors on which every token of the
+    ``response`` is projected inside the hooks (``SpanMeans.along``).
 
     Raises ``ModelError`` for a layer the model lacks, for a sequence too long for it, or when even
     a single sequence does not fit into memory; ``InputError`` for a span outside its sequence.
@@ -87,6 +90,7 @@ def capture_means(
         token_budget=token_budget or default_token_budget(decoder.device),
         share_prompts=share_prompts,
         on_retry=on_retry,
+        directions=directions,
     )
     return runner.run(sequences)
 
@@ -111,6 +115,7 @@ class CaptureRunner:
         token_budget: int,
         share_prompts: bool,
         on_retry: OnRetry | None,
+        directions: np.ndarray | None = None,
     ) -> None:
         self._decoder = decoder
         self._layers = layers
@@ -118,6 +123,10 @@ class CaptureRunner:
         self._share = share_prompts and decoder.keys_and_values_only
         self._on_retry = on_retry
         self._names: tuple[SpanName, ...] = _SPANS
+        self._units: dict[int, torch.Tensor] = {}
+        if directions is not None:
+            units = torch.from_numpy(np.asarray(directions, dtype=np.float32)).to(decoder.device)
+            self._units = dict(zip(layers, units, strict=True))
 
     def run(self, sequences: Iterable[TokenSpans]) -> Iterator[SpanMeans]:
         """Yield results one batch behind the device, so that it never waits for copy or caller."""
@@ -235,7 +244,8 @@ class CaptureRunner:
             chunk + (row.token_ids[-1],) * (width - len(chunk))
             for row, chunk in zip(rows, chunks, strict=True)
         ]
-        reducer = Reducer(self._layers, self._weights(rows, start=start, width=width))
+        weights = self._weights(rows, start=start, width=width)
+        reducer = Reducer(self._layers, weights, self._units)
         steerer = self._steerer(rows, lengths=[len(p) for p in chunks], start=start)
         if steerer is None:
             reducer.stop_at = max(self._layers)

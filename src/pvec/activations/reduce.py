@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,27 +24,43 @@ class Sums:
     """Parts of span means of a batch: ``means`` ``[B, S, L, H]`` and ``norms`` ``[B, S, L]``.
 
     A span's part in one forward is its tokens' sum there over the *whole* span's token count, so
-    parts from prompt and answer add up to the mean.
+    parts from prompt and answer add up to the mean. ``along`` ``[B, T, L, V]`` holds every token's
+    projections, where they are wanted.
     """
 
     means: torch.Tensor
     norms: torch.Tensor
+    along: torch.Tensor | None = None
 
     def of_rows(self, rows: torch.Tensor) -> Sums:
         """Return the parts of rows chosen by number, repeats allowed."""
-        return Sums(self.means[rows], self.norms[rows])
+        along = None if self.along is None else self.along[rows]
+        return Sums(self.means[rows], self.norms[rows], along)
 
     def plus(self, other: Sums) -> Sums:
-        """Return the sum of two parts of the same rows."""
-        return Sums(self.means + other.means, self.norms + other.norms)
+        """Return the sum of two parts of the same rows; the tokens of ``other`` follow."""
+        along = None
+        if self.along is not None and other.along is not None:
+            along = torch.cat([self.along, other.along], dim=1)
+        return Sums(self.means + other.means, self.norms + other.norms, along)
 
 
 class Reducer:
-    """The hooks of one forward: each reduces its layer to span means at once."""
+    """The hooks of one forward: each reduces its layer to span means at once.
 
-    def __init__(self, layers: tuple[int, ...], weights: torch.Tensor) -> None:
+    ``units`` are directions by layer, ``[V, H]`` each, on which every token is projected too.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[int, ...],
+        weights: torch.Tensor,
+        units: Mapping[int, torch.Tensor] | None = None,
+    ) -> None:
         self.stop_at: int | None = None
         self._layers = layers
+        self._units = units or {}
+        self._along: dict[int, torch.Tensor] = {}
         self._weights = {weights.device: weights}  # [B, S, T], copied once to each other device
         self._means: dict[int, torch.Tensor] = {}
         self._norms: dict[int, torch.Tensor] = {}
@@ -70,7 +86,10 @@ class Reducer:
             self._weights[hidden.device] = first.to(hidden.device)
         weights = self._weights[hidden.device]
         norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)  # [B, T]
-        self._means[layer] = torch.bmm(weights, hidden.float())  # [B, S, H]
+        wide = hidden.float()
+        self._means[layer] = torch.bmm(weights, wide)  # [B, S, H]
+        if layer in self._units:
+            self._along[layer] = wide @ self._units[layer].to(wide.device).T  # [B, T, V]
         self._norms[layer] = torch.bmm(weights, norms[..., None])[..., 0]  # [B, S]
         if layer == self.stop_at:
             raise DoneError
@@ -79,7 +98,12 @@ class Reducer:
         """Return every layer's part, on one device, in the order of the requested layers."""
         means = [self._means[layer].to(device) for layer in self._layers]
         norms = [self._norms[layer].to(device) for layer in self._layers]
-        return Sums(torch.stack(means, dim=2), torch.stack(norms, dim=2))
+        along = [self._along[layer].to(device) for layer in self._layers] if self._along else None
+        return Sums(
+            torch.stack(means, dim=2),
+            torch.stack(norms, dim=2),
+            None if along is None else torch.stack(along, dim=2),
+        )
 
 
 class PendingCopy:
@@ -90,6 +114,7 @@ class PendingCopy:
         self._names = names
         self._means = _to_host(sums.means)
         self._norms = _to_host(sums.norms)
+        self._along = None if sums.along is None else _to_host(sums.along)
         self._copied: torch.Event | None = None
         if sums.means.is_cuda:
             self._copied = torch.Event(sums.means.device)
@@ -100,6 +125,7 @@ class PendingCopy:
         if self._copied is not None:
             self._copied.synchronize()
         means, norms = self._means.numpy(), self._norms.numpy()  # [B, S, L, H], [B, S, L]
+        along = None if self._along is None else self._along.numpy()  # [B, T, L, V]
         for b, row in enumerate(self._rows):
             places = [(s, name) for s, name in enumerate(self._names) if name in row.spans]
             empty = {name for _, name in places if row.spans[name][0] == row.spans[name][1]}
@@ -108,6 +134,7 @@ class PendingCopy:
                 layers=layers,
                 means={n: _or_missing(means[b, s], missing=n in empty) for s, n in places},
                 norms={n: _or_missing(norms[b, s], missing=n in empty) for s, n in places},
+                along=None if along is None else along[b, slice(*row.spans["response"])].copy(),
             )
 
 

@@ -96,9 +96,17 @@ class Backend(Closing):
 
     @abstractmethod
     def capture(
-        self, sequences: Iterable[TokenSpans], *, layers: Sequence[int] | None = None
+        self,
+        sequences: Iterable[TokenSpans],
+        *,
+        layers: Sequence[int] | None = None,
+        directions: np.ndarray | None = None,
     ) -> Iterator[SpanMeans]:
-        """Yield the span means of each sequence for ``layers`` (default: all, 0 … num_layers)."""
+        """Yield the span means of each sequence for ``layers`` (default: all, 0 … num_layers).
+
+        With ``directions`` (unit vectors ``[layers, directions, H]``) also the projections of every
+        response token; only transformers can, other backends raise ``InputError``.
+        """
 
     @abstractmethod
     def continuation_logprobs(

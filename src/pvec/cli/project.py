@@ -39,6 +39,12 @@ InPlace = Annotated[bool, typer.Option("--in-place", help="Replace the input by 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace columns and files that exist.")
 ]
+Tokens = Annotated[
+    bool,
+    typer.Option(
+        "--tokens", help="Also write every token's projection, which `pvec report` shows."
+    ),
+]
 
 
 @app.command()
@@ -57,6 +63,7 @@ def project(
     in_place: InPlace = False,
     overwrite: Overwrite = False,
     skip_bad: SkipBad = False,
+    tokens: Tokens = False,
 ) -> None:
     """Project the rows of a file on vectors.
 
@@ -68,7 +75,9 @@ def project(
         raise InputError(f"One file at a time: {len(inputs)} were given.")
     (file,) = inputs
     settings, console = settings_from(ctx), console_from(ctx)
-    output = OutputOptions(out=out, in_place=in_place, overwrite=overwrite, skip_bad=skip_bad)
+    output = OutputOptions(
+        out=out, in_place=in_place, overwrite=overwrite, skip_bad=skip_bad, tokens=tokens
+    )
     if settings.project.scale_out == "ray":
         from pvec.projection import ray
 
@@ -105,6 +114,9 @@ def _render(console: Console, result: ProjectResult) -> None:
     rows = [(c.column, c.mean, c.deviation, c.n, c.missing) for c in result.columns]
     console.print(table(("column", "mean", "sd", "n", "missing"), rows))
     console.print(f"output: {result.output}")
+    if result.tokens is not None:
+        console.print(f"tokens: {result.tokens}")
+        console.print(f"next:   pvec report {result.tokens}")
 
 
 def _render_ray(console: Console, result: RayResult) -> None:

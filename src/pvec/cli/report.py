@@ -28,6 +28,12 @@ JudgeName = Annotated[
     str | None,
     typer.Option("--judge", metavar="NAME", help="Whose scores count, if several judges scored."),
 ]
+Beside = Annotated[
+    bool,
+    typer.Option(
+        "--beside", help="Put tokens into files beside the page, so that all answers open."
+    ),
+]
 
 
 @app.command()
@@ -39,15 +45,17 @@ def report(
     svg: Svg = False,
     png: Png = False,
     judge: JudgeName = None,
+    beside: Beside = False,
 ) -> None:
     """Write a self-contained HTML report of one or more runs.
 
     The page needs no network. The numbers behind every figure are written beside it as CSV.
+    A folder of `pvec project --tokens` is shown token by token.
     """
     from pvec.report import report as workflow
 
     formats = [name for name, requested in (("svg", svg), ("png", png)) if requested]
-    result = workflow.run(runs, out=out, formats=formats, judge=judge)
+    result = workflow.run(runs, out=out, formats=formats, judge=judge, beside=beside)
     console_from(ctx).emit(result, _render)
 
 
@@ -58,3 +66,6 @@ def _render(console: Console, result: ReportResult) -> None:
     if result.files:
         folder = result.files[0].parent
         console.print(f"figures: {len(result.files)} files in {folder}")
+    if result.parts:
+        folder = result.parts[0].parent
+        console.print(f"tokens:  {len(result.parts)} files in {folder}")

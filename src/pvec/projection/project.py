@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
@@ -26,6 +26,12 @@ from pvec.errors import InputError, PvecError, StoreError
 from pvec.notebook import HtmlResult
 from pvec.projection.inputs import Source, is_same_file, open_source
 from pvec.projection.projector import LoadedVectors, Values, open_vectors, projector
+from pvec.projection.token_output import (
+    TokenOutput,
+    open_token_output,
+    token_folder,
+    token_settings,
+)
 from pvec.runs.files import WriterLock, atomic_write, probe_target
 from pvec.runs.jsonl import JsonlLog, read_jsonl
 from pvec.runs.names import model_label
@@ -60,7 +66,7 @@ class ProjectResult(HtmlResult):
     """What projecting a file did. ``output`` is None when there was nothing to do.
 
     ``kept`` are columns that the file had already; ``resumed`` rows were done by an earlier call;
-    ``left_out`` rows could not be read.
+    ``left_out`` rows could not be read. ``tokens`` is the folder of single tokens, if any.
     """
 
     input: Path
@@ -72,6 +78,7 @@ class ProjectResult(HtmlResult):
     counts: Counts = field(default_factory=Counts)
     resumed: int = 0
     left_out: int = 0
+    tokens: Path | None = None
 
 
 def run(
@@ -90,6 +97,8 @@ def run(
     """
     source = open_source(path, settings.project)
     target = _target(source, output)
+    if output.tokens:
+        settings = token_settings(settings, notify=notify)
     with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
         loaded = open_vectors(session, vectors)
         columns = loaded.plan_of(*settings.project.types).columns(model=model_name(session))
@@ -111,7 +120,7 @@ def run(
             kept=tuple(name for name in columns if name in there),
             left_out=len(bad),
         )
-        if there.issuperset(columns):
+        if there.issuperset(columns) and not output.tokens:
             return result
         _require_free(target, output)
         job = _Job(source, target, session, loaded, output)
@@ -146,6 +155,7 @@ class _Job:
         self.counts = Counts()
         self.resumed = 0
         self.left_out = 0
+        self.tokens: TokenOutput | None = None
 
     def run(self, folder: Path, result: ProjectResult) -> ProjectResult:
         """Project what the log in ``folder`` does not hold yet, and write the output."""
@@ -153,7 +163,11 @@ class _Job:
         path = folder / "chunks.jsonl"
         self._check_log(path, stamp)
         sums = _Sums(len(self.columns))
-        with JsonlLog(path) as log, atomic_write(self.target, aside=folder) as stream:
+        with ExitStack() as stack:
+            log = stack.enter_context(JsonlLog(path))
+            stream = stack.enter_context(atomic_write(self.target, aside=folder))
+            if self.output.tokens:
+                self.tokens = stack.enter_context(self._token_output(folder / "tokens"))
             if next(read_jsonl(path), None) is None:
                 log.append({"input": stamp, "identity": self._identity()})
             with self._writer(stream, result.kept) as writer:
@@ -175,6 +189,16 @@ class _Job:
             resumed=self.resumed,
             rows=result.rows - self.left_out,
             left_out=result.left_out + self.left_out,
+            tokens=token_folder(self.target) if self.output.tokens else None,
+        )
+
+    def _token_output(self, folder: Path) -> AbstractContextManager[TokenOutput]:
+        return open_token_output(
+            folder,
+            self.session,
+            self.loaded,
+            path=self.source.path,
+            target=token_folder(self.target),
         )
 
     def _check_log(self, log: Path, stamp: Sequence[str | int]) -> None:
@@ -191,17 +215,18 @@ class _Job:
 
     def _chunks(self, log: JsonlLog, *, total: int) -> Iterator[Chunk]:
         """Yield the file in chunks with their projections: from the log, then computed."""
-        rows = self.source.rows()
+        rows, chunks = self.source.rows(), count()
         for _, record in islice(read_jsonl(log.path), 1, None):
             self.counts += Counts(**record["counts"])
             self.resumed += len(record["rows"])
             refused = {int(number): reason for number, reason in record["refused"].items()}
+            next(chunks)
             yield list(islice(rows, len(record["rows"]))), record["rows"], refused
         if self.resumed == total:
             return
         if self.resumed:
             self.session.notify(f"{self.resumed:,} of {total:,} rows were done before")
-        project = projector(self.session, self.plan)
+        project = projector(self.session, self.plan, tokens=self.tokens is not None)
         done = self.resumed
         report = _reporter(self.session.on_progress, stage="projecting", total=total)
         report(done)
@@ -210,6 +235,8 @@ class _Job:
                 [conversation for _, conversation in chunk],
                 on_done=lambda n, done=done: report(min(done + n, total)),  # type: ignore[misc]
             )
+            if self.tokens is not None:
+                self.tokens.write(next(chunks), chunk, projections.tokens)
             log.append(
                 {
                     "rows": projections.rows,
@@ -255,6 +282,7 @@ class _Job:
                 "columns": list(self.columns),
                 "thinking": self.session.thinking,
                 "skip_bad": self.output.skip_bad,
+                **({"tokens": True} if self.output.tokens else {}),
                 **project,
             }
         )
@@ -335,6 +363,9 @@ def _target(source: Source, output: OutputOptions) -> Path:
 def _require_free(target: Path, output: OutputOptions) -> None:
     """Raise ``InputError`` or ``StoreError`` where the output cannot be written."""
     probe_target(target)
+    tokens = token_folder(target)
+    if output.tokens and tokens.exists() and not output.overwrite:
+        raise InputError(f"{tokens} is there already: give --overwrite to replace it.")
     if target.exists() and not (output.in_place or output.overwrite):
         raise InputError(
             f"{target} is there already: give --overwrite to replace it, --out for another place, "

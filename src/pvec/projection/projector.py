@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -47,12 +47,14 @@ class Suggest(Protocol):
 class Projections:
     """Projections of several conversations: ``rows[i]`` holds one tuple per turn that counts.
 
-    ``refused`` says of the rows that have none what the chat template has against them.
+    ``refused`` says of the rows that have none what the chat template has against them. ``tokens``
+    holds the answers' single tokens by row and turn, where they were wanted.
     """
 
     rows: list[list[Values]]
     counts: Counts
     refused: dict[int, str]
+    tokens: list[AnswerTokens] = field(default_factory=list)
 
     def require_all(self) -> list[list[Values]]:
         """Return the rows. Raises ``InputError`` that names the first one that was refused."""
@@ -85,11 +87,22 @@ class LoadedVectors:
         return {name: vector.fingerprint for name, vector in self.vectors.items()}
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AnswerTokens:
+    """One answer, token by token: ``values`` is float32 ``[tokens, vectors * layers]``."""
+
+    row: int
+    turn: int
+    token_ids: tuple[int, ...]
+    values: np.ndarray
+
+
 class Projector:
     """Projects conversations on the vectors of a plan; one forward pass serves all of it.
 
     ``limit`` is the number of tokens the model reads (None: any); longer rows lose the beginning
-    of their prompt, which is counted.
+    of their prompt, which is counted. With ``tokens`` the same pass keeps the projections of every
+    token of the answers.
     """
 
     def __init__(
@@ -101,8 +114,12 @@ class Projector:
         turns: Turns = "last",
         thinking: bool = False,
         limit: int | None = None,
+        tokens: bool = False,
     ) -> None:
         self.plan = plan
+        self._directions = plan.units if tokens else None
+        self._columns = plan.units.shape[0] * plan.units.shape[1]
+        self._tokens: list[AnswerTokens] = []
         self._backend = backend
         self._pooled = turns == "all"
         self._spans = SpanMaker(
@@ -114,6 +131,7 @@ class Projector:
     ) -> Projections:
         """Return the projections of every conversation; ``on_done`` hears of finished sequences."""
         located = self._spans(conversations)
+        self._tokens = []
         values: dict[str, Values] = {}
         for identity, row in self._values(located.rows):
             values[identity] = row
@@ -123,14 +141,21 @@ class Projector:
             [values.get(f"{number}:{turn}", empty) for turn in range(self._turns(spans))]
             for number, spans in enumerate(located.rows)
         ]
-        return Projections(rows=rows, counts=located.counts, refused=located.refused)
+        self._tokens.sort(key=lambda answer: (answer.row, answer.turn))
+        return Projections(
+            rows=rows, counts=located.counts, refused=located.refused, tokens=self._tokens
+        )
 
     def _turns(self, spans: Sequence[TokenSpans]) -> int:
         return min(len(spans), 1) if self._pooled else len(spans)
 
     def _values(self, rows: Sequence[Sequence[TokenSpans]]) -> Iterator[tuple[str, Values]]:
         sequences = (span for spans in rows for span in spans if span.token_ids)
-        captured: Iterable[SpanMeans] = self._backend.capture(sequences, layers=self.plan.layers)
+        captured: Iterable[SpanMeans] = self._backend.capture(
+            sequences, layers=self.plan.layers, directions=self._directions
+        )
+        if self._directions is not None:
+            captured = self._kept(captured, rows)
         if self._pooled:
             captured = _pool(captured, rows)
         batch: list[SpanMeans] = []
@@ -142,6 +167,24 @@ class Projector:
         if batch:
             yield from self._project(batch)
 
+    def _kept(
+        self, captured: Iterable[SpanMeans], rows: Sequence[Sequence[TokenSpans]]
+    ) -> Iterator[SpanMeans]:
+        """Keep the tokens of what goes by."""
+        for item in captured:
+            row, turn = map(int, item.id.split(":"))
+            sequence = rows[row][turn]
+            assert item.along is not None
+            self._tokens.append(
+                AnswerTokens(
+                    row=row,
+                    turn=turn,
+                    token_ids=sequence.token_ids[slice(*sequence.spans["response"])],
+                    values=item.along.swapaxes(1, 2).reshape(len(item.along), self._columns),
+                )
+            )
+            yield item
+
     def _project(self, batch: Sequence[SpanMeans]) -> Iterator[tuple[str, Values]]:
         means = {span: np.stack([item.means[span] for item in batch]) for span in self.plan.spans}
         table = self.plan.values(means)
@@ -150,7 +193,11 @@ class Projector:
 
 
 def projector(
-    session: ModelSession, plan: ProjectionPlan, *, turns: Turns | None = None
+    session: ModelSession,
+    plan: ProjectionPlan,
+    *,
+    turns: Turns | None = None,
+    tokens: bool = False,
 ) -> Projector:
     """Return the projector of a command; its first use loads the model."""
     return Projector(
@@ -160,6 +207,7 @@ def projector(
         turns=turns or session.settings.project.turns,
         thinking=session.thinking,
         limit=session.metadata.context,
+        tokens=tokens,
     )
 
 

@@ -147,6 +147,8 @@ def run(
     part files. Raises ``InputError`` when Ray is missing, for other formats, for ``--turns each``,
     and for vectors that do not fit, before a worker starts.
     """
+    if output.tokens:
+        raise InputError("--tokens has no effect with --engine ray: project the file here.")
     if importlib.util.find_spec("ray") is None:
         raise InputError(f"--engine ray needs Ray: {install_command('ray')}.")
     if output.in_place:

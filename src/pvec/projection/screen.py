@@ -23,6 +23,7 @@ from pvec.errors import InputError
 from pvec.notebook import HtmlResult
 from pvec.projection import base_responses
 from pvec.projection.base_responses import BaseResponses
+from pvec.projection.browsed import write_browsed
 from pvec.projection.inputs import (
     Samples,
     Source,
@@ -154,6 +155,7 @@ class _Screening:
         import pandas as pd
 
         self.session = work.session
+        self.store = work.store
         self.folder = work.store.path
         self.percentile = work.settings.project.percentile
         self.vectors = vectors
@@ -174,11 +176,19 @@ class _Screening:
         scores = self._scores(differences)
         suspicious = self._suspicious(differences[self.screened])
         data, removed = self.sets["data"], None
+        limits = np.array([np.inf if s.threshold is None else s.threshold for s in scores])
         if targets is not None:
-            limits = [np.inf if s.threshold is None else s.threshold for s in scores]
             removed = np.any(differences[self.screened] > limits, axis=1)  # not unknown ones
             _write_filtered(targets, data.source, removed=removed)
         self._write_samples(responses, base, removed)
+        write_browsed(
+            self.folder,
+            data,
+            self.session,
+            differences=differences[self.screened],
+            thresholds=limits,
+            natural={r.question_id: r.answer for r in reversed(list(self.store.responses()))},
+        )
         return ScreenResult(
             run=self.folder,
             data=data.source.path,

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.resources import files
-from typing import Any
+from importlib.resources.abc import Traversable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from pvec.report.figure import Figure, Table
 from pvec.report.style import css_variables, printable
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ANSWER_BUDGET = 6_000_000
 """Characters of answers that one section embeds at most; beyond that every k-th question block is
@@ -38,6 +44,26 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Widget:
+    """An interactive part of a page: ``assets/js/{kind}.js`` draws ``data`` (plain JSON).
+
+    ``parts`` are larger data that it asks for by number. They stand in the page, or with ``beside``
+    each in a file of the folder of that name beside the page. ``noscript`` names where the same
+    can be read without JavaScript.
+    """
+
+    id: str
+    kind: str
+    title: str
+    notes: tuple[str, ...]
+    data: Mapping[str, Any]
+    table: tuple[str, Table] | None = None
+    parts: tuple[Callable[[], object], ...] = ()
+    beside: str = ""
+    noscript: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """What one run contributes to a page.
 
@@ -52,6 +78,7 @@ class Section:
     notes: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
     tables: tuple[tuple[str, Table], ...] = ()
+    widgets: tuple[Widget, ...] = ()
     answers: tuple[Answer, ...] = ()
     compare: tuple[str, str] | None = None
     source: str = ""
@@ -77,9 +104,13 @@ def render_page(
     chapters: Sequence[Chapter],
     made: datetime,
     version: str,
+    parts: str = "",
     footnote: str = "Intervals are 95 % and rest on how questions differ.",
 ) -> str:
-    """Return the whole page as HTML text; ``footnote`` ends its last line."""
+    """Return the whole page as HTML text; ``footnote`` ends its last line.
+
+    ``parts`` is the folder beside the page that holds what widgets load on demand.
+    """
     import jinja2
 
     assets = files("pvec.report") / "assets"
@@ -95,13 +126,10 @@ def render_page(
     return template.render(
         title=title,
         summaries=[chapter.summary for chapter in chapters if chapter.summary],
-        sections=[_section_context(section) for section in sections],
+        sections=[_section_context(section, parts) for section in sections],
         css=_verbatim(css_variables() + (assets / "page.css").read_text(encoding="utf-8")),
-        js=_verbatim(
-            "\n".join(
-                (assets / n).read_text(encoding="utf-8") for n in ("page.js", "js/figures.js")
-            )
-        ),
+        js=_verbatim("\n".join(_scripts(assets))),
+        beside=any(widget.beside for section in sections for widget in section.widgets),
         made=made.strftime("%Y-%m-%d %H:%M %Z").strip(),
         version=version,
         footnote=footnote,
@@ -114,6 +142,11 @@ def embed_json(value: object) -> str:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
+
+
+def encode_floats(values: np.ndarray) -> str:
+    """Return numbers as the page's scripts read them: float32 in base64."""
+    return base64.b64encode(values.astype("<f4").tobytes()).decode()
 
 
 def within_budget(answers: Sequence[Answer], *, budget: int = ANSWER_BUDGET) -> tuple[Answer, ...]:
@@ -131,7 +164,7 @@ def within_budget(answers: Sequence[Answer], *, budget: int = ANSWER_BUDGET) -> 
     return tuple(kept)
 
 
-def _section_context(section: Section) -> dict[str, Any]:
+def _section_context(section: Section, parts: str) -> dict[str, Any]:
     shown = within_budget(section.answers)
     return {
         "id": section.id,
@@ -140,6 +173,7 @@ def _section_context(section: Section) -> dict[str, Any]:
         "notes": section.notes,
         "figures": [_figure_context(figure) for figure in section.figures],
         "tables": section.tables,
+        "widgets": [_widget_context(widget, parts) for widget in section.widgets],
         "provenance": section.provenance,
         "answers": _verbatim(_answers_json(section, shown)) if shown else None,
         "shown": len(shown),
@@ -161,6 +195,35 @@ def _figure_context(figure: Figure) -> dict[str, Any]:
     }
 
 
+def _scripts(assets: Traversable) -> Iterator[str]:
+    """Yield the page's scripts: what all use, then one for each kind of widget."""
+    folder = assets / "js"
+    names = sorted(path.name for path in folder.iterdir() if path.name.endswith(".js"))
+    for name in ("common.js", *(name for name in names if name != "common.js")):
+        yield (folder / name).read_text(encoding="utf-8")
+
+
+def _widget_context(widget: Widget, folder: str) -> dict[str, Any]:
+    parts = () if widget.beside else widget.parts
+    beside = f"{quote(folder)}/{quote(widget.beside)}" if widget.beside else ""
+    return {
+        "id": widget.id,
+        "kind": widget.kind,
+        "title": widget.title,
+        "notes": widget.notes,
+        "noscript": widget.noscript,
+        "table": widget.table,
+        "data": _verbatim(embed_json({**widget.data, "beside": beside})),
+        "parts": (_verbatim(embed_json(part())) for part in parts),
+    }
+
+
+def script_of_part(widget: Widget, number: int) -> str:
+    """Return the file that hands part ``number`` of a widget to the page."""
+    data = embed_json(widget.parts[number]())
+    return f"pvec.take({embed_json(widget.id)}, {number}, {data});\n"
+
+
 def _answers_json(section: Section, answers: Sequence[Answer]) -> str:
     """Columnar and with conditions and questions by number: each text is in the page once."""
     conditions = list(dict.fromkeys(answer.condition for answer in answers))
@@ -168,12 +231,14 @@ def _answers_json(section: Section, answers: Sequence[Answer]) -> str:
     metrics = list(dict.fromkeys(metric for answer in answers for metric in answer.scores))
     condition_number = {condition: i for i, condition in enumerate(conditions)}
     question_number = {question: i for i, question in enumerate(questions)}
+    totals = Counter(answer.condition for answer in section.answers)
     left, right = section.compare or (conditions[0], conditions[-1])
     return embed_json(
         {
             "conditions": conditions,
             "questions": questions,
             "metrics": metrics,
+            "totals": [totals[condition] for condition in conditions],
             "compare": [condition_number.get(left, 0), condition_number.get(right, 0)],
             "answers": [
                 [

@@ -11,7 +11,7 @@ from pathlib import Path
 from pvec import __version__
 from pvec.errors import InputError
 from pvec.report.figure import Figure, write_figures
-from pvec.report.page import Chapter, Section, render_page
+from pvec.report.page import Chapter, Section, Widget, render_page, script_of_part
 from pvec.report.sections import build_chapters
 from pvec.report.sections.common import RunData
 from pvec.runs.files import atomic_write, probe_target
@@ -20,11 +20,14 @@ from pvec.runs.store import Run
 
 @dataclass(frozen=True, kw_only=True)
 class ReportResult:
-    """The page, the files written beside it (CSV always, SVG and PNG when asked), what it says."""
+    """The page, the files written beside it (CSV always, SVG and PNG when asked), what it says, and
+    the ``parts`` that it loads on demand.
+    """
 
     page: Path
     files: tuple[Path, ...]
     findings: tuple[str, ...]
+    parts: tuple[Path, ...] = ()
 
 
 def run(
@@ -33,31 +36,40 @@ def run(
     out: Path | None = None,
     formats: Sequence[str] = (),
     judge: str | None = None,
+    beside: bool = False,
 ) -> ReportResult:
     """Write the report of the runs in ``paths``.
 
     ``out`` is the page (default: ``report.html`` in the run's folder, or in the working directory
     for several runs); figures go into ``NAME_figures`` beside it. ``judge`` chooses among several
-    judges' scores. Raises ``InputError`` or ``StoreError`` before anything is written.
+    judges' scores. With ``beside`` the tokens of answers go into files beside the page, so that it
+    can open all of them, however many. Raises ``InputError`` or ``StoreError`` before anything is
+    written.
     """
-    runs = _read(paths, judge)
+    runs = _read(paths, judge, beside=beside)
     page = out or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
     if page.is_dir():
         raise InputError(f"--out {page} is a folder: give the page a name, such as report.html.")
     probe_target(page)
     chapters = build_chapters(runs)
+    if beside and not any(w.beside for w in _widgets(chapters)):
+        raise InputError("--beside has no effect here: only tokens (`pvec project --tokens`) do.")
     html = render_page(
         title=_title(runs, chapters),
         chapters=chapters,
         made=datetime.now().astimezone(),
         version=__version__,
+        parts=f"{page.stem}_parts",
     )
+    folder = page.parent / f"{page.stem}_parts"
+    parts = _write_parts(chapters, folder)
     files = write_figures(_figures(chapters), page.parent / f"{page.stem}_figures", formats=formats)
     with atomic_write(page, mode="w") as stream:
         stream.write(html)
     return ReportResult(
         page=page,
         files=tuple(files),
+        parts=tuple(parts),
         findings=tuple(chapter.summary for chapter in chapters),
     )
 
@@ -69,13 +81,13 @@ def sections_of(paths: Sequence[Path], *, judge: str | None = None) -> list[Sect
     ]
 
 
-def _read(paths: Sequence[Path], judge: str | None) -> list[RunData]:
+def _read(paths: Sequence[Path], judge: str | None, *, beside: bool = False) -> list[RunData]:
     if not paths:
         raise InputError("No run was named: give one or more run folders.")
     runs = []
     for path in paths:
         found = Run.read(path)
-        runs.append(RunData(run=found, judge=found.choose_judge(judge)))
+        runs.append(RunData(run=found, judge=found.choose_judge(judge), everything=beside))
     twice = [name for name, count in Counter(run.id for run in runs).items() if count > 1]
     if twice:
         raise InputError(f"Two runs are named {twice[0]!r}: name each run once, or rename one.")
@@ -91,6 +103,27 @@ def _title(runs: Sequence[RunData], chapters: Sequence[Chapter]) -> str:
     models = list(dict.fromkeys(run.model for run in runs))
     named = ", ".join(traits[:-1]) + " and " + traits[-1] if len(traits) > 1 else traits[0]
     return f"{named} in {', '.join(models)}"
+
+
+def _write_parts(chapters: Sequence[Chapter], folder: Path) -> list[Path]:
+    """Write what pages load on demand, and remove what an earlier page left."""
+    written = []
+    for widget in _widgets(chapters):
+        if not widget.beside:
+            continue
+        for old in (folder / widget.beside).glob("*.js"):
+            old.unlink()
+        for number in range(len(widget.parts)):
+            written.append(folder / widget.beside / f"{number:05}.js")
+            with atomic_write(written[-1], mode="w") as stream:
+                stream.write(script_of_part(widget, number))
+    return written
+
+
+def _widgets(chapters: Sequence[Chapter]) -> list[Widget]:
+    return [
+        widget for chapter in chapters for section in chapter.sections for widget in section.widgets
+    ]
 
 
 def _figures(chapters: Sequence[Chapter]) -> list[Figure]:

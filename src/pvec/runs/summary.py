@@ -17,8 +17,11 @@ from pvec.runs.jsonl import read_jsonl
 DIFF_KIND = "project-diff"
 PROMPTS_KIND = "project-prompts"
 SHIFT_KIND = "project-shift"
+TOKENS_KIND = "project-tokens"
 
 SUMMARY = "summary.json"
+BROWSED = "browsed.jsonl"
+"""Samples of a screened file with their texts, for reading in the report."""
 LOG = "log.jsonl"
 """One line per logged step of a finetuning, appended as it goes."""
 

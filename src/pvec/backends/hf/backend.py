@@ -137,7 +137,11 @@ class HFBackend(Backend):
         )
 
     def capture(
-        self, sequences: Iterable[TokenSpans], *, layers: Sequence[int] | None = None
+        self,
+        sequences: Iterable[TokenSpans],
+        *,
+        layers: Sequence[int] | None = None,
+        directions: np.ndarray | None = None,
     ) -> Iterator[SpanMeans]:
         """Yield the span means of each sequence; see ``Backend.capture``."""
         assert self.model is not None, "the backend is closed"
@@ -147,6 +151,7 @@ class HFBackend(Backend):
             layers=layers,
             token_budget=self.token_budget,
             on_retry=self._note_retry,
+            directions=directions,
         )
 
     def continuation_logprobs(

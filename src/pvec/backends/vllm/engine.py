@@ -156,9 +156,15 @@ class VLLMBackend(Backend):
         return not self.options.async_scheduling
 
     def capture(
-        self, sequences: Iterable[TokenSpans], *, layers: Sequence[int] | None = None
+        self,
+        sequences: Iterable[TokenSpans],
+        *,
+        layers: Sequence[int] | None = None,
+        directions: np.ndarray | None = None,
     ) -> Iterator[SpanMeans]:
         """Yield the span means of each sequence; see ``Backend.capture``."""
+        if directions is not None:
+            raise InputError("vLLM keeps means, not single tokens: use --backend hf for them.")
         rows = self._layer_rows(layers)
         for result in self._run(map(self._requests.for_sequence, sequences)):
             sequence: TokenSpans = result.request.tag

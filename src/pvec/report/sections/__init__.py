@@ -20,9 +20,10 @@ BUILDERS: Mapping[str, str] = {
     "steer-eval": "pvec.report.sections.steer_eval",
     "extract": "pvec.report.sections.extract",
     "train": "pvec.report.sections.train",
-    "project-diff": "pvec.report.sections.project",
-    "project-prompts": "pvec.report.sections.project",
-    "project-shift": "pvec.report.sections.project",
+    "project-diff": "pvec.report.sections.screening",
+    "project-prompts": "pvec.report.sections.monitoring",
+    "project-shift": "pvec.report.sections.shift",
+    "project-tokens": "pvec.report.sections.tokens",
 }
 """Kind of run → module, in the order of a page."""
 

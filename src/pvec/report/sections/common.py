@@ -21,10 +21,14 @@ _LEFT_OUT = {"format", "format_version", "settings", "sessions"}
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """A run to be shown, and the judge whose scores count (None: it has no scores)."""
+    """A run to be shown, and the judge whose scores count (None: it has no scores).
+
+    ``everything``: data too large for one page goes into files beside it.
+    """
 
     run: Run
     judge: str | None
+    everything: bool = False
 
     @property
     def kind(self) -> str:

@@ -1,5 +1,4 @@
-"use strict";
-/* Figures whose series can be toggled by their keys, and tables that say when they go on. */
+/* Figures whose series can be toggled by their keys. */
 (() => {
   const toggle = (figure, key) => {
     const off = key.getAttribute("aria-pressed") === "true";
@@ -23,12 +22,5 @@
         toggle(figure, key);
       });
     });
-  });
-
-  document.querySelectorAll(".scroll").forEach((box) => {
-    const show = () =>
-      box.classList.toggle("more", box.scrollLeft + box.clientWidth < box.scrollWidth - 4);
-    box.addEventListener("scroll", show, { passive: true });
-    new ResizeObserver(show).observe(box);
   });
 })();

@@ -1,0 +1,70 @@
+"""Samples of a screened file with their texts, for reading: ``browsed.jsonl`` in the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from pvec.backends.session import ModelSession
+from pvec.projection.inputs import Samples, answer_text
+from pvec.runs.files import atomic_write
+from pvec.runs.jsonl import encode_line
+from pvec.runs.summary import BROWSED
+
+MOST = 1500
+"""Samples that are kept for reading; of a larger file an even spread beside the decisive ones."""
+
+
+def choose_samples(
+    differences: np.ndarray, thresholds: np.ndarray, *, most: int = MOST
+) -> list[int]:
+    """Return which of the samples ``[n, columns]`` are kept for reading, in the file's order.
+
+    All of a small file. Else a quarter are those furthest out, half those nearest to a threshold
+    (the medians where there is none), and the rest an even spread.
+    """
+    count = len(differences)
+    if count <= most:
+        return list(range(count))
+    middle = np.where(np.isfinite(thresholds), thresholds, np.nanmedian(differences, axis=0))
+    spread = np.nanstd(differences, axis=0)
+    distance = (differences - middle) / np.where(spread > 0, spread, 1.0)
+    furthest = np.argsort(-np.nan_to_num(distance, nan=-np.inf).max(axis=1), kind="stable")
+    nearest = np.argsort(np.nan_to_num(np.abs(distance), nan=np.inf).min(axis=1), kind="stable")
+    even = np.linspace(0, count - 1, most).round().astype(int)
+    chosen: set[int] = set()
+    for order, size in ((furthest, most // 4), (nearest, 3 * most // 4), (even, most)):
+        for number in order:
+            if len(chosen) >= size:
+                break
+            chosen.add(int(number))
+    return sorted(chosen)
+
+
+def write_browsed(
+    folder: Path,
+    samples: Samples,
+    session: ModelSession,
+    *,
+    differences: np.ndarray,
+    thresholds: np.ndarray,
+    natural: Mapping[str, str],
+) -> None:
+    """Write the chosen samples: ``number`` (the row of ``samples.csv``), ``line``, ``question``,
+    ``response``, and ``natural``, the model's own answer (null where none was generated).
+    """
+    chosen = set(choose_samples(differences, thresholds))
+    with atomic_write(folder / BROWSED) as stream:
+        for number, conversation in enumerate(samples.conversations()):
+            if number in chosen:
+                key = samples.prompts[number]
+                line = {
+                    "number": number,
+                    "line": samples.lines[number],
+                    "question": samples.distinct[key].question,
+                    "response": answer_text(conversation, session),
+                    "natural": natural.get(key),
+                }
+                stream.write(encode_line(line))

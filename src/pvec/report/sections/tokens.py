@@ -1,0 +1,149 @@
+"""Projections token by token (``pvec project --tokens``), and how they drift over the turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pvec.report.axes import XAxis
+from pvec.report.figure import Figure
+from pvec.report.figures import Line, Panel, line_chart
+from pvec.report.page import Chapter, Section, Widget
+from pvec.report.sections.common import RunData
+from pvec.report.token_view import PASSAGE, TokenView, token_view
+from pvec.runs.summary import read_summary
+from pvec.runs.tokens import TokenRecord, read_tokens
+from pvec.stats import Interval, grouped_mean
+
+_SHAPE = {"data": str, "turns": str, "columns": [{"vector": str, "layer": int}]}
+
+
+def build(runs: Sequence[RunData]) -> Chapter:
+    """Return one section per projected file."""
+    sections = tuple(map(_section, runs))
+    return Chapter(summary=" ".join(section.summary for section in sections), sections=sections)
+
+
+def _section(run: RunData) -> Section:
+    stored = read_summary(run.path, shape=_SHAPE)
+    records = list(read_tokens(run.path))
+    columns = [f"{c['vector']}, layer {c['layer']}" for c in stored["columns"]]
+    view = token_view(records, columns, everything=run.everything)
+    data = Path(stored["data"]).name
+    widgets = [_tokens(run, records, view)]
+    figures: tuple[Figure, ...] = ()
+    if stored["turns"] == "each":
+        drift = [_drift(records, column) for column in range(len(columns))]
+        view.data["turns"] = [_turns_json(points) for points in drift]
+        widgets.insert(0, _turns(run))
+        figures = (_drift_figure(run, columns, drift),)
+    return Section(
+        id=run.id,
+        title=f"{data}: every token on {run.model}",
+        summary=_summary_sentence(data, records, columns, view),
+        figures=figures,
+        widgets=tuple(widgets),
+        source=run.source,
+        provenance=run.provenance(),
+    )
+
+
+def _summary_sentence(
+    data: str, records: Sequence[TokenRecord], columns: Sequence[str], view: TokenView
+) -> str:
+    tokens = sum(len(record.token_ids) for record in records)
+    text = f"{data} has {len(records):,} answers with {tokens:,} tokens."
+    for number, name in enumerate(columns):
+        top = view.data["top"][number]["high"]
+        if top:
+            record = records[top[0]["answer"]]
+            text += (
+                f" The highest passage along {name} is in line {record.line:,} "
+                f"({top[0]['value']:.4g}; median of all tokens "
+                f"{view.data['columns'][number]['centre']:.4g})."
+            )
+    return text
+
+
+def _tokens(run: RunData, records: Sequence[TokenRecord], view: TokenView) -> Widget:
+    notes = [
+        "Colour shows a token's projection: orange above the median of all tokens of this file, "
+        f"blue below it. The highest passage ({PASSAGE} tokens) of each answer is underlined.",
+    ]
+    if view.opened < len(records):
+        notes.append(
+            f"This page holds the tokens of {view.opened:,} of {len(records):,} answers: the most "
+            "extreme ones and an even spread of the others. All are listed; for all tokens write "
+            "the page with --beside, which puts them into files beside it."
+        )
+    if run.everything:
+        notes.append("The tokens are in files beside this page: keep them together.")
+    return Widget(
+        id=f"{run.id}-tokens",
+        kind="tokens",
+        title="Answers, token by token",
+        notes=tuple(notes),
+        data=view.data,
+        parts=view.parts,
+        beside=f"{run.id}-tokens" if run.everything else "",
+        noscript=f"The numbers are in {run.path.name}/part-*.npz.",
+    )
+
+
+def _turns(run: RunData) -> Widget:
+    return Widget(
+        id=f"{run.id}-turns",
+        kind="turns",
+        title="Drift over the turns of conversations",
+        notes=(
+            "Each thin line is a conversation; the thick line is the mean of those that have the "
+            "turn, with its 95 % interval. Choose a line or a turn to read it.",
+        ),
+        data={"source": f"{run.id}-tokens"},
+        noscript="The figure and its numbers are in the page.",
+    )
+
+
+def _drift(records: Sequence[TokenRecord], column: int) -> list[Interval]:
+    """Return the mean over conversations for turn 1, 2, …, each with its interval."""
+    turns: dict[int, list[float]] = {}
+    for record in records:
+        values = record.values[:, column]
+        mean = float(values.mean(dtype=np.float64)) if len(values) else float("nan")
+        turns.setdefault(record.turn, []).append(mean)
+    return [grouped_mean(turns[t], groups=range(len(turns[t]))) for t in sorted(turns)]
+
+
+def _turns_json(points: Sequence[Interval]) -> list[dict[str, float | int | None]]:
+    return [
+        {
+            "mean": _number(point.mean),
+            "low": _number(point.low),
+            "high": _number(point.high),
+            "n": point.n,
+        }
+        for point in points
+    ]
+
+
+def _drift_figure(
+    run: RunData, columns: Sequence[str], drift: Sequence[Sequence[Interval]]
+) -> Figure:
+    lines = [
+        Line(label=name, x=range(1, len(points) + 1), points=points)
+        for name, points in zip(columns, drift, strict=True)
+    ]
+    return line_chart(
+        name=f"{run.id}_drift",
+        title="Mean projection by turn",
+        caption="Mean over the conversations that have the turn, with its 95 % interval; later "
+        "turns rest on fewer conversations (n is in the table).",
+        x=XAxis(label="turn"),
+        panels=[Panel(label="projection", lines=lines)],
+    )
+
+
+def _number(value: float) -> float | None:
+    return float(f"{value:.5g}") if np.isfinite(value) else None
