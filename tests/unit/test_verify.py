@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+import pvec.backends.hf.backend as backend_module
 import pvec.steering.layer_steering as steering_module
 from pvec.errors import InputError, ModelError
 from pvec.evaluation.verify.verify import VerifyResult, verify
 from pvec.models.decoder import Decoder, module_after
+from pvec.models.load import LoadedModel
 from pvec.settings import Settings
 from pvec.settings.sections import GenerationSettings, ModelSettings, SteerSettings
 from pvec.steering.proof import record_residual_stream
@@ -53,6 +55,23 @@ def test_every_check_passes_on_a_sound_model(architecture: str, tmp_path: Path) 
 
 def test_a_random_direction_serves_when_there_is_no_vector() -> None:
     assert verify(settings(saved_model("llama"), layer="2")).passed
+
+
+def test_weights_that_are_not_those_of_the_checkpoint_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As if the loader had filled a tensor with random numbers, which steering does not notice."""
+    load = backend_module.load_model
+
+    def randomised(*args: Any, **options: Any) -> LoadedModel:
+        loaded = load(*args, **options)
+        torch.nn.init.normal_(loaded.model.model.layers[1].self_attn.k_proj.weight)
+        return loaded
+
+    monkeypatch.setattr(backend_module, "load_model", randomised)
+    result = verify(settings(saved_model("llama"), layer="2"))
+    assert failed(result) == ["the weights in memory are those of the checkpoint"]
+    assert "layers.1.self_attn.k_proj" in result.checks[0].detail
 
 
 def _one_layer_late(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,16 @@ import torch
 from helpers.models import save_adapter, save_model, saved_model, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from pvec.backends.vllm.weights import check_parameters, mark_parameters
 from pvec.errors import InputError, ModelError
 from pvec.models import files as modelfiles
 from pvec.models.adapters import adapted
 from pvec.models.files import ModelSpec, locate_model
 from pvec.models.hub import download
 from pvec.models.load import inspect_model, load_model
+from pvec.models.stored import compare_weights
 from pvec.models.weights import check_checkpoint, load_weights, read_header
 
 Tensors = dict[str, torch.Tensor]
@@ -83,7 +85,9 @@ def test_a_checkpoint_of_other_tensors_is_refused_with_their_names(
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_fsdp_wrapped_module."]
+)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_prefix_of_a_wrapper_is_removed_with_a_note(
     prefix: str, architecture: str, tmp_path: Path
@@ -97,6 +101,8 @@ def test_a_prefix_of_a_wrapper_is_removed_with_a_note(
     assert torch.equal(logits(loaded.model), logits(whole.model))
     assert any("from tensor names" in note for note in loaded.info.notes)
     assert not any("from tensor names" in note for note in whole.info.notes)
+    loaded.model.save_pretrained(tmp_path / "saved")  # under the plain names
+    assert compare_weights(loaded.model, tmp_path / "saved").different == ()
     with pytest.raises(ModelError, match=r"prefix of torch\.compile"):
         check_checkpoint(folder, name="model")  # an engine of its own would not remove it
 
@@ -202,10 +208,19 @@ def test_an_adapter_for_more_layers_is_refused(tmp_path: Path) -> None:
         load_model(ModelSpec(model=str(saved_model("llama")), adapter=str(adapter)))
 
 
-def test_an_adapter_of_a_compiled_model_is_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "renamed_to",
+    [
+        "base_model.model._orig_mod.",
+        "base_model.model.module.",
+        "module.base_model.model.",
+        "module._orig_mod.base_model.model._fsdp_wrapped_module.",
+    ],
+)
+def test_an_adapter_of_a_wrapped_model_is_loaded(renamed_to: str, tmp_path: Path) -> None:
     base = saved_model("llama")
     plain = load_model(ModelSpec(model=str(save_adapter(base, tmp_path / "ad"))))
-    adapter = renamed(tmp_path / "ad", "base_model.model.", "base_model.model._orig_mod.")
+    adapter = renamed(tmp_path / "ad", "base_model.model.", renamed_to)
     loaded = load_model(ModelSpec(model=str(adapter)))
     assert torch.equal(logits(loaded.model), logits(plain.model))
     assert any("prefix" in note for note in loaded.info.notes)
@@ -324,3 +339,95 @@ def test_only_one_copy_of_the_weights_is_downloaded(monkeypatch: pytest.MonkeyPa
     download("org/model", revision=None, patterns=patterns)
     assert [name for name in taken if re.search(r"safetensors$|bin$", name)] == listing[4:6]
     assert set(listing[:4]) <= set(taken)
+
+
+def test_the_weights_in_memory_are_compared_with_every_tensor_of_the_checkpoint(
+    tmp_path: Path,
+) -> None:
+    base = saved_model("llama")
+    adapter = save_adapter(base, tmp_path / "ad")
+    count = len(load_file(base / "model.safetensors"))
+    for spec in (ModelSpec(model=str(base), dtype="bfloat16"), ModelSpec(model=str(adapter))):
+        found = compare_weights(load_model(spec).model, base)
+        assert (found.compared, found.others, found.different) == (count, 0, ())
+    model = load_model(ModelSpec(model=str(base))).model
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[-1] += 1e-3
+    assert compare_weights(model, base).different == ("model.layers.1.mlp.up_proj.weight",)
+
+
+def test_fused_experts_and_tied_embeddings_are_compared_too(tmp_path: Path) -> None:
+    common = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(
+        **common,
+        intermediate_size=24,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    folder = save_model(MixtralForCausalLM(config), tmp_path / "model")
+    names = load_file(folder / "model.safetensors")
+    assert any(".experts.2." in name for name in names), "stored one by one"
+    model, _ = load_weights(folder, name="model")
+    assert compare_weights(model, folder).compared == len(names)
+    with torch.no_grad():
+        experts = next(p for n, p in model.named_parameters() if "experts.down_proj" in n)
+        experts[1] *= 2
+    (different,) = compare_weights(model, folder).different
+    assert ".experts.1." in different
+
+
+def _gptq(name: str, tensor: torch.Tensor) -> Tensors:
+    stem = name.removesuffix(".weight")
+    return {f"{stem}.qweight": torch.zeros(4, 8, dtype=torch.int32), f"{stem}.scales": tensor[:1]}
+
+
+def _fp8(name: str, tensor: torch.Tensor) -> Tensors:
+    return {name: tensor.to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+
+
+def _bnb(name: str, tensor: torch.Tensor) -> Tensors:
+    packed = torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8)
+    return {name: packed, f"{name}.absmax": torch.ones(1)}
+
+
+@pytest.mark.parametrize("pack", [_gptq, _fp8, _bnb])
+def test_a_quantised_checkpoint_has_every_module_of_its_model(
+    pack: Callable[[str, torch.Tensor], Tensors], tmp_path: Path
+) -> None:
+    folder = copy_of("llama", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (folder / "config.json").write_text(json.dumps(config))
+    whole: Tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        whole |= pack(name, tensor) if "proj.weight" in name else {name: tensor}
+    rewritten(folder, lambda _: whole)
+    check_checkpoint(folder, name="model")
+    lost = {n: t for n, t in whole.items() if "layers.1.mlp.up_proj" not in n}
+    rewritten(folder, lambda _: lost)
+    with pytest.raises(ModelError, match=r"1 tensors are missing \(model\.layers\.1\.mlp\.up_proj"):
+        check_checkpoint(folder, name="model")
+    rewritten(folder, lambda _: whole | {"model.layers.3.mlp.up_proj.qweight": torch.ones(2)})
+    with pytest.raises(ModelError, match=r"do not belong to the model \(model\.layers\.3\."):
+        check_checkpoint(folder, name="model")
+
+
+def test_what_a_loader_leaves_unset_is_named_and_padding_is_set_to_zero() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    marked = mark_parameters(model)
+    with pytest.raises(
+        ModelError, match=r"4 tensors are missing \(0\.bias, 0\.weight, 1\.bias and"
+    ):
+        check_parameters(marked, name="model")
+    marked = mark_parameters(model)
+    for parameter in marked.values():
+        parameter.data.fill_(1)
+    marked["0.weight"].data[1, 2] = float("nan")
+    with pytest.raises(ModelError, match=r"1 tensors are missing \(0\.weight\)"):
+        check_parameters(marked, name="model")
+    marked["0.weight"].data[1, 2] = float("nan")
+    marked["0.weight"].weight_loader_numel = 5  # type: ignore[attr-defined] # as vLLM says it
+    check_parameters(marked, name="model")
+    assert marked["0.weight"].data[1, 2] == 0

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pvec.errors import ModelError
 from pvec.models.files import ModelFiles, ModelSpec, locate_model
 from pvec.models.libraries import explained
-from pvec.models.weights import WRAPPERS, check_tensors, tensor_shapes
+from pvec.models.weights import WRAPPERS, check_tensors, load_weights, tensor_shapes
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -66,6 +67,20 @@ def adapted(model: PreTrainedModel, files: ModelFiles) -> Iterator[PeftModel]:
         model.config.get_text_config().vocab_size = size
 
 
+def has_wrapper_names(folder: Path) -> bool:
+    """Whether tensor names of an adapter have prefixes of wrappers, which only peft is spared."""
+    return any(_unwrapped(name) != name for name in tensor_shapes(folder, _WEIGHTS))
+
+
+def check_adapter(base: Path, adapter: Path) -> None:
+    """Raise ``ModelError`` as ``attach_adapter`` does, for engines that load adapters themselves.
+
+    ``base`` and ``adapter`` are folders; no memory is taken for the weights.
+    """
+    model, _ = load_weights(base, name=str(base), device_map="meta")
+    attach_adapter(model, adapter)
+
+
 def attach_adapter(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, tuple[str, ...]]:
     """Return ``model`` with the adapter in ``folder``, and notes for the user.
 
@@ -76,16 +91,20 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, tup
     config = _read_config(folder)
     shapes = tensor_shapes(folder, _WEIGHTS)
     notes = _resize_embeddings(model, shapes, config)
-    options: dict[str, Any] = {}
-    if any(WRAPPERS.search(name.removeprefix("base_model.model.")) for name in shapes):
-        options["key_mapping"] = {WRAPPERS.pattern: ""}
+    if has_wrapper_names(folder):
         notes.append("removed the prefix of a wrapper from the adapter's tensor names")
     peft_model = _recording_class()
-    wrapped = explained(
-        lambda: peft_model.from_pretrained(model, str(folder), config=config, **options),
-        problem=f"The adapter {str(folder)!r} does not fit its base model",
-        remedy="give the model that it was trained on",
-    )
+    with _plain_names(folder, shapes) as plain:
+        wrapped = explained(
+            lambda: peft_model.from_pretrained(
+                model,
+                str(plain),
+                config=config,
+                low_cpu_mem_usage=model.device.type == "meta",
+            ),
+            problem=f"The adapter {str(folder)!r} does not fit its base model",
+            remedy="give the model that it was trained on",
+        )
     result = wrapped.load_result
     check_tensors(
         str(folder),
@@ -94,6 +113,27 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, tup
         remedy="give the model that the adapter was trained on, with --adapter for the adapter",
     )
     return wrapped, tuple(notes)
+
+
+def _unwrapped(name: str) -> str:
+    """Return an adapter's tensor name without prefixes of DistributedDataParallel and the like."""
+    head, base, rest = WRAPPERS.sub("", name).partition("base_model.model.")
+    return head + base + WRAPPERS.sub("", rest)
+
+
+@contextmanager
+def _plain_names(folder: Path, names: Iterable[str]) -> Iterator[Path]:
+    """Yield the adapter's folder, or a copy whose tensor names have no prefixes of wrappers."""
+    if all(_unwrapped(name) == name for name in names):
+        yield folder
+        return
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / _WEIGHTS)
+    with TemporaryDirectory() as copy:
+        renamed = {_unwrapped(name): tensor for name, tensor in tensors.items()}
+        save_file(renamed, Path(copy, _WEIGHTS))
+        yield Path(copy)
 
 
 def _read_config(folder: Path) -> PeftConfig:

@@ -25,7 +25,8 @@ def explained(load: Callable[[], Loaded], *, problem: str, remedy: str) -> Loade
     ) as error:
         if is_out_of_memory(error):
             remedy = "there is not enough memory; use a smaller model or dtype"
-        first = str(error).strip().split("\n", maxsplit=1)[0][:200]
+        lines = [line.strip() for line in str(error).strip().split("\n")]
+        first = next((line for line in lines if not line.endswith(":")), lines[0])[:300]
         raise ModelError(f"{problem} ({first or type(error).__name__}): {remedy}.") from error
 
 

@@ -31,8 +31,9 @@ from pvec.types import Progress
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)(_orig_mod\.)+")
-"""Prefixes that DistributedDataParallel and torch.compile put before the names of tensors."""
+_INNER = r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+WRAPPERS = re.compile(rf"^(module\.|{_INNER})+|(?<=\.)({_INNER})+")
+"""What DistributedDataParallel, FSDP and torch.compile add to the names of tensors."""
 
 _HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias|\.attention\.bias)$")
 """Constants that older checkpoints hold and models compute themselves."""
@@ -42,6 +43,9 @@ _OTHER_PARTS = re.compile(
     r"|multi_modal_projector|connector|resampler)(\.|$)"
 )
 """Parts of a multimodal model besides its language model, and heads for multi-token prediction."""
+
+_PACKED = re.compile(r"_(blocks|scales|packed)$")
+"""What quantised experts put behind the names of their tensors."""
 
 _MOST_SHOWN = 3
 
@@ -108,6 +112,12 @@ def load_weights(
     if gguf is not None:
         forget_quantisation(model)
     if prefixes:
+        # transformers would put the prefixes back on saving, which its pattern does not allow
+        model._weight_conversions = [  # noqa: SLF001
+            change
+            for change in model._weight_conversions  # noqa: SLF001
+            if WRAPPERS.pattern not in change.source_patterns
+        ]
         notes = (f"removed {', '.join(sorted(prefixes))} from tensor names", *notes)
     return model, notes
 
@@ -186,15 +196,17 @@ def _check_quantisation(config: Mapping[str, Any], *, name: str) -> None:
 def check_checkpoint(folder: Path, *, name: str, pickle: bool = False) -> None:
     """Raise ``ModelError`` when a checkpoint does not hold exactly the tensors of its model.
 
-    For engines that load the weights themselves; no memory is taken for them. Quantised
-    checkpoints and architectures that transformers has no causal model of are left to the engine.
+    For engines that load the weights themselves; no memory is taken for them. Architectures that
+    transformers has no causal model of are left to the engine. Of a quantised checkpoint every
+    module must have tensors and every tensor a module: their names differ between methods.
     """
     config = read_config(folder)
-    if "quantization_config" in config:
-        return
     try:
-        auto_model_class(config, name=name)
+        auto_class = auto_model_class(config, name=name)
     except ModelError:
+        return
+    if "quantization_config" in config:
+        _check_quantised(auto_class, folder, name=name)
         return
     load_weights(folder, name=name, pickle=pickle, device_map="meta")
     if _wrapped(folder):
@@ -203,6 +215,45 @@ def check_checkpoint(folder: Path, *, name: str, pickle: bool = False) -> None:
             f"DistributedDataParallel: load and save the model with transformers, or use "
             f"--backend hf."
         )
+
+
+def _check_quantised(auto_class: Any, folder: Path, *, name: str) -> None:
+    """Compare the modules of a quantised checkpoint with those of its unquantised model."""
+    config: Any = model_config(folder)
+    del config.quantization_config
+    with quiet_transformers():
+        model, info = explained(
+            lambda: auto_class.from_pretrained(
+                folder,
+                config=config,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # packed numbers have other shapes
+                device_map="meta",
+            ),
+            problem=f"The weights of {name!r} cannot be loaded",
+            remedy="fetch or save the model again",
+        )
+    left_over = [key for key in info["unexpected_keys"] if not _HARMLESS.search(key)]
+    stored = {parent for key in left_over for parent in _parents(_PACKED.sub("", key))}
+    leaves = {path for path, module in model.named_modules() if not list(module.children())}
+    check_tensors(
+        name,
+        missing=[
+            key
+            for key in info["missing_keys"]
+            if key.removesuffix(".weight") not in stored
+            and not any(parent.endswith(".experts") for parent in _parents(key) & stored)
+        ],
+        left_over=[key for key in left_over if not _parents(key) & leaves],
+        remedy="fetch or save the model again",
+    )
+
+
+def _parents(key: str) -> set[str]:
+    """Return a tensor's name and those of the modules around it."""
+    words = key.split(".")
+    return {".".join(words[:length]) for length in range(1, len(words) + 1)}
 
 
 def check_tensors(
@@ -217,7 +268,7 @@ def check_tensors(
 
     ``sizes`` maps tensors to their shape in the file and the shape that the model needs.
     """
-    others = [key for key in left_over if _OTHER_PARTS.search(key)]
+    others = [key for key in left_over if is_other_part(key)]
     foreign = sorted(set(left_over) - set(others))
     faults = []
     if missing:
@@ -233,6 +284,11 @@ def check_tensors(
     if faults:
         raise ModelError(f"The weights of {name!r} are wrong: {'; '.join(faults)}: {remedy}.")
     return (f"{len(others)} tensors of other parts of the model are not used",) if others else ()
+
+
+def is_other_part(name: str) -> bool:
+    """Whether a tensor belongs to another part of a multimodal model than its language model."""
+    return bool(_OTHER_PARTS.search(name))
 
 
 def tensor_shapes(folder: Path, pattern: str = "*.safetensors") -> dict[str, tuple[int, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -25,6 +26,7 @@ from pvec.backends.vllm.requests import (
 from pvec.backends.vllm.selftest import prove
 from pvec.backends.vllm.slots import Rows, Slots
 from pvec.backends.vllm.start import check_vllm, platform, start_engine, stop_engine, stop_ids
+from pvec.backends.vllm.weights import check_served_adapter
 from pvec.errors import InputError, SteeringError
 from pvec.models.decoder import check_layer
 from pvec.models.files import ModelSpec
@@ -65,6 +67,9 @@ class VLLMBackend(Backend):
         if metadata.adapter is not None:
             options = options.model_copy(update={"max_loras": max(options.max_loras, 1)})
         self.options = options
+        self._folder = metadata.files.folder
+        self._checked_adapters: set[str] = set()
+        self._check_adapters([metadata.adapter])
         self.on_note = on_note or (lambda _note: None)
         self.tokenizer = metadata.tokenizer
         device = platform()
@@ -115,6 +120,7 @@ class VLLMBackend(Backend):
         ``adapters`` gives requests, by id, LoRA adapter folders of their own (None: the bare
         model); the others get the model's adapter, if it has one.
         """
+        self._check_adapters((adapters or {}).values())
         translated = (self._requests.for_request(r, adapters=adapters) for r in requests)
         for result in self._watched(translated):
             yield self._requests.answer(result)
@@ -143,6 +149,7 @@ class VLLMBackend(Backend):
                 "or generate first and capture afterwards."
             )
         rows = self._layer_rows(layers)
+        self._check_adapters((adapters or {}).values())
         translated = (
             self._requests.for_request(r, adapters=adapters, capture=True) for r in requests
         )
@@ -209,6 +216,14 @@ class VLLMBackend(Backend):
             clamps=options.clamps,
             window=2 * options.max_num_seqs,
         )
+
+    def _check_adapters(self, folders: Iterable[str | None]) -> None:
+        """Refuse adapters that vLLM would not serve as peft does, each checked once."""
+        for folder in set(folders) - self._checked_adapters:
+            if folder is None or not self.options.max_loras:
+                continue
+            check_served_adapter(self._folder, Path(folder))
+            self._checked_adapters.add(folder)
 
     def _run(self, requests: Iterable[EngineRequest]) -> Iterator[EngineResult]:
         """Yield results as requests finish; at the end check how many tokens were steered."""

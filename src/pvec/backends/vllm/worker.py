@@ -18,6 +18,7 @@ from torch import nn
 from pvec.backends.vllm.packing import pack, unpack_plan
 from pvec.backends.vllm.probe import SUMMED, Probe, attach, attach_before
 from pvec.backends.vllm.token_rows import RequestMetadata, TokenRowMap
+from pvec.backends.vllm.weights import complete_loading
 from pvec.models.decoder import block_index
 
 EXTRA = "pvec"
@@ -35,7 +36,8 @@ class ProbeWorker:
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the weights, attach the probes and stand in the way of every step."""
-        super().load_model(**kwargs)  # type: ignore[misc]
+        with complete_loading():
+            super().load_model(**kwargs)  # type: ignore[misc]
         setup = self.vllm_config.additional_config[EXTRA]
         self.pvec_layers = _local_layers(self.model_runner.get_model(), setup["num_layers"])
         self.pvec_where = torch.zeros(

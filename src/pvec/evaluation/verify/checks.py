@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pvec.evaluation.verify.inputs import ANSWER_TOKENS, POSITIONS, Check, VerifyInputs
 from pvec.models.decoder import block_index, describe_layer
+from pvec.models.stored import compare_weights
 from pvec.types import Instruction, Positions, Request, TokenSpans
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ class Bench(VerifyInputs):
         steering: Sequence[Instruction],
         *,
         thinking: bool,
+        folder: Path | None = None,
     ) -> None:
         import torch
 
@@ -39,6 +42,7 @@ class Bench(VerifyInputs):
         super().__init__(backend, steering, thinking=thinking)
         assert backend.model is not None
         self.backend = backend
+        self.folder = folder  # of the checkpoint; None: its weights were changed since
         self.model: Any = backend.model
         decoder = find_decoder(self.model)
         self.blocks: nn.ModuleList = decoder.blocks
@@ -86,6 +90,7 @@ class Bench(VerifyInputs):
 def all_checks(bench: Bench) -> Iterator[Check]:
     """Yield every check as it is done; a failed check is a result, not an exception."""
     before = bench.plain(bench.prompts[1])
+    yield from _weights(bench)
     yield _layer_numbers(bench)
     for positions in POSITIONS:
         yield from _change_checks(bench, positions)
@@ -95,6 +100,24 @@ def all_checks(bench: Bench) -> Iterator[Check]:
     yield _mixed_batch_equals_alone(bench, steered=True)
     yield _means_in_a_batch(bench)
     yield _nothing_is_left(bench, before)
+
+
+def _weights(bench: Bench) -> Iterator[Check]:
+    """Compare the tensors in memory with those of the checkpoint, where they can be compared."""
+    if bench.folder is None:
+        return
+    found = compare_weights(bench.model, bench.folder)
+    if not found.compared:
+        return
+    named = f", the first: {found.different[0]}" if found.different else ""
+    others = f", {found.others} packed or not used" if found.others else ""
+    yield bench.check(
+        "the weights in memory are those of the checkpoint",
+        len(found.different),
+        f"{found.compared} tensors compared{others}{named}",
+        unit="tensors that differ",
+        allowed=0,
+    )
 
 
 def _layer_numbers(bench: Bench) -> Check:
@@ -113,9 +136,7 @@ def _layer_numbers(bench: Bench) -> Check:
         _relative(ours[first + n] - state[0].float().cpu(), ours[first + n])
         for n, state in enumerate(theirs[: len(ours) - 1 - first])
     )
-    return bench.check(
-        "layer numbers are those of transformers' hidden_states", error, "residual norms"
-    )
+    return bench.check("layer numbers are those of transformers' hidden_states", error)
 
 
 def _positions_of(positions: Positions, *, prompt: int, total: int) -> list[int]:

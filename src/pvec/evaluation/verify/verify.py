@@ -131,4 +131,6 @@ def _checks(
 
     backend = session.backend
     assert isinstance(backend, HFBackend), "there are two backends"
-    return all_checks(Bench(backend, steering, thinking=session.thinking))
+    files = session.metadata.files
+    folder = None if settings.model.merge_adapter or files.gguf else files.folder
+    return all_checks(Bench(backend, steering, thinking=session.thinking, folder=folder))
