@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pvec.evaluation.verify.inputs import ANSWER_TOKENS, POSITIONS, Check, VerifyInputs
+from pvec.evaluation.verify.inputs import (
+    ANSWER_TOKENS,
+    POSITIONS,
+    WEIGHTS,
+    Check,
+    VerifyInputs,
+)
 from pvec.models.decoder import block_index, describe_layer
 from pvec.models.stored import compare_weights
 from pvec.types import Instruction, Positions, Request, TokenSpans
@@ -46,6 +53,8 @@ class Bench(VerifyInputs):
         self.model: Any = backend.model
         decoder = find_decoder(self.model)
         self.blocks: nn.ModuleList = decoder.blocks
+        base_model: Any = getattr(self.model, "get_base_model", lambda: self.model)
+        self.takes_positions = "position_ids" in inspect.signature(base_model().forward).parameters
         self.keys_and_values_only = decoder.keys_and_values_only
         self.device = decoder.device
         ids = torch.tensor([self.prompts[0]], device=self.device)
@@ -77,12 +86,17 @@ class Bench(VerifyInputs):
         if prompt is not None and not self.keys_and_values_only:
             sizes = [prompt] + [1] * (len(token_ids) - prompt)
         cache: dict[str, Any] = {}
+        places = torch.arange(len(token_ids), device=self.device)[None]
         with (
             torch.inference_mode(),
             record_residual_stream(self.blocks, after=self.after) as stream,
         ):
-            for chunk in torch.split(ids, sizes, dim=1):
-                output = self.model(input_ids=chunk, use_cache=len(sizes) > 1, **cache)
+            for chunk, place in zip(
+                torch.split(ids, sizes, dim=1), torch.split(places, sizes, dim=1), strict=True
+            ):
+                # some models would begin again at position 0 for every chunk
+                positions = {"position_ids": place} if self.takes_positions else {}
+                output = self.model(input_ids=chunk, use_cache=len(sizes) > 1, **positions, **cache)
                 cache = {n: output[n] for n in ("past_key_values", "cache_params") if n in output}
         return [state[0] for state in stream.states()]
 
@@ -112,7 +126,7 @@ def _weights(bench: Bench) -> Iterator[Check]:
     named = f", the first: {found.different[0]}" if found.different else ""
     others = f", {found.others} packed or not used" if found.others else ""
     yield bench.check(
-        "the weights in memory are those of the checkpoint",
+        WEIGHTS,
         len(found.different),
         f"{found.compared} tensors compared{others}{named}",
         unit="tensors that differ",

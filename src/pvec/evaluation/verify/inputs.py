@@ -20,6 +20,8 @@ QUESTIONS = (
 ANSWER_TOKENS = 12
 POSITIONS: tuple[Positions, ...] = ("all", "prompt", "response")
 
+WEIGHTS = "the weights in memory are those of the checkpoint"
+
 _LIMITS = {"float32": 2e-4, "float16": 2e-2, "bfloat16": 8e-2}
 """How far two computations of the same residual stream may lie apart, in units of its norm at that
 token: rounding, in forwards of different shapes, over all layers below."""

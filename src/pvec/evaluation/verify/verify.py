@@ -18,13 +18,13 @@ from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
 from pvec.evaluation.conditions import parse_coefs, parse_layers, single_layer
 from pvec.evaluation.verify.checks import Bench, all_checks
-from pvec.evaluation.verify.inputs import Check
+from pvec.evaluation.verify.inputs import WEIGHTS, Check
 from pvec.settings import Settings
 from pvec.steering.instructions import SteeringVector, instructions, steering_vector
 from pvec.types import Instruction, Progress
 
 PROVED = (
-    "the checkpoint has exactly the tensors of this architecture, and steering changes the "
+    "the checkpoint has exactly the tensors of this architecture, {read}and steering changes the "
     "activations of this model as specified"
 )
 NOT_PROVED = (
@@ -42,7 +42,7 @@ class VerifyResult:
     layers: tuple[int, ...]
     dtype: str
     checks: tuple[Check, ...]
-    proved: str = PROVED
+    proved: str = PROVED.format(read="")
     not_proved: str = NOT_PROVED
 
     @property
@@ -77,6 +77,9 @@ def verify(
         layers=tuple(instruction.layer for instruction in steering),
         dtype=dtype,
         checks=tuple(checks),
+        proved=PROVED.format(
+            read="they were read into memory, " if any(c.name == WEIGHTS for c in checks) else ""
+        ),
     )
 
 
