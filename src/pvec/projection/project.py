@@ -8,9 +8,8 @@ place as a whole.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
@@ -22,9 +21,10 @@ from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.conversations import Conversation
 from pvec.data.spans import Counts, TemplateCheck
 from pvec.data.tables import Row, TableWriter
-from pvec.errors import InputError, PvecError, StoreError
+from pvec.errors import InputError, StoreError
 from pvec.notebook import HtmlResult
-from pvec.projection.inputs import Source, is_same_file, open_source
+from pvec.projection.inputs import Source, open_source
+from pvec.projection.output import open_workplace, output_path, require_free
 from pvec.projection.projector import LoadedVectors, Values, open_vectors, projector
 from pvec.projection.token_output import (
     TokenOutput,
@@ -32,7 +32,7 @@ from pvec.projection.token_output import (
     token_folder,
     token_settings,
 )
-from pvec.runs.files import WriterLock, atomic_write, probe_target
+from pvec.runs.files import atomic_write
 from pvec.runs.jsonl import JsonlLog, read_jsonl
 from pvec.runs.names import model_label
 from pvec.runs.responses import stable_hash
@@ -96,7 +96,7 @@ def run(
     or output before weights are loaded; the input is whole at every moment.
     """
     source = open_source(path, settings.project)
-    target = _target(source, output)
+    target = output_path(source, output)
     if output.tokens:
         settings = token_settings(settings, notify=notify)
     with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
@@ -122,9 +122,9 @@ def run(
         )
         if there.issuperset(columns) and not output.tokens:
             return result
-        _require_free(target, output)
+        require_free(target, output)
         job = _Job(source, target, session, loaded, output)
-        with _workplace(target) as folder:
+        with open_workplace(target) as folder:
             return job.run(folder, result)
 
 
@@ -332,63 +332,3 @@ def _reporter(
             on_progress(Progress(stage=stage, done=done, total=total, unit="rows"))
 
     return report
-
-
-def _target(source: Source, output: OutputOptions) -> Path:
-    table = source.table
-    if output.in_place:
-        if output.out is not None:
-            raise InputError("--in-place and --out were both given: choose one.")
-        if not table.replaceable:
-            raise InputError(
-                f"{source.path} is not one file, so --in-place cannot replace it: omit it, and the "
-                f"results go to {table.output}."
-            )
-        return source.path
-    target = output.out or table.output
-    if is_same_file(target, source.path):
-        raise InputError(
-            f"{target} is the input itself: give another --out, or --in-place to replace it."
-        )
-    if target.is_dir():
-        raise InputError(f"--out {target} is a folder: give the output a name.")
-    if target.suffix != table.output.suffix:
-        raise InputError(
-            f"{target} will be of the format of {source.path}: give --out a name that ends in "
-            f"{table.output.suffix}."
-        )
-    return target
-
-
-def _require_free(target: Path, output: OutputOptions) -> None:
-    """Raise ``InputError`` or ``StoreError`` where the output cannot be written."""
-    probe_target(target)
-    tokens = token_folder(target)
-    if output.tokens and tokens.exists() and not output.overwrite:
-        raise InputError(f"{tokens} is there already: give --overwrite to replace it.")
-    if target.exists() and not (output.in_place or output.overwrite):
-        raise InputError(
-            f"{target} is there already: give --overwrite to replace it, --out for another place, "
-            f"or add columns to it with `pvec project {target} --in-place`."
-        )
-
-
-@contextmanager
-def _workplace(target: Path) -> Iterator[Path]:
-    """Keep what is finished in a hidden folder beside the output until all of it is.
-
-    It stays when the job stops half-way, and a job for the same output waits its turn.
-    """
-    real = target.resolve()  # the output is moved from here, which takes the same disk
-    folder = real.with_name(f".{real.name}.pvec")
-    folder.mkdir(exist_ok=True)
-    with WriterLock(folder / ".lock"):
-        for torn in folder.glob("*.tmp"):
-            torn.unlink()
-        try:
-            yield folder
-        except PvecError:
-            if next(islice(read_jsonl(folder / "chunks.jsonl"), 1, None), None) is None:
-                shutil.rmtree(folder)  # nothing was projected that would be worth keeping
-            raise
-        shutil.rmtree(folder)

@@ -18,6 +18,7 @@ from pvec.data.conversations import Conversation
 from pvec.data.spans import Counts, SpanMaker, Turns
 from pvec.errors import InputError
 from pvec.models.decoder import describe_layer
+from pvec.projection.pooling import pool_turns
 from pvec.types import Progress, SpanMeans, TokenSpans, VectorKind
 from pvec.vectors.find import find_vector, load_vectors, vector_name
 from pvec.vectors.projection import ProjectionPlan
@@ -157,7 +158,7 @@ class Projector:
         if self._directions is not None:
             captured = self._kept(captured, rows)
         if self._pooled:
-            captured = _pool(captured, rows)
+            captured = pool_turns(captured, rows)
         batch: list[SpanMeans] = []
         for item in captured:
             batch.append(item)
@@ -327,32 +328,3 @@ def _check_rows(
                 f"{name} was taken after the final norm at {describe_layer(last)}, where pvec "
                 f"projects the residual stream before it: do not compare the two"
             )
-
-
-def _pool(
-    captured: Iterable[SpanMeans], rows: Sequence[Sequence[TokenSpans]]
-) -> Iterator[SpanMeans]:
-    """Yield one ``SpanMeans`` per row: the mean over the tokens of all its turns' spans."""
-    tokens = {s.id: {name: b - a for name, (a, b) in s.spans.items()} for r in rows for s in r}
-    turns: dict[str, list[SpanMeans]] = {}
-    expected = {f"{number}:0": sum(bool(s.token_ids) for s in r) for number, r in enumerate(rows)}
-    for item in captured:
-        row = item.id.partition(":")[0] + ":0"
-        turns.setdefault(row, []).append(item)
-        if len(turns[row]) == expected[row]:
-            done = turns.pop(row)
-            means = {
-                span: _weighted([t.means[span] for t in done], [tokens[t.id][span] for t in done])
-                for span in item.means
-            }
-            yield SpanMeans(id=row, layers=item.layers, means=means, norms={})
-
-
-def _weighted(means: Sequence[np.ndarray], tokens: Sequence[int]) -> np.ndarray:
-    """Return the mean of ``means`` ``[layers, H]`` by tokens; NaN where there are none."""
-    kept = [(mean, n) for mean, n in zip(means, tokens, strict=True) if n]
-    if not kept:
-        return np.full_like(means[0], np.nan)
-    arrays, weights = zip(*kept, strict=True)
-    pooled: np.ndarray = np.average(np.stack(arrays).astype(np.float64), axis=0, weights=weights)
-    return pooled
