@@ -11,7 +11,7 @@ import numpy as np
 
 from pvec.backends.run_session import manifest_sections
 from pvec.backends.session import ModelSession, Notify
-from pvec.data.conversations import Conversation, Ids, Pair
+from pvec.data.conversations import Chat, Conversation, Pair
 from pvec.data.tables import Row
 from pvec.errors import InputError
 from pvec.models.token_text import TokenTexts
@@ -81,11 +81,13 @@ class TokenOutput:
 
     def _question(self, row: Row, conversation: Conversation, turn: int) -> str:
         """Return what the answer answers: the message before it."""
-        if isinstance(conversation, Pair):
-            return conversation.prompt
-        if isinstance(conversation, Ids):
+        if not isinstance(conversation, Chat):
             known = row.values.get("question")
-            return str(known or self._tokenizer.decode(list(conversation.prompt_ids)))
+            if isinstance(known, str):
+                return known
+            if isinstance(conversation, Pair):
+                return conversation.prompt
+            return str(self._tokenizer.decode(list(conversation.prompt_ids)))
         messages = conversation.messages
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         place = places[turn if self._turns == "each" else -1] if places else len(messages)
