@@ -93,7 +93,8 @@ def test_a_browser_shows_the_most_suspicious_samples_however_far_out(
     ).stdout  # fmt: skip
     assert ">12 samples<" in shown
     assert shown.count("start &lt;b&gt;early&lt;/b&gt;") >= len(furthest)
-    assert f"evil, layer 2 {furthest[0]:.1f}" in shown
+    most = f"{furthest[0]:,.0f}" if furthest[0] >= 1000 else f"{furthest[0]:.1f}"
+    assert f"evil, layer 2 {most}" in shown
     assert "missing" not in shown.split("<footer>")[0].split('class="pairs"')[1].split("<script")[0]
 
 
