@@ -28,7 +28,7 @@ from pvec.judges.local import Identified
 from pvec.judges.prompts import COHERENCE, Metric
 from pvec.models.chat import encode_pair, encode_prompt, prompt_ids
 from pvec.models.template import render_prompt
-from pvec.runs.responses import ResponseRecord
+from pvec.runs.responses import Json, ResponseRecord
 from pvec.traits.trait import Trait
 from pvec.types import JudgeQuery, Message, ModelInfo, Score
 
@@ -98,7 +98,7 @@ def contrast_query(
 
     ``most`` limits the instruction pairs to the first so many that may count.
     """
-    systems = other_systems(metric.trait, response.system)[:most]
+    systems = other_systems(metric.trait, response)[:most]
     parts = (response.id, judge, metric.name, response.question, response.answer)
     texts = [*parts, *(text for pair in systems for text in pair)]
     return ContrastQuery(
@@ -111,14 +111,35 @@ def contrast_query(
     )
 
 
-def other_systems(trait: Trait | None, system: str | None) -> tuple[tuple[str, str], ...]:
-    """Return the system prompts of the pairs of which ``system`` holds no instruction."""
+class Conditioned(Protocol):
+    """What says under which instructions an answer is given: a planned or a kept response."""
+
+    @property
+    def trait(self) -> str:
+        """The trait that the answer is about."""
+
+    @property
+    def condition(self) -> Mapping[str, Json]:
+        """Its case in the workflow, with the number of the instruction pair where there is one."""
+
+    @property
+    def system(self) -> str | None:
+        """Its system prompt."""
+
+
+def other_systems(trait: Trait | None, response: Conditioned) -> tuple[tuple[str, str], ...]:
+    """Return the system prompts of the pairs that ``response`` was not given under.
+
+    Its own pair is the one that its condition numbers, and any whose text its system prompt holds.
+    """
     if trait is None:
         return ()
+    own = response.condition.get("instruction") if response.trait == trait.name else None
+    system = response.system or ""
     return tuple(
         (trait.system_prompt("pos", number), trait.system_prompt("neg", number))
         for number, pair in enumerate(trait.instructions)
-        if system is None or (pair.pos not in system and pair.neg not in system)
+        if number != own and pair.pos not in system and pair.neg not in system
     )
 
 

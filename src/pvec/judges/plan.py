@@ -128,7 +128,7 @@ def _forward_passes(
             if record and contrast_query(record, metric, judge=name, most=most).id in known:
                 continue
             # Coherence takes the answer and its words in random order.
-            pairs = other_systems(metric.trait, response.system)[:most] or ((),)
+            pairs = other_systems(metric.trait, response)[:most] or ((),)
             length = len(record.token_ids) if record else response.sampling.max_tokens
             passes += 2 * len(pairs)
             tokens += 2 * len(pairs) * min(length, settings.contrast_tokens)
