@@ -237,8 +237,9 @@ def _keys(settings: Settings) -> Iterator[HealthCheck]:
         yield HealthCheck(KEY_NAME, "ok", "set")
     else:
         remedy = (
-            f"put {KEY_NAME}=… into .env, or use a judge that needs no key: --judge-url URL or "
-            f"--judge-model local:MODEL"
+            f"use a judge that needs no key (--judge-model contrast: the model itself judges by "
+            f"likelihood; --judge-model local:MODEL; --judge-url URL), or put {KEY_NAME}=… into "
+            f".env"
         )
         yield HealthCheck(KEY_NAME, "missing", "not set: real models need a judge", remedy)
     server = judge.base_url or os.environ.get("OPENAI_BASE_URL")

@@ -48,7 +48,9 @@ def render_next(console: Console, commands: Sequence[str], *, model: str = "") -
 
 
 def render_judge(console: Console, report: JudgeReport) -> None:
-    """Say who judged, how much, what is missing and what it cost."""
+    """Say who judged, how much, what is missing, what it cost and what the scores mean."""
+    from pvec.judges.prompts import score_meaning
+
     counts = ", ".join(f"{count:,} {status}" for status, count in report.counts.items())
     parts = [f"{counts or 'nothing new'}", f"{report.skipped:,} scored before"]
     if report.unasked:
@@ -56,6 +58,7 @@ def render_judge(console: Console, report: JudgeReport) -> None:
     if report.spent:
         parts.append(f"${report.spent:.2f}")
     console.print(f"judge {report.judge}: {', '.join(parts)}")
+    console.print(score_meaning(report.judge))
 
 
 def render_means(console: Console, means: Sequence[MetricMean]) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from pvec.errors import ModelError
 from pvec.judges.base import Judge
 from pvec.judges.local import Identified
-from pvec.judges.prompts import COHERENCE, Metric
+from pvec.judges.prompts import COHERENCE, CONTRAST, Metric
 from pvec.models.chat import encode_pair, encode_prompt, prompt_ids
 from pvec.models.template import render_prompt
 from pvec.runs.responses import Json, ResponseRecord
@@ -34,9 +34,6 @@ from pvec.types import JudgeQuery, Message, ModelInfo, Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PREFIX = "contrast:"
-"""What the name of every contrast judge begins with."""
 
 CHUNK = 32
 """Queries measured together: a kill loses no more than these."""
@@ -83,12 +80,7 @@ class ContrastQuery(JudgeQuery):
 def contrast_name(model: Identified, *, tokens: int, most_pairs: int | None = None) -> str:
     """Return the name under which a contrast judge's scores are kept."""
     pairs = "" if most_pairs is None else f", {most_pairs} pairs"
-    return f"{PREFIX}{model.id}#{model.fingerprint} ({tokens} tokens{pairs})"
-
-
-def is_contrast(judge: str) -> bool:
-    """Whether the judge of this name is a contrast judge."""
-    return judge.startswith(PREFIX)
+    return f"{CONTRAST}{model.id}#{model.fingerprint} ({tokens} tokens{pairs})"
 
 
 def contrast_query(

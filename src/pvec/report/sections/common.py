@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pvec.judges.prompts import score_meaning
 from pvec.report.figure import interval_text
 from pvec.runs.names import model_label
 from pvec.runs.secrets import safe_command, without_secrets
@@ -77,6 +78,8 @@ class RunData:
         """Return what the manifest says, flat: identity, model, versions, commands, timings."""
         manifest = without_secrets(self.run.manifest)  # one of an older pvec may hold some
         rows = [("folder", str(self.path)), ("judge", self.judge or "none")]
+        if self.judge is not None:
+            rows.append(("scores", score_meaning(self.judge)))
         rows += _flat({k: v for k, v in manifest.items() if k not in _LEFT_OUT})
         for number, session in enumerate(manifest["sessions"], start=1):
             rows.append((f"session {number}", _session(session)))
