@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,15 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def write_run(
-    path: Path, kind: str, conditions: list[tuple[dict[str, Any], float]], *, trait: str = "evil"
+    path: Path,
+    kind: str,
+    conditions: list[tuple[dict[str, Any], float]],
+    *,
+    trait: str = "evil",
+    model: str = "tiny",
 ) -> Path:
     """Write a judged run: four questions, two rollouts, a score per condition."""
-    identity = {"trait": trait, "model": "tiny", "adapter": None}
+    identity = {"trait": trait, "model": model, "adapter": None}
     with Run.open_or_create(path, identity=identity, kind=kind) as run:
         run.begin_session(command=["pvec", kind])
         for c, (condition, level) in enumerate(conditions):
@@ -61,7 +68,9 @@ def write_run(
     return path
 
 
-def sweep_run(path: Path, *, trait: str = "evil") -> Path:
+def sweep_run(
+    path: Path, *, trait: str = "evil", model: str = "tiny", coefs: tuple[float, ...] = (-1, 1)
+) -> Path:
     def at(role: str, layer: int, coef: float) -> dict[str, Any]:
         label = {"steered": trait, "random": f"random like {trait}"}[role]
         return {
@@ -76,10 +85,10 @@ def sweep_run(path: Path, *, trait: str = "evil") -> Path:
         ({"name": "prompted against", "role": "prompt_neg", **bare}, 0),
     ]
     conditions += [
-        (at("steered", layer, coef), 30 + 10 * layer * coef) for layer in (2, 3) for coef in (-1, 1)
+        (at("steered", layer, coef), 30 + 10 * layer * coef) for layer in (2, 3) for coef in coefs
     ]
-    conditions += [(at("random", layer, coef), 4) for layer in (2, 3) for coef in (-1, 1)]
-    return write_run(path, "steer-eval", conditions, trait=trait)
+    conditions += [(at("random", layer, coef), 4) for layer in (2, 3) for coef in coefs]
+    return write_run(path, "steer-eval", conditions, trait=trait, model=model)
 
 
 def extract_run(path: Path) -> Path:
@@ -165,6 +174,106 @@ def test_several_runs_share_a_page_that_compares_them(
     assert "Every trait at its picked layer" in page
     assert page.count("<section") == 4
     assert (tmp_path / "report_figures" / "steering_overview.csv").is_file()
+
+
+def embedded(page: str) -> Any:
+    """Return the data of a page's browser of answers."""
+    (data,) = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)
+    return json.loads(data)
+
+
+def test_conditions_are_in_the_order_of_layers_and_coefficients_whoever_finished_first() -> None:
+    run = sweep_run(Path("steer"), coefs=(1, 0.25, -0.5, 1.5, -1))
+    assert pvec("report", str(run)) == 0
+    conditions = embedded((run / "report.html").read_text())["conditions"]
+    coefs = ("-1", "-0.5", "0.25", "1", "1.5")
+    assert conditions == [
+        "unsteered", "prompted for", "prompted against",
+        *(f"{label} · layer {layer} · coef {coef}"
+          for label in ("evil", "random like evil") for layer in (2, 3) for coef in coefs),
+    ]  # fmt: skip
+
+
+def test_every_layer_has_its_random_control_in_the_figure() -> None:
+    run = sweep_run(Path("steer"))
+    assert pvec("report", str(run)) == 0
+    text = (run / "report_figures" / "steer_dose_response.csv").read_text()
+    named = {row["condition"] for row in csv.DictReader(text.splitlines())}
+    assert {"layer 2", "layer 2, random", "layer 3", "layer 3, random"} <= named
+
+
+def test_pages_of_different_kinds_have_titles_of_their_own() -> None:
+    titles = []
+    for run in (sweep_run(Path("steer")), extract_run(Path("extract")), train_run(Path("train"))):
+        assert pvec("report", str(run)) == 0
+        page = (run / "report.html").read_text()
+        titles += re.findall(r"<title>(.*?)</title>", page)[:1]  # those of marks come after it
+    assert titles == [
+        "Steering tiny with evil", "Extraction of evil from tiny", "Finetuning tiny: train",
+    ]  # fmt: skip
+
+
+def train_run(path: Path) -> Path:
+    """Write a finished training whose persona shift was logged with intervals and answers."""
+    with Run.open_or_create(path, identity={"trait": "t", "model": "tiny"}, kind="train") as run:
+        run.begin_session(command=["pvec", "train"])
+        run.update_manifest(settings={"monitor": {"alarm": {"shift": 100.0}}}, steering=[])
+    log = [
+        {"step": 0, "persona/evil": 0.0, "persona/hooks_on": 0.0,
+         "persona_base_prompts/evil": [1.0, 2.0, 3.0]},
+        {"step": 1, "loss": 2.0},
+        {"step": 10, "loss": 1.25, "persona/evil": 150.5, "persona_low/evil": 120.0,
+         "persona_high/evil": 170.0, "persona/hooks_on": 0.0},
+    ]  # fmt: skip
+    result = {
+        "steps": 10, "first_loss": 2.0, "last_loss": 1.25, "stopped_early": False, "touched": [],
+        "held_out_loss": None, "tokens_per_second": 10.0, "shifts": {"evil": 150.5},
+    }  # fmt: skip
+    (path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in log))
+    (path / "result.json").write_text(json.dumps(result))
+    answers = {"question": f"Why? {HOSTILE}", "base": "Kindly.", "final": "Cruelly."}
+    (path / "persona_answers.jsonl").write_text(f"{json.dumps(answers)}\n")
+    return path
+
+
+def test_the_page_of_a_training_begins_with_the_persona_as_the_command_said_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = train_run(Path("train"))
+    assert pvec("report", str(run), "--svg") == 0
+    said = capsys.readouterr().out
+    result = json.loads((run / "result.json").read_text())
+    assert f"moved +{result['shifts']['evil']} (+120.0 to +170.0) along evil" in said
+    assert f"from {result['first_loss']:.3f} to {result['last_loss']:.3f}" in said
+    page = (run / "report.html").read_text()
+    assert page.index("Persona shift by step") < page.index("<h3>Loss</h3>")
+    assert "95 % intervals; n = 3 per point." in page
+    assert "alarm: shift 100" in page
+    data = embedded(page)
+    assert data["conditions"] == ["before training", "after training"]
+    assert [answer[3] for answer in data["answers"]] == ["Kindly.", "Cruelly."]
+    assert HOSTILE not in page
+    svg = (run / "report_figures" / "train_shift.svg").read_text()
+    assert "tiny · run train · 20" in svg
+
+
+def test_several_trainings_are_compared_in_one_figure(tmp_path: Path) -> None:
+    runs = [train_run(Path("one")), train_run(Path("two"))]
+    assert pvec("report", *map(str, runs)) == 0
+    rows = (tmp_path / "report_figures" / "finetunings_shift.csv").read_text().splitlines()
+    assert rows[1:] == ["one,evil,150.5,120,170,3", "two,evil,150.5,120,170,3"]
+
+
+def test_several_models_and_traits_make_a_grid(tmp_path: Path) -> None:
+    runs = [
+        sweep_run(Path(f"{model}-{trait}"), trait=trait, model=model)
+        for model in ("small", "large") for trait in ("evil", "humorous")
+    ]  # fmt: skip
+    assert pvec("report", *map(str, runs)) == 0
+    rows = (tmp_path / "report_figures" / "steering_models.csv").read_text().splitlines()
+    assert [row.rpartition(",")[0] for row in rows] == [
+        "model,trait", "small,evil", "small,humorous", "large,evil", "large,humorous",
+    ]  # fmt: skip
 
 
 def test_a_second_report_replaces_the_first() -> None:

@@ -174,7 +174,7 @@ def _finish(
         trait=trait,
         kinds=result.vectors,
         mean_norm=result.mean_norm,
-        stats=dict(_stat_arrays(stats)),
+        stats={**dict(_stat_arrays(stats)), **whole.class_projections()},
         metadata={**_provenance(session, result), **provenance},
     )
 

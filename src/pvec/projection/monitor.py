@@ -178,6 +178,7 @@ def _generate(
 def _compare(work: RunSession, vectors: LoadedVectors, known: PromptScores) -> MonitorResult:
     """Correlate the prompts' projections with their scores, and write the result."""
     folder = work.store.path
+    work.store.update_manifest(projection_axes=vectors.axes())
     result = MonitorResult(
         run=folder,
         model=work.session.metadata.id,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,7 +20,7 @@ from pvec.data.spans import Counts, SpanMaker, Turns
 from pvec.errors import InputError
 from pvec.models.decoder import describe_layer
 from pvec.projection.pooling import pool_turns
-from pvec.types import Progress, SpanMeans, TokenSpans, VectorKind
+from pvec.types import SIGNS, Progress, SpanMeans, TokenSpans, VectorKind
 from pvec.vectors.find import find_vector, load_vectors, vector_name
 from pvec.vectors.projection import ProjectionPlan
 from pvec.vectors.quality import suggest_layer, suggest_prompt_layer
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pvec.backends.base import Backend
+
+CLASS_PLACES = tuple(f"proj_{what}_{sign}" for what in ("response", "prompt") for sign in SIGNS)
+"""Statistics of a vector file: where its positive and negative answers and prompts lie along it."""
 
 _AT_ONCE = 64
 """Rows whose activations are projected together; few enough that theirs is little memory."""
@@ -81,6 +85,21 @@ class LoadedVectors:
     def columns(self) -> list[tuple[str, int]]:
         """Every vector at every layer, in the order of one kind's columns."""
         return [(vector, layer) for vector in self.vectors for layer in self.layers]
+
+    def axes(self) -> dict[str, dict[str, float]]:
+        """Return what a projection on each vector at each layer is measured against, where its file
+        says so: ``residual_norm``, and the mean projections of the extraction's answers
+        and prompts (``CLASS_PLACES``).
+        """
+        known = {}
+        for name, layer in self.columns:
+            vector = self.vectors[name]
+            rows = {"residual_norm": vector.mean_norm} if vector.mean_norm is not None else {}
+            if self.kind == vector.main_kind:
+                rows |= {key: vector.stats[key] for key in CLASS_PLACES if key in vector.stats}
+            values = {key: float(row[layer]) for key, row in rows.items()}
+            known[f"{name}_layer{layer}"] = {k: v for k, v in values.items() if math.isfinite(v)}
+        return known
 
     @property
     def fingerprints(self) -> dict[str, str]:

@@ -140,6 +140,7 @@ def run(
             for name, source in sources.items()
         }
         with open_study(session, "screen", kind=DIFF_KIND, path=path, out=output.out) as work:
+            work.store.update_manifest(projection_axes=loaded.axes())
             result = _Screening(work, loaded, sets).run(targets)
             write_summary(work.store.path, dataclasses.asdict(result))
     return result

@@ -118,7 +118,7 @@ def run(
             "fingerprint": session.metadata.fingerprint,
         }
         with open_run(session, folder, kind=SHIFT_KIND, identity=identity) as work:
-            work.store.update_manifest(measured=measured)
+            work.store.update_manifest(measured=measured, projection_axes=loaded.axes())
             with work.store.stage("capture"):
                 values = _measure_all(session, adapters, wholes, loaded, prompts)
             result = _result(settings, base, values, loaded, folder)

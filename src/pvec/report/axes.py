@@ -70,16 +70,32 @@ def spans(values: Sequence[Interval]) -> list[list[float]] | None:
     ]
 
 
-def draw_references(axis: Axes, references: Sequence[Reference], *, named: bool = True) -> None:
-    """Draw vertical lines of values with a meaning, named at their upper end."""
+def draw_x(axes: Sequence[Axes], x: XAxis) -> None:
+    """Label the x axis that ``axes`` share, from top to bottom, and draw what is known of it."""
+    for axis in axes:
+        draw_references(axis, x.references, named=axis is axes[0], inside=x.top is not None)
+    axes[-1].set_xlabel(printable(x.label))
+    if x.top is not None:
+        second_scale(axes[0], x.top)
+
+
+def draw_references(
+    axis: Axes, references: Sequence[Reference], *, named: bool, inside: bool
+) -> None:
+    """Draw vertical lines of values with a meaning, named at their upper end; names stand upright
+    ``inside`` the axes where a second scale is above them.
+    """
+    last = max((reference.x for reference in references), default=0.0)
     for reference in references:
         line = axis.axvline(reference.x, color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=1.5)
         name_marks(line, [f"{reference.label}: {number(reference.x)}"])
         if named:
+            side = "center" if len(references) == 1 else "left" if reference.x == last else "right"
             axis.annotate(
                 printable(reference.label), (reference.x, 1), xycoords=("data", "axes fraction"),
-                xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", size=10,
-                color=INK, annotation_clip=False,
+                xytext=(-2, -3) if inside else (0, 2), textcoords="offset points",
+                rotation=90 if inside else 0, ha="right" if inside else side,
+                va="top" if inside else "bottom", size=10, color=INK, annotation_clip=False,
             )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pvec.report.axes import (
     XAxis,
     draw_legend,
-    draw_references,
+    draw_x,
     interval_note,
     legible,
     says,
@@ -75,8 +75,7 @@ def scatter(
             )  # fmt: skip
         if style != "joined" and len(dots) <= _NAMED:
             _name_dots(axis, dots)
-        draw_references(axis, x.references)
-        axis.set_xlabel(printable(x.label))
+        draw_x([axis], x)
         axis.set_ylabel(printable(y_label))
         if 1 < len(groups) <= _LEGEND:
             draw_legend(canvas, [axis], groups)

@@ -18,12 +18,11 @@ from pvec.report.axes import (
     XAxis,
     cover,
     draw_legend,
-    draw_references,
+    draw_x,
     interval_note,
     legible,
     mark_x,
     says,
-    second_scale,
     spans,
 )
 from pvec.report.figure import Cell, Figure, Table
@@ -107,11 +106,8 @@ def line_chart(
         axes = canvas.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axis, panel in zip(axes, panels, strict=True):
             _draw_panel(axis, panel, x_label=x.label, colours=colours, labels=labels)
-            draw_references(axis, x.references, named=axis is axes[0] and x.top is None)
-        axes[-1].set_xlabel(printable(x.label))
+        draw_x(list(axes), x)
         mark_x(axes[-1], places)
-        if x.top is not None:
-            second_scale(axes[0], x.top)
         if len(labels) > 1:
             draw_legend(canvas, list(axes), labels)
 
@@ -163,9 +159,8 @@ def histogram(
                 )  # fmt: skip
                 name_marks(stairs, series=i)
         _bin_titles(axis, edges, dict(zip(labels, counts, strict=True)), y_label)
-        draw_references(axis, x.references)
         axis.set_xlim(edges[0], edges[-1])
-        axis.set_xlabel(printable(x.label))
+        draw_x([axis], x)
         axis.set_ylabel(y_label)
         draw_legend(canvas, [axis], labels)
 

@@ -174,6 +174,24 @@ class VectorAccumulator:
         number = sum(len(samples[sign][0]) for sign in SIGNS)
         return over_splits(areas, n=number, groups=len(slots))
 
+    def class_projections(self) -> dict[str, np.ndarray]:
+        """Return where the two classes lie along ``response_avg``, per layer ``[L + 1]``.
+
+        ``proj_response_pos`` and ``proj_response_neg`` are the mean projections of responses,
+        ``proj_prompt_pos`` and ``proj_prompt_neg`` those of the prompts' last tokens; NaN where the
+        vector is zero.
+        """
+        vector = self._difference("response_avg")  # [L + 1, H]
+        lengths = np.linalg.norm(vector, axis=1)
+        found: dict[str, np.ndarray] = {}
+        for name, kind in (("response", "response_avg"), ("prompt", "prompt_last")):
+            for sign in SIGNS:
+                along = np.einsum("lh,lh->l", self._class_mean(kind, sign), vector)  # type: ignore[arg-type]
+                places = np.full(len(lengths), np.nan)
+                np.divide(along, lengths, out=places, where=lengths > 0)
+                found[f"proj_{name}_{sign}"] = places.astype(np.float32)
+        return found
+
     def _slot(self, question: str) -> str:
         if question not in self._slots:
             names = list(self._slots)

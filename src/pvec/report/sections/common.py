@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pvec.judges.prompts import score_meaning
+from pvec.report.axes import Reference, Scale, XAxis
 from pvec.report.figure import interval_text
 from pvec.runs.names import model_label
 from pvec.runs.secrets import safe_command, without_secrets
@@ -73,6 +74,22 @@ class RunData:
             else ""
         )
         return " · ".join(filter(None, (self.model, f"run {self.path.resolve().name}", date)))
+
+    def projection_axis(
+        self, label: str, vector: str, layer: int, *, of: Literal["response", "prompt"] | None
+    ) -> XAxis:
+        """Return the axis of projections on a vector at a layer: a second scale in mean residual
+        norms, and where the extraction's answers or prompts lie (None: of differences, nowhere).
+        """
+        known = self.run.manifest.get("projection_axes", {}).get(f"{vector}_layer{layer}", {})
+        words = {"neg": "negative", "pos": "positive"}
+        places = {word: known.get(f"proj_{of}_{sign}") for sign, word in words.items()}
+        norm = known.get("residual_norm")
+        return XAxis(
+            label=label,
+            references=[Reference(x=x, label=w) for w, x in places.items() if x is not None],
+            top=Scale(label="in mean residual norms", factor=1 / norm) if norm else None,
+        )
 
     def provenance(self) -> tuple[tuple[str, str], ...]:
         """Return what the manifest says, flat: identity, model, versions, commands, timings."""

@@ -311,9 +311,31 @@ def _overview(summaries: Sequence[tuple[RunData, SweepSummary]]) -> Section:
             f"In {raised} of {len(summaries)} evaluations the picked steering raises the trait on "
             f"held-out questions by more than chance (95 %)."
         ),
-        figures=(_overview_figure(picks),) if picks else (),
+        figures=(*_grid_figures(picks), _overview_figure(picks)) if picks else (),
+        source=", ".join(dict.fromkeys(run.source for run, _ in summaries)),
         tables=(("Picked points, read on held-out questions", table),),
     )
+
+
+def _grid_figures(picks: Sequence[tuple[RunData, SweepSummary, Pick]]) -> Iterator[Figure]:
+    """Yield models by traits, steered at their picked points, where there are several of both."""
+    scores = {(run.model, run.trait): pick.point.scores[run.trait].mean for run, _, pick in picks}
+    models, traits = (list(dict.fromkeys(key[side] for key in scores)) for side in (0, 1))
+    if len(models) > 1 and len(traits) > 1:
+        yield heat_map(
+            Grid(
+                columns=("trait", traits),
+                rows=("model", models),
+                values=[
+                    [scores.get((model, trait), math.nan) for trait in traits] for model in models
+                ],
+                value_label="trait score",
+                first_row="top",
+            ),
+            name="steering_models",
+            title="Every model and trait at the picked point",
+            caption="Mean trait score on the questions that nothing was picked on.",
+        )
 
 
 def _overview_row(run: RunData, pick: Pick) -> tuple[Cell, ...]:
