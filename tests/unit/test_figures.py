@@ -7,6 +7,7 @@ import itertools
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -18,7 +19,10 @@ from pvec.report.dots import Dot, bars, scatter
 from pvec.report.figure import Difference, Figure, Table
 from pvec.report.figures import Level, Line, Panel, histogram, line_chart
 from pvec.report.grids import Grid, heat_map
+from pvec.report.sections.common import RunData
+from pvec.report.sections.projections import correlation_text
 from pvec.report.style import PALETTE, RAMP, SERIES, decimals, number, series_colours
+from pvec.runs.store import Run
 from pvec.stats import Interval
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -299,3 +303,36 @@ def test_decimals_follow_the_largest_number() -> None:
     assert number(-0.0) == "0"
     assert number(-0.04, 1) == "0.0"
     assert number(1234.5, 1, sign=True) == "+1,234.5"
+
+
+def test_a_correlation_of_few_points_is_not_stated() -> None:
+    known = {"r": 0.998, "low": 0.9, "high": 0.9999, "n": 4}
+    assert correlation_text(known) == "not given (n = 4)"
+    assert correlation_text({**known, "n": 40}) == "> 0.99 (0.90 to 1.00, n = 40)"
+    low = {"r": -0.18, "low": -0.5, "high": 0.2, "n": 40}
+    assert correlation_text(low) == "\u22120.18 (\u22120.50 to 0.20, n = 40)"
+
+
+def test_projections_are_drawn_beside_the_extractions_means_and_in_residual_norms(
+    tmp_path: Path,
+) -> None:
+    known = {"residual_norm": 200.0, "proj_prompt_neg": -30.0, "proj_prompt_pos": 90.0}
+    with Run.open_or_create(tmp_path / "run", identity={"model": "m"}, kind="k") as run:
+        run.begin_session(command=["pvec"])
+        run.update_manifest(projection_axes={"evil_layer3": known})
+        data = RunData(run=run, judge=None)
+        axis = data.projection_axis("projection", "evil", 3, of="prompt")
+        assert axis.top == Scale(label="in mean residual norms", factor=0.005)
+        assert axis.references == [
+            Reference(x=-30.0, label="negative"), Reference(x=90.0, label="positive"),
+        ]  # fmt: skip
+        assert data.projection_axis("difference", "evil", 3, of=None).references == []
+        unknown = data.projection_axis("projection", "evil", 4, of="prompt")
+        assert unknown == XAxis(label="projection", references=[], top=None)
+    dots = [Dot(group="a", x=exact(v), y=exact(50.0)) for v in (-100.0, 0.0, 100.0)]
+    drawn = scatter(name="d", title="t", caption="c", x=axis, y_label="evil", dots=dots).canvas()
+    (second,) = drawn.axes[0].child_axes
+    drawn.draw_without_rendering()
+    low, high = drawn.axes[0].get_xlim()
+    assert second.get_xlim() == pytest.approx((low / 200, high / 200))
+    assert [text.get_text() for text in drawn.axes[0].texts[-2:]] == ["negative", "positive"]

@@ -98,6 +98,19 @@ def test_a_class_without_responses_is_refused_in_a_sentence() -> None:
         accumulated([row for row in responses() if row[1] == "pos"]).result()
 
 
+def test_the_places_of_the_classes_along_the_vector_are_means_of_projections() -> None:
+    rows = responses()[:-7]
+    accumulator = accumulated(rows)
+    found = accumulator.class_projections()
+    vector = accumulator.result().vectors["response_avg"].astype(np.float64)
+    for name, span in (("response", "response"), ("prompt", "prompt_last")):
+        for sign in ("pos", "neg"):
+            for layer in range(1, LAYERS + 1):
+                unit = vector[layer] / np.sqrt((vector[layer] ** 2).sum())
+                expected = np.mean([r.means[span][layer] @ unit for r, s, _ in rows if s == sign])
+                assert found[f"proj_{name}_{sign}"][layer] == pytest.approx(expected, rel=1e-4)
+
+
 def test_the_order_of_arrival_changes_no_quality_figure() -> None:
     rows = responses(each=12)
     shuffled = random.Random(0).sample(rows, len(rows))

@@ -29,9 +29,16 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def interval(value: Interval | Spread, *, digits: int = 1) -> str:
-    """Return ``71.3 [68.0, 74.1]``; above 100 ``129 [127, 130]``, as a table has 80 columns."""
-    digits = 0 if abs(value.mean) > 100 else digits
+    """Return ``71.3 [68.0, 74.1]``."""
     return with_interval(value.mean, value.low, value.high, digits=digits)
+
+
+def intervals(values: Sequence[Interval | None]) -> list[str]:
+    """Return the intervals of a table with the same decimals: none when one is above 100, as a
+    table has 80 columns.
+    """
+    large = any(value is not None and abs(value.mean) > 100 for value in values)
+    return ["–" if v is None else interval(v, digits=0 if large else 1) for v in values]
 
 
 def r_interval(value: Correlation) -> str:

@@ -20,7 +20,7 @@ from pvec.cli.options import (
     options,
     settings_from,
 )
-from pvec.cli.render import interval, render_next
+from pvec.cli.render import intervals, render_next
 from pvec.types import OutputOptions
 
 if TYPE_CHECKING:
@@ -82,8 +82,7 @@ def _render(console: Console, result: ScreenResult) -> None:
     rows = [
         (
             f"{column.vector} @ {column.layer}",
-            interval(column.score.mean),
-            None if column.score.reference is None else interval(column.score.reference),
+            *intervals([column.score.mean, column.score.reference]),
             column.score.auc,
             column.score.threshold,
             column.score.above if column.score.threshold is not None else None,

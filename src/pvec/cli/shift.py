@@ -19,7 +19,7 @@ from pvec.cli.options import (
     options,
     settings_from,
 )
-from pvec.cli.render import interval, r_interval, render_next
+from pvec.cli.render import intervals, r_interval, render_next
 from pvec.runs.names import model_label
 
 if TYPE_CHECKING:
@@ -82,8 +82,15 @@ def _render(console: Console, result: ShiftResult) -> None:
     if len(set(labels.values())) < len(labels):
         labels = {name: name for name in labels}
     rows = [
-        (labels[item.checkpoint], f"{item.vector} @ {item.layer}", interval(item.shift), item.score)
-        for item in result.shifts
+        (
+            labels[item.checkpoint],
+            f"{item.vector} @ {item.layer}",
+            shift,
+            "–" if item.score is None else f"{item.score:.1f}",
+        )
+        for item, shift in zip(
+            result.shifts, intervals([item.shift for item in result.shifts]), strict=True
+        )
     ]
     console.print(table(("checkpoint", "vector", "shift [95 %]", "trait score"), rows))
     for trend in result.trends:

@@ -170,7 +170,11 @@ def _generate(
                 metrics_of(*traits),
                 on_progress=work.session.on_progress,
             )
-    known = PromptScores.from_run(work.store, judge=None if report is None else report.judge)
+    known = PromptScores.from_run(
+        work.store,
+        judge=None if report is None else report.judge,
+        order=[prompt.text for prompt in samples.distinct.values()],
+    )
     result = _compare(work, vectors, known)
     return dataclasses.replace(result, generated=generated, judge=report)
 

@@ -7,7 +7,7 @@ generated and judged now.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pvec.backends.planned import PlannedResponse
@@ -30,11 +30,15 @@ class PromptScores:
     scores: Mapping[str, Mapping[str, list[float]]]
 
     @classmethod
-    def from_run(cls, run: Run, *, judge: str | None = None) -> PromptScores:
+    def from_run(
+        cls, run: Run, *, judge: str | None = None, order: Iterable[str] = ()
+    ) -> PromptScores:
         """Return a run's distinct prompts with the scores of their unsteered answers.
 
-        ``judge`` is the one whose scores count, needed where several scored the run.
+        ``judge`` is the one whose scores count, needed where several scored the run. ``order`` are
+        the prompts in the order of their file; without it they come as they were finished.
         """
+        place = {text: number for number, text in enumerate(order)}
         by_response = run.scores_by_response(judge=judge) if run.judges() else {}
         prompts: dict[str, Prompt] = {}
         conditions: dict[str, str] = {}
@@ -56,8 +60,9 @@ class PromptScores:
             for metric, score in by_response.get(record.id, {}).items():
                 if score.score is not None and metric != COHERENCE:
                     scores[metric][key].append(score.score)
+        listed = sorted(prompts, key=lambda key: place.get(key, len(place)))
         return cls(
-            prompts=prompts,
+            prompts={key: prompts[key] for key in listed},
             conditions=conditions,
             scores={metric: dict(rows) for metric, rows in scores.items()},
         )

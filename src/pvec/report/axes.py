@@ -108,8 +108,10 @@ def draw_legend(canvas: Canvas, axes: Sequence[Axes], labels: Sequence[str]) -> 
         for axis in axes
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    legend = canvas.legend(list(handles.values()), list(handles), loc="outside lower center",
-                           ncols=2)  # fmt: skip
+    legend = canvas.legend(
+        list(handles.values()), list(handles), loc="outside lower center",
+        ncols=1 if _are_long(labels) else 2,
+    )  # fmt: skip
     numbers = {legible(label): i for i, label in enumerate(labels)}
     for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
         if isinstance(handle, Line2D):
@@ -118,7 +120,18 @@ def draw_legend(canvas: Canvas, axes: Sequence[Axes], labels: Sequence[str]) -> 
             name_key(part, series=numbers[text.get_text()])
 
 
-def legible(label: str, *, limit: int = 26) -> str:
+def legend_height(labels: Sequence[str]) -> float:
+    """Return the height of a legend in inches."""
+    rows = len(labels) if _are_long(labels) else math.ceil(len(labels) / 2)
+    return 0.22 * rows if len(labels) > 1 else 0.0
+
+
+def _are_long(labels: Sequence[str]) -> bool:
+    """Whether two names do not fit side by side."""
+    return any(len(label) > 22 for label in labels)
+
+
+def legible(label: str, *, limit: int = 40) -> str:
     """Return a name for a legend: short, and shown although it begins with an underscore."""
     text = printable(label)
     text = text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -12,6 +12,7 @@ from pvec.report.axes import (
     draw_legend,
     draw_x,
     interval_note,
+    legend_height,
     legible,
     says,
     spans,
@@ -88,7 +89,7 @@ def scatter(
         caption=f"{caption}{interval_note(ends)}",
         table=table or Table(columns=("group", x.label, y_label), rows=rows),
         draw=draw,
-        size=(5.0, 3.5 + 0.11 * min(len(groups), _LEGEND)),
+        size=(5.0, 3.5 + (legend_height(groups) if len(groups) <= _LEGEND else 0.0)),
     )
 
 
@@ -119,14 +120,14 @@ def bars(
         axis.invert_yaxis()
         axis.grid(visible=False, axis="y")
         axis.axvline(0, color=MUTED, linewidth=0.8)
-        axis.margins(x=0.12)
+        axis.margins(x=0.2 if any(value.mean < 0 for value in drawn) else 0.14)
         axis.set_xlabel(printable(label))
         if len(series) > 1:
             draw_legend(canvas, [axis], list(series))
 
     drawn = [value for values in series.values() for value in values if value is not None]
     rows_drawn = len(groups) * (1 + 0.45 * (len(series) - 1))
-    height = min(9.0, 1.0 + 0.32 * rows_drawn + 0.22 * math.ceil(len(series) / 2))
+    height = min(9.0, 1.0 + 0.32 * rows_drawn + legend_height(list(series)))
     return Figure(
         name=name,
         title=title,

@@ -20,6 +20,7 @@ from pvec.report.axes import (
     draw_legend,
     draw_x,
     interval_note,
+    legend_height,
     legible,
     mark_x,
     says,
@@ -113,7 +114,7 @@ def line_chart(
 
     points = [point for panel in panels for line in panel.lines for point in line.points]
     shape = "Bands" if len(places) > _BARS else "Bars"
-    height = 0.9 + 1.9 * len(panels) + 0.22 * math.ceil(len(labels) / 2)
+    height = 0.9 + 1.9 * len(panels) + legend_height(labels)
     return Figure(
         name=name,
         title=title,
@@ -171,7 +172,14 @@ def histogram(
         ),
     )
     sizes = ", ".join(f"{label} {len(group):,}" for label, group in groups)
-    return Figure(name=name, title=title, caption=f"{caption} n: {sizes}.", table=table, draw=draw)
+    return Figure(
+        name=name,
+        title=title,
+        caption=f"{caption} n: {sizes}.",
+        table=table,
+        draw=draw,
+        size=(5.0, 3.0 + legend_height(labels)),
+    )
 
 
 def _line_colours(panels: Sequence[Panel], *, ordered: bool) -> dict[str, str]:

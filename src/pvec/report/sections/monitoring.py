@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pvec.report.axes import XAxis
 from pvec.report.dots import scatter
 from pvec.report.figure import Figure, Table
 from pvec.report.page import Chapter, Section
@@ -104,8 +103,13 @@ def _monitor_figures(run: RunData, stored: Summary) -> Iterator[Figure]:
             f"{correlation_text(column['overall'])} over all, "
             f"{correlation_text(column['within'])} within conditions, "
             f"{correlation_text(column['same_question'])} within questions.",
-            x=XAxis(label="projection of the last prompt token"),
+            x=run.projection_axis(
+                "projection of the last prompt token", vector, layer, of="prompt"
+            ),
             y_label=f"{column['metric']} score",
+            style="ordered"
+            if len({p["condition"] for p in stored["points"][vector]}) > 2
+            else "plain",
             dots=[
                 dot(point["condition"], point["projections"][str(layer)], point["score"])
                 for point in stored["points"][vector]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import NoneType
 from typing import Any
 
 from pvec.report.axes import exact
 from pvec.report.dots import Dot
+from pvec.report.style import number
+from pvec.stats import Interval
+
+_FEW = 5
+"""Almost any order of fewer points is a high correlation."""
 
 Summary = Mapping[str, Any]
 """What a command left in ``summary.json``, of a checked shape."""
@@ -24,23 +30,19 @@ def dot(group: str, x: float, y: float) -> Dot:
     return Dot(group=group, x=exact(x), y=exact(y))
 
 
-def interval_text(value: Summary) -> str:
-    """Return ``1.2 (0.9 to 1.5)``; the mean alone where there is no interval."""
-    text = f"{number_text(value['mean'])}"
-    if value["low"] is not None:
-        text += f" ({number_text(value['low'])} to {number_text(value['high'])})"
-    return text
-
-
-def number_text(value: float | None) -> str:
-    """Return a number in three digits, or a dash."""
-    return "–" if value is None else f"{value:.3g}"
+def interval_of(value: Summary) -> Interval:
+    """Return a stored mean with its interval; what is not known is NaN."""
+    mean, low, high = (
+        math.nan if value[part] is None else float(value[part]) for part in ("mean", "low", "high")
+    )
+    return Interval(mean=mean, low=low, high=high, n=value["n"], groups=value["n"])
 
 
 def correlation_text(value: Summary) -> str:
-    """Return ``0.71 (0.60 to 0.79)``, or a dash."""
-    if value["r"] is None:
-        return "–"
-    if value["low"] is None:
-        return f"{value['r']:.2f}"
-    return f"{value['r']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
+    """Return ``0.71 (0.60 to 0.79, n = 40)``; of fewer than ``_FEW`` pairs only their n."""
+    count = f"n = {value['n']:,}"
+    if value["r"] is None or value["n"] < _FEW:
+        return f"not given ({count})"
+    r, known = value["r"], value["low"] is not None
+    ends = f"{number(value['low'], 2)} to {number(value['high'], 2)}, " if known else ""
+    return f"{'> 0.99' if 0.995 <= r < 1 else number(r, 2)} ({ends}{count})"

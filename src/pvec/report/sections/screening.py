@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from pvec.documents import DocumentError, misfit, read_text
 from pvec.errors import StoreError
 from pvec.report.axes import Reference, XAxis
-from pvec.report.figure import Cell, Figure, Table
+from pvec.report.figure import Cell, Figure, Table, interval_text
 from pvec.report.figures import histogram
 from pvec.report.page import Answer, Chapter, Section, Widget, encode_floats
 from pvec.report.sections.common import RunData
@@ -24,7 +25,8 @@ from pvec.report.sections.projections import (
     PLACE,
     R,
     Summary,
-    interval_text,
+    correlation_text,
+    interval_of,
 )
 from pvec.runs.jsonl import read_jsonl
 from pvec.runs.summary import BROWSED, read_summary
@@ -85,7 +87,7 @@ def _screening_summary(stored: Summary, data: str) -> str:
     furthest = max(stored["columns"], key=lambda c: c["score"]["mean"]["mean"] or float("-inf"))
     text = (
         f"{data} points furthest along {furthest['vector']} at layer {furthest['layer']}: "
-        f"{interval_text(furthest['score']['mean'])} beyond the model's own answers."
+        f"{interval_text(interval_of(furthest['score']['mean']))} beyond the model's own answers."
     )
     if stored["kept"] is not None:
         text += f" {stored['removed_rows']:,} of {stored['rows']:,} samples were removed."
@@ -105,7 +107,7 @@ def _screening_notes(stored: Summary) -> Iterator[str]:
         if column["agreement"] is not None:
             yield (
                 f"Predicted differences along {column['vector']} at layer {column['layer']} agree "
-                f"with generated ones at r {column['agreement']['r']:.2f}."
+                f"with generated ones at r {correlation_text(column['agreement'])}."
             )
     if stored["unanswered"]:
         yield f"{stored['unanswered']} samples do not end with an answer and have no difference."
@@ -117,24 +119,21 @@ def _screening_table(columns: Sequence[Summary]) -> Table:
     rows = []
     for column in columns:
         score = column["score"]
-        reference = score["reference"] or {}
-        mean = score["mean"]
+        reference = score["reference"]
         rows.append(
             (
                 column["vector"],
                 column["layer"],
-                mean["mean"],
-                mean["low"],
-                mean["high"],
-                mean["n"],
-                reference.get("mean"),
+                interval_of(score["mean"]),
+                score["mean"]["n"],
+                interval_of(reference) if reference else None,
                 score["auc"],
                 score["threshold"],
                 score["above"] if score["threshold"] is not None else None,
             )
         )
-    names = ("vector", "layer", "mean difference", "95 % low", "95 % high", "n")
-    more = ("clean set's mean", "AUC to clean set", "threshold", "above it")
+    names = ("vector", "layer", "mean difference (95 %)", "n", "clean set's (95 %)")
+    more = ("AUC to clean set", "threshold", "above it")
     return Table(columns=(*names, *more), rows=tuple(rows))
 
 
@@ -147,17 +146,19 @@ def _difference_figures(
             title=f"Projection differences along {_name(column)}",
             caption="Each sample's response minus the model's own answer to the same prompt. The "
             f"threshold is percentile {stored['percentile']:g} of the clean set.",
-            x=XAxis(
-                label="projection difference",
-                references=_reference(column["score"]["threshold"]),
-            ),
+            x=_axis(run, column),
             y_label="samples",
             groups=[(name, _known(table[:, c]).tolist()) for name, table in sets.items()],
         )
 
 
-def _reference(threshold: float | None) -> list[Reference]:
-    return [] if threshold is None else [Reference(x=threshold, label="threshold")]
+def _axis(run: RunData, column: Summary) -> XAxis:
+    """Return the axis of differences, with the threshold where there is one."""
+    vector, layer = column["vector"], column["layer"]
+    axis = run.projection_axis("projection difference", vector, layer, of=None)
+    threshold = column["score"]["threshold"]
+    known = [] if threshold is None else [Reference(x=threshold, label="threshold")]
+    return replace(axis, references=known)
 
 
 def _read_differences(path: Path, stored: Summary) -> dict[str, np.ndarray]:

@@ -1,12 +1,13 @@
-"""How far checkpoints moved from their base (``pvec shift``)."""
+"""How far checkpoints moved from their base (``pvec shift``; paper, figure 6)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from pvec.report.axes import XAxis
-from pvec.report.dots import scatter
-from pvec.report.figure import Figure, Table
+from pvec.report.axes import exact
+from pvec.report.dots import Dot, bars, scatter
+from pvec.report.figure import Difference, Figure, Table, interval_text
 from pvec.report.page import Chapter, Section
 from pvec.report.sections.common import RunData
 from pvec.report.sections.projections import (
@@ -16,11 +17,11 @@ from pvec.report.sections.projections import (
     R,
     Summary,
     correlation_text,
-    dot,
-    interval_text,
+    interval_of,
 )
 from pvec.runs.names import model_label
 from pvec.runs.summary import read_summary
+from pvec.stats import Interval
 
 _SHAPE = {
     "base": str,
@@ -31,27 +32,37 @@ _SHAPE = {
 
 
 def build(runs: Sequence[RunData]) -> Chapter:
-    """Return one section per run."""
-    sections = tuple(_shift(run, read_summary(run.path, shape=_SHAPE)) for run in runs)
-    return Chapter(summary=" ".join(section.summary for section in sections), sections=sections)
+    """Return one section per run, and for several bases a first one that compares them."""
+    read = [(run, read_summary(run.path, shape=_SHAPE)) for run in runs]
+    sections = tuple(_shift(run, stored) for run, stored in read)
+    if len(read) > 1:
+        overview = _overview(read)
+        return Chapter(summary=overview.summary, sections=(overview, *sections))
+    return Chapter(summary=sections[0].summary, sections=sections)
 
 
 def _shift(run: RunData, stored: Summary) -> Section:
     furthest = max(stored["shifts"], key=lambda item: abs(item["shift"]["mean"]))
+    notes = [
+        f"Shifts along {t['vector']} at layer {t['layer']} go with trait scores at rank "
+        f"correlation {correlation_text(t['spearman'])} over the models."
+        for t in stored["trends"]
+    ]
+    if not stored["trends"]:
+        notes.append(
+            "No trait scores of these models are known: after `pvec steer-eval` without a vector "
+            "on three or more of them, the same `pvec shift` compares shifts with scores."
+        )
     return Section(
         id=run.id,
-        title=f"Finetuning shift from {stored['base']}",
+        title=f"Finetuning shift from {model_label(stored['base'])}",
         summary=(
             f"{model_label(furthest['checkpoint'])} moved furthest: "
-            f"{interval_text(furthest['shift'])} along {furthest['vector']} at layer "
-            f"{furthest['layer']}."
+            f"{interval_text(interval_of(furthest['shift']), sign=True)} along "
+            f"{furthest['vector']} at layer {furthest['layer']}."
         ),
-        notes=tuple(
-            f"Shifts along {t['vector']} at layer {t['layer']} go with trait scores at rank "
-            f"correlation {correlation_text(t['spearman'])} over {t['spearman']['n']} models."
-            for t in stored["trends"]
-        ),
-        figures=tuple(_shift_figures(run, stored)),
+        notes=tuple(notes),
+        figures=(*_trend_figures(run, stored), _bars_figure(run, stored)),
         tables=(("Shifts", _shift_table(stored["shifts"])),),
         source=run.source,
         provenance=run.provenance(),
@@ -61,34 +72,94 @@ def _shift(run: RunData, stored: Summary) -> Section:
 def _shift_table(shifts: Sequence[Summary]) -> Table:
     rows = tuple(
         (
-            shift["checkpoint"],
+            model_label(shift["checkpoint"]),
             shift["vector"],
             shift["layer"],
-            *(shift["shift"][key] for key in ("mean", "low", "high")),
+            Difference.of(interval_of(shift["shift"])),
+            shift["shift"]["n"],
             shift["score"],
         )
         for shift in shifts
     )
-    columns = ("checkpoint", "vector", "layer", "shift", "95 % low", "95 % high", "trait score")
+    columns = ("checkpoint", "vector", "layer", "shift (95 %)", "prompts", "trait score")
     return Table(columns=columns, rows=rows)
 
 
-def _shift_figures(run: RunData, stored: Summary) -> Iterator[Figure]:
+def _trend_figures(run: RunData, stored: Summary) -> Iterator[Figure]:
+    """Yield the paper's figure 6: per vector, the shift of each model and its trait score."""
     for trend in stored["trends"]:
         vector, layer = trend["vector"], trend["layer"]
-        dots = [
-            dot(model_label(item["checkpoint"]), item["shift"]["mean"], item["score"])
-            for item in stored["shifts"]
-            if item["vector"] == vector and item["layer"] == layer and item["score"] is not None
+        points = [
+            (model_label(item["checkpoint"]), interval_of(item["shift"]), item["score"])
+            for item in _at(stored["shifts"], trend)
+            if item["score"] is not None
         ]
         if trend.get("base_score") is not None:
-            dots.insert(0, dot(f"{model_label(stored['base'])} (base)", 0.0, trend["base_score"]))
+            base = f"{model_label(stored['base'])} (base)"
+            points.insert(0, (base, exact(0.0), trend["base_score"]))
         yield scatter(
             name=f"{run.id}_{vector}_layer{layer}_shift",
             title=f"Shift along {vector} at layer {layer} and trait score",
             caption=f"A point per model; r {correlation_text(trend['pearson'])}, by rank "
             f"{correlation_text(trend['spearman'])}.",
-            x=XAxis(label="finetuning shift"),
+            x=run.projection_axis(f"shift along {vector}", vector, layer, of=None),
             y_label="trait score",
-            dots=dots,
+            dots=[Dot(group=name, label=name, x=x, y=exact(y)) for name, x, y in points],
         )
+
+
+def _bars_figure(run: RunData, stored: Summary) -> Figure:
+    """Return the shift of every checkpoint along every vector."""
+    names = list(dict.fromkeys(item["checkpoint"] for item in stored["shifts"]))
+    places = list(dict.fromkeys((item["vector"], item["layer"]) for item in stored["shifts"]))
+    by_place: dict[str, Sequence[Interval | None]] = {}
+    for vector, layer in places:
+        moved = {
+            item["checkpoint"]: interval_of(item["shift"])
+            for item in _at(stored["shifts"], {"vector": vector, "layer": layer})
+        }
+        by_place[f"{vector}, layer {layer}"] = [moved.get(name) for name in names]
+    return bars(
+        name=f"{run.id}_shifts",
+        title="Shift of each model"
+        + (f" along {next(iter(by_place))}" if len(places) == 1 else ""),
+        caption="Mean activation of the last prompt token over the prompts, finetuned minus base, "
+        "projected on the vector.",
+        label="shift",
+        groups=[model_label(name) for name in names],
+        series=by_place,
+    )
+
+
+def _at(shifts: Sequence[Summary], place: Mapping[str, Any]) -> list[Summary]:
+    return [
+        item
+        for item in shifts
+        if item["vector"] == place["vector"] and item["layer"] == place["layer"]
+    ]
+
+
+def _overview(runs: Sequence[tuple[RunData, Summary]]) -> Section:
+    """Return the section that compares several bases: the furthest shift along each vector."""
+    vectors = list(dict.fromkeys(i["vector"] for _, stored in runs for i in stored["shifts"]))
+    furthest: list[dict[str, Interval]] = []
+    for _, stored in runs:
+        ordered = sorted(stored["shifts"], key=lambda item: abs(item["shift"]["mean"]))
+        furthest.append({item["vector"]: interval_of(item["shift"]) for item in ordered})
+    names = [f"{model_label(stored['base'])} ({run.id})" for run, stored in runs]
+    return Section(
+        id="shifts",
+        title="Finetuning shifts, model by model",
+        summary=f"The shifts of finetunes of {len(runs)} base models.",
+        figures=(
+            bars(
+                name="shifts_by_model",
+                title="Furthest shift from each base model",
+                caption="The checkpoint that moved furthest, in each model's own projections.",
+                label="shift",
+                groups=names,
+                series={vector: [found.get(vector) for found in furthest] for vector in vectors},
+            ),
+        ),
+        source=", ".join(run.source for run, _ in runs),
+    )
