@@ -44,8 +44,8 @@ def build(runs: Sequence[RunData]) -> Chapter:
 def _shift(run: RunData, stored: Summary) -> Section:
     furthest = max(stored["shifts"], key=lambda item: abs(item["shift"]["mean"]))
     notes = [
-        f"Shifts along {t['vector']} at layer {t['layer']} go with trait scores at rank "
-        f"correlation {correlation_text(t['spearman'])} over the models."
+        f"Shift along {t['vector']} at layer {t['layer']} and trait score, rank correlation: "
+        f"{correlation_text(t['spearman'])}."
         for t in stored["trends"]
     ]
     if not stored["trends"]:

@@ -16,10 +16,12 @@ from pvec.evaluation.summary import (
 )
 from pvec.report.axes import SCORE_AXIS, Reference, Scale, XAxis
 from pvec.report.figure import Cell, Difference, Figure, Table
-from pvec.report.figures import Level, Line, Panel, line_chart
+from pvec.report.figures import Level, Panel, line_chart
 from pvec.report.grids import Grid, heat_map
 from pvec.report.page import Answer, Chapter, Section
 from pvec.report.sections.common import RunData, with_interval
+from pvec.report.sections.steer_overview import overview_section
+from pvec.report.sections.sweep_lines import control_line, sweep_line
 from pvec.report.style import number
 
 _LINES = 6
@@ -38,7 +40,7 @@ def build(runs: Sequence[RunData]) -> Chapter:
         sections.append(_section(run, sweep, answers))
     if len(runs) == 1:
         return Chapter(summary=sections[0].summary, sections=tuple(sections))
-    overview = _overview(summaries)
+    overview = overview_section(summaries)
     return Chapter(summary=overview.summary, sections=(overview, *sections))
 
 
@@ -151,8 +153,8 @@ def _dose_response(
                 line
                 for choice in layers
                 for line in (
-                    _line(points, choice, sweep, metric),
-                    *_control_line(points, choice, sweep, metric),
+                    sweep_line(points, choice, sweep, metric),
+                    *control_line(points, choice, sweep, metric),
                 )
             ],
             levels=[Level(label=p.name, value=p.scores[metric]) for p in levels],
@@ -200,44 +202,6 @@ def _shown_layers(points: Sequence[Point], pick: Pick | None) -> list[tuple[int,
         shown.remove(min(shown - {choices[0], choices[-1]}))
         shown.add(pick.point.layers)
     return sorted(shown)
-
-
-def _line(
-    points: Sequence[Point],
-    layers: tuple[int, ...],
-    sweep: SweepSummary,
-    metric: str,
-    *,
-    label: str = "",
-    control_of: str | None = None,
-) -> Line:
-    """Return one line; the unsteered baseline is its point at coefficient 0 of an addition."""
-    own = [point for point in points if point.layers == layers]
-    by_coef = {point.coef: point.scores[metric] for point in own}
-    if sweep.baseline is not None and own[0].operator == "add":
-        by_coef.setdefault(0.0, sweep.baseline.scores[metric])
-    coefs = sorted(by_coef)
-    return Line(
-        label=label or own[0].where,
-        x=coefs,
-        points=[by_coef[coef] for coef in coefs],
-        control_of=control_of,
-    )
-
-
-def _control_line(
-    points: Sequence[Point],
-    layers: tuple[int, ...],
-    sweep: SweepSummary,
-    metric: str,
-    *,
-    control_of: str = "",
-) -> Iterator[Line]:
-    """Yield the line of the random vector at the same layers, if it was run."""
-    controls = [c for p in points if (c := sweep.control_of(p)) is not None and c.layers == layers]
-    if controls:
-        steered = control_of or controls[0].where
-        yield _line(controls, layers, sweep, metric, label=f"{steered}, random", control_of=steered)
 
 
 def _layer_by_coefficient(
@@ -292,84 +256,3 @@ def _browsable(answers: Sequence[ScoredAnswer], sweep: SweepSummary) -> Iterator
             text=answer.text,
             scores=answer.scores,
         )
-
-
-def _overview(summaries: Sequence[tuple[RunData, SweepSummary]]) -> Section:
-    """Return the section that compares several runs: one row and one line each."""
-    picks = [(run, sweep, pick) for run, sweep in summaries for pick in sweep.picks]
-    raised = sum(
-        difference.low > 0
-        for run, _, pick in picks
-        if (difference := pick.point.differences.get(run.trait)) is not None
-    )
-    columns = ("run", "picked", "unsteered", "steered", "coherence", "random", "prompt")
-    table = Table(columns=columns, rows=tuple(_overview_row(run, pick) for run, _, pick in picks))
-    return Section(
-        id="steering",
-        title="Steering, run by run",
-        summary=(
-            f"In {raised} of {len(summaries)} evaluations the picked steering raises the trait on "
-            f"held-out questions by more than chance (95 %)."
-        ),
-        figures=(*_grid_figures(picks), _overview_figure(picks)) if picks else (),
-        source=", ".join(dict.fromkeys(run.source for run, _ in summaries)),
-        tables=(("Picked points, read on held-out questions", table),),
-    )
-
-
-def _grid_figures(picks: Sequence[tuple[RunData, SweepSummary, Pick]]) -> Iterator[Figure]:
-    """Yield models by traits, steered at their picked points, where there are several of both."""
-    scores = {(run.model, run.trait): pick.point.scores[run.trait].mean for run, _, pick in picks}
-    models, traits = (list(dict.fromkeys(key[side] for key in scores)) for side in (0, 1))
-    if len(models) > 1 and len(traits) > 1:
-        yield heat_map(
-            Grid(
-                columns=("trait", traits),
-                rows=("model", models),
-                values=[
-                    [scores.get((model, trait), math.nan) for trait in traits] for model in models
-                ],
-                value_label="trait score",
-                first_row="top",
-            ),
-            name="steering_models",
-            title="Every model and trait at the picked point",
-            caption="Mean trait score on the questions that nothing was picked on.",
-        )
-
-
-def _overview_row(run: RunData, pick: Pick) -> tuple[Cell, ...]:
-    coherence = pick.point.scores.get(COHERENCE)
-    return (
-        run.path.resolve().name,
-        pick.point.name,
-        pick.baseline.scores[run.trait] if pick.baseline else None,
-        pick.point.scores[run.trait],
-        coherence,
-        pick.control.scores[run.trait] if pick.control else None,
-        pick.prompt.scores[run.trait] if pick.prompt else None,
-    )
-
-
-def _overview_figure(picks: Sequence[tuple[RunData, SweepSummary, Pick]]) -> Figure:
-    """Draw each run's own trait over the coefficient, at the layer picked for it."""
-    traits: list[Line] = []
-    coherence: list[Line] = []
-    for run, sweep, pick in picks:
-        points = [p for p in sweep.having("steered") if p.vector == pick.vector]
-        layers = pick.point.layers
-        label = f"{pick.vector}, {pick.point.where}"
-        traits.append(_line(points, layers, sweep, run.trait, label=label))
-        traits += _control_line(points, layers, sweep, run.trait, control_of=label)
-        if COHERENCE in sweep.metrics:
-            coherence.append(_line(points, layers, sweep, COHERENCE, label=label))
-    panels = {"trait": traits, COHERENCE: coherence}
-    return line_chart(
-        name="steering_overview",
-        title="Every trait at its picked layer",
-        caption="Mean score of each run's own trait; dashed: random vectors of the same norm.",
-        x=XAxis(label="coefficient"),
-        panels=[
-            Panel(label=k, lines=lines, limits=SCORE_AXIS) for k, lines in panels.items() if lines
-        ],
-    )
