@@ -79,6 +79,15 @@ runs/steer-$(NAME)/answers/$(TRAIT)_unsteered.csv: | $(STAMP)
 paper: $(STAMP) ## Replay the paper's findings on the bundled model, in one report (15 minutes)
 	$(OFFLINE) $(BIN)/python -m examples.paper $(PAPER)
 
+# BENCH='--save' stores the ratios; GPU='--out gpu.md'; a trial without a GPU:
+# make gpu GPU='--device cpu --size bundled --dtype float32 --quick'
+.PHONY: bench gpu
+bench: $(STAMP) ## Compare pvec's speed with the usual ways, and with the stored ratios
+	$(OFFLINE) $(BIN)/python benchmarks/bench.py $(BENCH)
+
+gpu: $(STAMP) ## Measure everything on one GPU, as Markdown (25 minutes)
+	$(OFFLINE) $(BIN)/python benchmarks/gpu.py $(GPU)
+
 test: $(STAMP) ## Run the tests that take seconds
 	$(PYTEST) -n $(JOBS) -m 'not slow and not vllm and not fuzz and not browser'
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from pvec.models import load as loading
 from pvec.models.files import ModelSpec, locate_model
 from pvec.models.fingerprint import model_fingerprint
 from pvec.models.load import inspect_model, load_model
+from pvec.models.precision import bfloat16_speed
 
 
 def copied(folder: Path) -> Path:
@@ -62,6 +64,32 @@ def test_the_dtype_follows_the_device(
     device, reason = loading.choose_device("auto")
     assert (device, reason) == (("cuda:0", "A GPU") if cuda else ("cpu", "no accelerator found"))
     assert str(loading.choose_dtype("auto", device)[0]) == f"torch.{dtype}"
+
+
+@pytest.mark.parametrize(
+    ("stored", "speed", "dtype"),
+    [
+        ("float32", 2.0, "float32"),
+        ("bfloat16", 2.0, "bfloat16"),
+        ("float16", 2.0, "bfloat16"),
+        ("bfloat16", 0.5, "float32"),
+    ],
+)
+def test_on_a_cpu_half_precision_weights_run_in_bfloat16_where_that_is_faster(
+    stored: str, speed: float, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("pvec.models.precision.bfloat16_speed", lambda: speed)
+    tiny_model("qwen2").to(getattr(torch, stored)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded = load_model(ModelSpec(model=str(tmp_path), device="cpu"))
+    assert loaded.model.dtype == getattr(torch, dtype)
+    assert any(note.startswith(f"{dtype}: ") for note in loaded.info.notes)
+
+
+def test_the_processor_is_asked_how_fast_it_multiplies_bfloat16() -> None:
+    start = time.process_time()
+    assert 0.01 < bfloat16_speed.__wrapped__() < 10
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "mps", "tpu9"])

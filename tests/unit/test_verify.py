@@ -106,12 +106,17 @@ def _no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steering_module, "steering_change", lambda row, hidden, **table: 0.0)
 
 
+@pytest.mark.parametrize("layer", ["2", "auto"])
+@pytest.mark.parametrize("thorough", [False, True])
 @pytest.mark.parametrize("mistake", [_one_layer_late, _too_strong, _every_row, _no_effect])
 def test_a_mistake_in_steering_is_found(
-    mistake: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+    mistake: Callable[[pytest.MonkeyPatch], None],
+    thorough: bool,
+    layer: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mistake(monkeypatch)
-    result = verify(settings(saved_model("qwen2"), layer="2", coef="4"))
+    result = verify(settings(saved_model("qwen2"), layer=layer, coef="4"), thorough=thorough)
     assert not result.passed
     assert failed(result)
 

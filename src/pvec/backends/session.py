@@ -81,7 +81,8 @@ class ModelSession(Closing):
         """
         from pvec.models.load import choose_device, choose_dtype
 
-        dtype, _ = choose_dtype(self.spec.dtype, choose_device(self.spec.device)[0])
+        stored = self.metadata.stored_dtype if self.choice.name == "hf" else "float32"
+        dtype, _ = choose_dtype(self.spec.dtype, choose_device(self.spec.device)[0], stored=stored)
         name = str(dtype).removeprefix("torch.")
         stop = "" if self.metadata.added_stop is None else f"/stop {self.metadata.added_stop}"
         chat = f"{self.metadata.chat_hash}{stop}"

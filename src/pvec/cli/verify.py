@@ -25,11 +25,17 @@ Vector = Annotated[
         help="A vector file or a run that has one (default: a random direction).",
     ),
 ]
+Thorough = Annotated[
+    bool,
+    typer.Option(
+        "--thorough", help="Try all five automatic layers, and each on every prompt of the batch."
+    ),
+]
 
 
 @app.command()
 @options("model", "backend", "steer.kind", "steer.layer", "steer.coef", "steer.coef_unit")
-def verify(ctx: typer.Context, vector: Vector = None) -> None:
+def verify(ctx: typer.Context, vector: Vector = None, thorough: Thorough = False) -> None:
     """Verify independently that steering changes activations exactly as specified.
 
     Plain hooks read the residual stream: it must change by exactly coefficient x vector at the
@@ -41,7 +47,7 @@ def verify(ctx: typer.Context, vector: Vector = None) -> None:
     from pvec.evaluation.verify import verify as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
-    result = console.call(partial(workflow.verify, settings, vector=vector))
+    result = console.call(partial(workflow.verify, settings, vector=vector, thorough=thorough))
     console.emit(result, _render)
     failed = [check.name for check in result.checks if not check.passed]
     if failed:

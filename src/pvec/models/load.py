@@ -15,6 +15,7 @@ from pvec.models.decoder import check_supported
 from pvec.models.files import ModelFiles, ModelSpec, locate_model, read_config
 from pvec.models.fingerprint import chat_fingerprint, model_fingerprint
 from pvec.models.libraries import explained, quiet_transformers
+from pvec.models.precision import cpu_dtype, stored_dtype
 from pvec.models.template import chat_format, end_of_turn
 from pvec.models.weights import load_weights, model_config
 from pvec.types import ModelInfo, Progress
@@ -39,7 +40,7 @@ class ModelMetadata:
 
     ``context`` is the number of tokens that prompt and answer may have together, or None when the
     configuration does not say. ``chat_hash`` covers tokenizer and chat template; ``model_type`` is
-    the architecture in transformers' words.
+    the architecture in transformers' words, ``stored_dtype`` the number format on disk.
     """
 
     id: str
@@ -49,6 +50,7 @@ class ModelMetadata:
     num_layers: int
     hidden_size: int
     context: int | None
+    stored_dtype: str
     tokenizer: PreTrainedTokenizerBase
     files: ModelFiles
     bundled: bool
@@ -118,6 +120,7 @@ def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelMetadata:
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         context=getattr(text, "max_position_embeddings", None),
+        stored_dtype=stored_dtype(files, config),
         tokenizer=tokenizer,
         files=files,
         bundled=files.bundled,
@@ -143,7 +146,7 @@ def load_model(
     """
     metadata = metadata or inspect_model(spec)
     device, device_note = choose_device(spec.device)
-    dtype, dtype_note = choose_dtype(spec.dtype, device)
+    dtype, dtype_note = choose_dtype(spec.dtype, device, stored=metadata.stored_dtype)
     placement = _device_map(spec, metadata.files, device, itemsize=dtype.itemsize)
     notes = [*metadata.notes, f"{str(dtype).removeprefix('torch.')}: {dtype_note}"]
     files = metadata.files
@@ -212,15 +215,18 @@ def choose_device(name: str) -> tuple[str, str]:
     return name, "as set"
 
 
-def choose_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
-    """Return the dtype to run in and the reason for it."""
+def choose_dtype(name: str, device: str, *, stored: str = "float32") -> tuple[torch.dtype, str]:
+    """Return the dtype to run in and the reason for it.
+
+    On a CPU it depends on the number format in which the weights are ``stored``.
+    """
     import torch
 
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype, "as set"
     if device == "cpu":
-        return torch.float32, "exact and fastest on a CPU"
+        return cpu_dtype(stored)
     if device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16, "this GPU has no bfloat16"
     return torch.bfloat16, "the usual dtype on a GPU"

@@ -40,13 +40,14 @@ class Bench(VerifyInputs):
         steering: Sequence[Instruction],
         *,
         thinking: bool,
+        thorough: bool = True,
         folder: Path | None = None,
     ) -> None:
         import torch
 
         from pvec.models.decoder import find_decoder, module_after
 
-        super().__init__(backend, steering, thinking=thinking)
+        super().__init__(backend, steering, thinking=thinking, thorough=thorough)
         assert backend.model is not None
         self.backend = backend
         self.folder = folder  # of the checkpoint; None: its weights were changed since

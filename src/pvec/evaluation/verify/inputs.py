@@ -40,11 +40,20 @@ class Check:
 
 
 class VerifyInputs:
-    """Prompts, steering and the allowed error, for any backend."""
+    """Prompts, steering and the allowed error, for any backend.
+
+    ``thorough`` tries every instruction on every prompt, otherwise on one.
+    """
 
     def __init__(
-        self, backend: Backend, steering: Sequence[Instruction], *, thinking: bool
+        self,
+        backend: Backend,
+        steering: Sequence[Instruction],
+        *,
+        thinking: bool,
+        thorough: bool = True,
     ) -> None:
+        self.thorough = thorough
         self.dtype = backend.info.dtype
         self.steering = list(steering)
         self.allowed = _LIMITS[self.dtype]
@@ -64,13 +73,17 @@ class VerifyInputs:
 
     def mixed_requests(self) -> list[Request]:
         """Return requests under every instruction, with both signs, and without steering."""
+        signed = [
+            replace(instruction, coef=sign * instruction.coef)
+            for instruction in self.steering
+            for sign in (1.0, -1.0)
+        ]
+        count = len(self.prompts)
         requests: list[Request] = []
-        for prompt in range(len(self.prompts)):
+        for prompt in range(count):
             requests.append(self.request(len(requests), prompt=prompt))
-            for instruction in self.steering:
-                for coef in (1.0, -1.0):
-                    scaled = replace(instruction, coef=coef * instruction.coef)
-                    requests.append(self.request(len(requests), scaled, prompt=prompt))
+            for instruction in signed if self.thorough else signed[prompt::count]:
+                requests.append(self.request(len(requests), instruction, prompt=prompt))
         return requests
 
     def check(

@@ -55,10 +55,14 @@ def verify(
     settings: Settings,
     *,
     vector: Path | None = None,
+    thorough: bool = False,
     notify: Notify = ignore,
     on_progress: Callable[[Progress], None] = ignore,
 ) -> VerifyResult:
     """Run every check with ``vector`` (without it, a random direction) at ``settings.steer.layer``.
+
+    Unless ``thorough``, a model's automatic layers are the first, the middle and the last of the
+    five, and every layer and sign is tried in the mixed batch on one prompt instead of all.
 
     Raises ``InputError`` or ``ModelError``, before weights are loaded, for a vector, layer or
     coefficient that does not fit. A failed check is a result, not an exception.
@@ -66,9 +70,11 @@ def verify(
     with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
         direction = load_direction(settings, vector, session, notify=notify)
         steering = _steering(settings, direction, num_layers=session.metadata.num_layers)
+        if not thorough and settings.steer.layer.strip() == "auto":
+            steering = steering[:: max((len(steering) - 1) // 2, 1)]
         dtype = session.backend.info.dtype
         checks: list[Check] = []
-        for done, check in enumerate(_checks(session, settings, steering, notify)):
+        for done, check in enumerate(_checks(session, settings, steering, thorough, notify)):
             on_progress(Progress(stage="verify", done=done, total=None, unit="checks"))
             checks.append(check)
     return VerifyResult(
@@ -123,7 +129,11 @@ def _steering(
 
 
 def _checks(
-    session: ModelSession, settings: Settings, steering: Sequence[Instruction], notify: Notify
+    session: ModelSession,
+    settings: Settings,
+    steering: Sequence[Instruction],
+    thorough: bool,
+    notify: Notify,
 ) -> Iterator[Check]:
     if session.choice.name == "vllm":
         from pvec.evaluation.verify.vllm import engine_checks
@@ -136,4 +146,5 @@ def _checks(
     assert isinstance(backend, HFBackend), "there are two backends"
     files = session.metadata.files
     folder = None if settings.model.merge_adapter or files.gguf else files.folder
-    return all_checks(Bench(backend, steering, thinking=session.thinking, folder=folder))
+    bench = Bench(backend, steering, thinking=session.thinking, thorough=thorough, folder=folder)
+    return all_checks(bench)

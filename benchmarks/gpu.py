@@ -1,0 +1,249 @@
+"""Everything that one GPU has to show, as Markdown: ``make gpu`` (at most 25 minutes on an H100).
+
+    python benchmarks/gpu.py [--out FILE] [--device cpu --size bundled --quick]
+
+Needs torch, transformers, peft and TRL; no vLLM and no network. The weights are random, in the
+shape of a 7B model and in bfloat16, which changes no timing. Parts, each in a process of its own:
+
+- capture: span means of every layer, as a share of the measured matmul rate (``capture.py``);
+- project: rows of a file on a vector (``project.py``);
+- decode: answers with another steering in every row at 64, 256 and 512 rows, beside
+  ``model.generate`` with a hook at batch 20; memory peaks;
+- verify: the checks of ``pvec verify``;
+- training: a LoRA step by TRL, by pvec, and with preventative steering (``training.py``).
+
+A part that fails says why in its place and the others go on. ``--quick`` is a trial of the script
+itself, on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pvec.backends.hf.backend import HFBackend
+
+HERE = Path(__file__).parent
+REFERENCE_BATCH = 20
+PART_SECONDS = 420
+"""A part that takes longer is ended, so that five fit into 25 minutes with room to load."""
+
+
+def backend(args: argparse.Namespace) -> HFBackend:
+    """Return a random model of the size with the bundled model's tokenizer."""
+    import torch
+    from capture import build
+    from transformers import AutoTokenizer
+
+    import pvec
+    from pvec.backends.hf.backend import HFBackend
+
+    model = build(args.size, device=args.device, dtype=getattr(torch, args.dtype))
+    model.requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(Path(pvec.__file__).parent / "tiny")
+    return HFBackend.wrap(model, tokenizer, name=args.size)
+
+
+def instruction(running: HFBackend, number: int) -> Any:
+    """Return an addition at a layer in the middle, another one for each number."""
+    import numpy as np
+
+    from pvec.types import Instruction
+
+    vector = np.random.default_rng(number).standard_normal(running.info.hidden_size)
+    return Instruction(
+        layer=running.info.num_layers // 2,
+        vector=(vector / np.linalg.norm(vector)).astype(np.float32),
+        coef=0.1,
+        name=f"v{number}",
+    )
+
+
+def decode(args: argparse.Namespace) -> None:
+    """Print tokens per second and memory peaks, per-row steering beside a hook."""
+    import torch
+
+    from pvec.types import Request, Sampling
+
+    running = backend(args)
+    prompts = [tuple(3 + (7 * n + i) % 900 for i in range(64)) for n in range(512)]
+    tokens = 8 if args.quick else 128
+    rows = (4, 8) if args.quick else (64, 256, 512)
+    print("| way | rows | tokens/s | peak MiB above the weights |\n|---|---:|---:|---:|")
+    for count in rows:
+        requests = [
+            Request(
+                id=str(n),
+                prompt_ids=prompts[n],
+                sampling=Sampling(temperature=1.0, max_tokens=tokens, seed=n),
+                steering=(instruction(running, n),),
+            )
+            for n in range(count)
+        ]
+        list(running.generate(requests[:2]))
+        with Timed(args.device) as timed:
+            done = sum(len(answer.token_ids) for answer in running.generate(requests))
+        print(f"| pvec, per-row steering | {count} | {done / timed.seconds:,.0f} | {timed.peak} |")
+    batch = min(REFERENCE_BATCH, rows[0])
+    with Timed(args.device) as timed, torch.inference_mode():
+        done = by_hook(running, prompts[:batch], tokens)
+    print(f"| model.generate with a hook | {batch} | {done / timed.seconds:,.0f} | {timed.peak} |")
+
+
+def by_hook(running: HFBackend, prompts: list[tuple[int, ...]], tokens: int) -> int:
+    """Sample answers with transformers' own loop and one hook; return the number of tokens."""
+    import torch
+
+    model: Any = running.model
+    steering = instruction(running, 0)
+    added = torch.from_numpy(steering.vector).to(model.device, model.dtype) * steering.coef
+
+    def add(_module: Any, _args: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        return (hidden + added, *output[1:]) if isinstance(output, tuple) else hidden + added
+
+    handle = model.model.layers[steering.layer - 1].register_forward_hook(add)
+    try:
+        ids = torch.tensor(prompts, device=model.device)
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
+            do_sample=True, temperature=1.0, top_p=1.0, top_k=0, pad_token_id=0,
+        )  # fmt: skip
+    finally:
+        handle.remove()
+    return int(out.numel() - ids.numel())
+
+
+class Timed:
+    """Seconds and peak memory of what runs inside, in MiB above what was there before."""
+
+    def __init__(self, device: str) -> None:
+        self.gpu = device.startswith("cuda")
+
+    def __enter__(self) -> Timed:
+        """Start the clock."""
+        import torch
+
+        if self.gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop it."""
+        import torch
+
+        if self.gpu:
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self._started
+        peak = torch.cuda.max_memory_allocated() - self._before if self.gpu else None
+        self.peak = "–" if peak is None else f"{peak / 2**20:,.0f}"
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Print the checks of ``pvec verify`` on the random model."""
+    from dataclasses import replace
+
+    from pvec.evaluation.verify.checks import Bench, all_checks
+
+    running = backend(args)
+    depth = running.info.num_layers
+    steering = [
+        replace(instruction(running, layer), layer=layer)
+        for layer in sorted({max(1, depth // 3), max(1, depth // 2), depth})
+    ]
+    print("| check | measured | allowed | |\n|---|---:|---:|---|")
+    for check in all_checks(Bench(running, steering, thinking=False, thorough=False)):
+        result = "ok" if check.passed else "FAILED"
+        print(f"| {check.name} | {check.measured:.2g} | {check.allowed:.2g} | {result} |")
+
+
+PARTS = {"decode": decode, "verify": verify}
+
+
+def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
+    """Yield the title of every part and its command."""
+    where = ["--size", args.size, "--device", args.device, "--dtype", args.dtype]
+    quick = ["--quick"] if args.quick else []
+    few = args.quick
+    yield "capture", ["capture.py", *where, "--prompts", "1" if few else "20"]
+    yield "project", ["project.py", *where, "--rows", "8" if few else "200"]
+    yield "decode", ["gpu.py", *where, *quick, "--part", "decode"]
+    yield "verify", ["gpu.py", *where, *quick, "--part", "verify"]
+    shape = "tiny" if args.size == "bundled" else args.size
+    steps = "2" if few else "20"
+    yield "training", ["training.py", "--device", args.device, "--shape", shape, "--steps", steps]
+
+
+def heading(args: argparse.Namespace) -> str:
+    """Return what was run, where and with what."""
+    import torch
+    import transformers
+
+    import pvec
+
+    cuda = args.device.startswith("cuda")
+    name = torch.cuda.get_device_name(0) if cuda else f"CPU ({platform.machine()})"
+    return (
+        f"## On one {name}\n\n    python {shlex.join(sys.argv)}\n\n"
+        f"{args.size}, random weights, {args.dtype}; pvec {pvec.__version__}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, Python "
+        f"{platform.python_version()}.\n"
+    )
+
+
+def run(title: str, command: list[str]) -> str:
+    """Run one part and return its section."""
+    started = time.monotonic()
+    try:
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, str(HERE / command[0]), *command[1:]],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PART_SECONDS,
+        )
+        text = done.stdout.strip()
+        if done.returncode:
+            text += f"\n\nFAILED: {done.stderr.strip().splitlines()[-1]}"
+    except subprocess.TimeoutExpired:
+        text = f"Ended after {PART_SECONDS} s."
+    return f"### {title}\n\n{text}\n\n({time.monotonic() - started:.0f} s)\n"
+
+
+def main() -> None:
+    """Run every part and write the Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--size", default="7b")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--quick", action="store_true", help="a trial of the script itself")
+    parser.add_argument("--out", type=Path, help="also write the Markdown to this file")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        PARTS[args.part](args)
+        return
+    sections = [heading(args)]
+    print(sections[0], flush=True)
+    for title, command in commands(args):
+        sections.append(run(title, command))
+        print(sections[-1], flush=True)
+        if args.out:
+            args.out.write_text("\n".join(sections))
+
+
+if __name__ == "__main__":
+    main()
