@@ -215,7 +215,8 @@ def run(title: str, command: list[str]) -> str:
         )
         text = done.stdout.strip()
         if done.returncode:
-            text += f"\n\nFAILED: {done.stderr.strip().splitlines()[-1]}"
+            reason = (done.stderr.strip() or "nothing said why").splitlines()[-1]
+            text += f"\n\nFAILED with exit code {done.returncode}: {reason}"
     except subprocess.TimeoutExpired:
         text = f"Ended after {PART_SECONDS} s."
     return f"### {title}\n\n{text}\n\n({time.monotonic() - started:.0f} s)\n"

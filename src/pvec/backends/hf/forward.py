@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,12 +91,34 @@ class CausalModel:
         state = "cache_params" if "cache_params" in self.parameters else "past_key_values"
         if not all_logits and "logits_to_keep" in self.parameters:
             arguments["logits_to_keep"] = 1
-        with steered, single:
+        last_only = not all_logits and token_ids.shape[1] > 1
+        head = _contiguous_head(self.inner) if last_only else nullcontext()
+        with steered, single, head:
             output = self.inner(
                 input_ids=token_ids, use_cache=cache is not None, **{state: cache}, **arguments
             )
         logits: torch.Tensor = output.logits if all_logits else output.logits[:, -1]
         return logits.float()
+
+
+@contextmanager
+def _contiguous_head(model: PreTrainedModel) -> Iterator[None]:
+    """Give the LM head its rows side by side inside the context.
+
+    The last tokens of a batch are a view with gaps, for which torch reads the whole matrix of the
+    vocabulary once for every row.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(
+        lambda _head, args: (args[0].contiguous(), *args[1:]) if args else None
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def causal_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> CausalModel:
