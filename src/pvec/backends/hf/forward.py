@@ -108,7 +108,7 @@ def _contiguous_head(model: PreTrainedModel) -> Iterator[None]:
     The last tokens of a batch are a view with gaps, for which torch reads the whole matrix of the
     vocabulary once for every row.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is None:
         yield
         return
