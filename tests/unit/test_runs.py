@@ -20,6 +20,14 @@ from pvec.types import Instruction, Sampling, Score
 IDENTITY = {"model": {"id": "tiny", "fingerprint": "f00"}, "trait": {"evil": "abc"}, "seed": 0}
 
 
+def manifest_text(**changes: Any) -> str:
+    sound = {
+        "format": "pvec-run", "format_version": 1, "kind": "extract", "created": "2026-01-01",
+        "identity": {}, "sessions": [],
+    }  # fmt: skip
+    return json.dumps({**sound, **changes})
+
+
 def response(number: int = 0, **changes: Any) -> ResponseRecord:
     record = ResponseRecord(
         id=f"r{number}",
@@ -141,6 +149,26 @@ def test_a_manifest_never_holds_what_is_secret_in_a_url_or_a_command(tmp_path: P
     assert "https://host:8000/v1" in text
 
 
+def test_secrets_in_a_manifest_of_an_earlier_version_are_not_read(tmp_path: Path) -> None:
+    url = "https://me:hunter2@host/v1?key=s3cret"
+    with Run.open_or_create(tmp_path, identity={**IDENTITY, "adapter": url}) as run:
+        run.begin_session(command=["pvec"])
+        run.append_response(response())
+    path = tmp_path / "manifest.json"
+    old = json.loads(path.read_text())
+    old["identity"]["adapter"] = url
+    old["sessions"][0]["command"] = ["pvec", f"--judge-url={url}", "--api-key", "s3cret"]
+    old["settings"] = {"judge": {"base_url": url, "api_key": "s3cret"}}
+    path.write_text(json.dumps(old))
+    shown = str(Run.read(tmp_path).manifest)
+    assert "hunter2" not in shown
+    assert "s3cret" not in shown
+    with Run.open_or_create(tmp_path, identity={**IDENTITY, "adapter": url}) as run:
+        run.begin_session(command=["pvec"])
+    assert "hunter2" not in path.read_text()
+    assert "s3cret" not in path.read_text()
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("…")
     with pytest.raises(StoreError, match="not empty and not a run folder"):
@@ -162,6 +190,12 @@ def test_a_folder_killed_before_its_manifest_was_written_is_begun_anew(tmp_path:
         ("{", "is damaged"),
         ('{"format": "other"}', "is not a run folder"),
         ('{"format": "pvec-run", "format_version": 99}', "newer pvec"),
+        (manifest_text(created=3), "'created'"),
+        (manifest_text(sessions=[{}]), "'sessions.0.command'"),
+        (
+            manifest_text(sessions=[{"command": [], "started": "", "ended": 3}]),
+            "'sessions.0.ended'",
+        ),
     ],
 )
 def test_a_manifest_that_cannot_be_used_is_named(

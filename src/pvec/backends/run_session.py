@@ -11,6 +11,7 @@ from typing import Any
 from pvec.backends.planned import PlannedResponse, generate_missing
 from pvec.backends.session import ModelSession
 from pvec.closing import Closing
+from pvec.errors import StoreError
 from pvec.models.template import date_seen, is_dated, set_date
 from pvec.runs.manifest import FILE_NAME, read_manifest
 from pvec.runs.responses import Json, ResponseRecord
@@ -89,7 +90,14 @@ def use_run_date(session: ModelSession, folder: Path) -> None:
     tokenizer = session.metadata.tokenizer
     if is_dated(tokenizer) and (folder / FILE_NAME).is_file():
         manifest = read_manifest(folder)
-        date = datetime.fromisoformat(str(manifest.get("chat_date") or manifest["created"]))
+        text = str(manifest.get("chat_date") or manifest["created"])
+        try:
+            date = datetime.fromisoformat(text)
+        except ValueError:
+            raise StoreError(
+                f"{folder / FILE_NAME} is damaged (it has no date but {text[:40]!r}): restore it "
+                "from a copy or start a new run folder."
+            ) from None
         set_date(tokenizer, date.astimezone().replace(tzinfo=None) if date.tzinfo else date)
 
 

@@ -78,12 +78,14 @@ def steer_eval(
     from pvec.evaluation import steer_eval as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
-    arguments: dict[str, Any] = {"vectors": vector or (), "also": also or (), "out": out}
+    arguments: dict[str, Any] = {
+        "vectors": vector or (), "also": also or (), "tasks": tasks or (), "out": out,
+    }  # fmt: skip
     if dry_run:
         plan = workflow.plan(settings, trait, notify=console.note, **arguments)
         console.emit(plan, _render_plan)
     else:
-        work = partial(workflow.run, settings, trait, **arguments, tasks=tasks or ())
+        work = partial(workflow.run, settings, trait, **arguments)
         console.emit(console.call(work), _render)
 
 

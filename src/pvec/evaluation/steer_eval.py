@@ -65,10 +65,12 @@ def plan(
     *,
     vectors: Sequence[Path] = (),
     also: Sequence[str] = (),
+    tasks: Sequence[str] = (),
     out: Path | None = None,
     notify: Notify = ignore,
 ) -> SteerEvalPlan:
     """Say what ``run`` would do and what judging would cost; loads no weights, asks nobody."""
+    check_tasks(tasks)
     with ModelSession(settings) as session:
         setup = SteerSetup(session, trait, vectors=vectors, also=also, out=out)
         for note in setup.notes:

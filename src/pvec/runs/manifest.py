@@ -12,19 +12,26 @@ import platform
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pvec.documents import DocumentError, misfit, read_json
 from pvec.errors import StoreError
 from pvec.runs.files import atomic_write
-from pvec.runs.secrets import without_secrets
+from pvec.runs.secrets import safe_command, without_secrets
 
 FILE_NAME = "manifest.json"
 FORMAT = "pvec-run"
 FORMAT_VERSION = 1
 
 _ABSENT = object()
-_SHAPE = {"format_version": int, "kind": str, "identity": dict, "sessions": [dict]}
+_SHAPE = {
+    "format_version": int,
+    "kind": str,
+    "created": str,
+    "identity": dict,
+    "sessions": [{"command": [str], "started": str, "ended": (str, NoneType)}],
+}
 """What every manifest has."""
 _PACKAGES = ("pvec", "torch", "transformers", "peft", "vllm", "numpy")
 
@@ -43,7 +50,10 @@ def new_manifest(*, kind: str, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest in ``folder``. Raises ``StoreError`` when there is none to be read."""
+    """Return the manifest in ``folder``, without the secrets that earlier versions kept in it.
+
+    Raises ``StoreError`` when there is none to be read.
+    """
     path = folder / FILE_NAME
     try:
         manifest = read_json(path)
@@ -67,7 +77,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     wrong = misfit(manifest, _SHAPE)
     if wrong is not None:
         raise _damaged(path, f"it has no {wrong!r}, or another kind of value there")
-    return manifest
+    safe: dict[str, Any] = without_secrets(manifest)
+    for session in safe["sessions"]:
+        session["command"] = safe_command(session["command"])
+    return safe
 
 
 def _damaged(path: Path, problem: str) -> StoreError:
@@ -93,7 +106,7 @@ def refuse_other_identity(
 
     The message names what differs (the first three of it), old and new.
     """
-    differences = list(_differences(recorded, json.loads(json.dumps(current))))
+    differences = list(_differences(recorded, without_secrets(json.loads(json.dumps(current)))))
     if not differences:
         return
     shown = "; ".join(f"{key}: {_shown(old)} → {_shown(new)}" for key, old, new in differences[:3])
