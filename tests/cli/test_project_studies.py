@@ -230,6 +230,46 @@ def test_prompts_are_answered_judged_and_correlated(
     assert from_run.json["columns"][0]["overall"] == pytest.approx(column["overall"])
 
 
+def test_a_dry_run_counts_what_the_run_then_makes_and_leaves_nothing(
+    project: Call, tmp_path: Path, server: JudgeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    data = write_samples(tmp_path / "data.jsonl", answers="soon", count=4)
+    judged = ("--trait", "evil", "-n", 2, "--judge-url", server.url, "--judge-model", "gpt-4.1")
+    for arguments, answers, calls in (
+        (("screen", data, "--out", "screened"), 4, 0),
+        (("monitor", data, *judged, "--out", "monitored"), 8, 16),
+    ):
+        before = sorted(tmp_path.iterdir())
+        plan = project(*arguments, "--dry-run", "--json").json
+        assert (plan["missing"], plan["answers"]) == (answers, answers)
+        assert plan["judging"].startswith(f"{calls} judge calls" if calls else "no judge calls")
+        assert sorted(tmp_path.iterdir()) == before
+        assert not server.bodies, "nobody was asked"
+        assert project(*arguments, "--json").json["generated"] == answers
+        plan = project(*arguments, "--dry-run", "--json").json
+        assert (plan["missing"], plan["answers"]) == (0, answers)
+        assert plan["judging"].startswith(("0 judge calls", "no judge calls"))
+    scored = len([body for body in server.bodies if "75" not in body["messages"][-1]["content"]])
+    assert scored == 16
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(project: Call, tmp_path: Path) -> None:
+    data = write_samples(tmp_path / "data.jsonl", answers="soon", count=4)
+    assert project("screen", data, "--out", "run").code == 0
+    for arguments, words in (
+        (("monitor", data, "--no-judge", "--out", "run"), "another configuration"),
+        (("monitor", data, "--score", "nowhere"), "nowhere"),
+        (("monitor", data, "--trait", "evli"), "Did you mean 'evil'"),
+        (("screen", data, "--reference", data, "--out", "/proc/nowhere"), "/proc"),
+        (("screen", tmp_path / "none.jsonl"), "none.jsonl"),
+    ):
+        for dry in ((), ("--dry-run",)):
+            done = project(*arguments, *dry)
+            assert done.code == 2, (arguments, dry)
+            assert words in done.err
+
+
 def test_scores_may_come_with_the_file(project: Call, tmp_path: Path) -> None:
     path = tmp_path / "scored.csv"
     body = "".join(f"prompt {i},,{i * 7 % 11},{'ab'[i % 2]}\n" for i in range(10))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pvec.cli.console import Console
-from pvec.cli.options import console_from, new_app, options, settings_from
+from pvec.cli.options import DryRun, console_from, new_app, options, settings_from
 from pvec.cli.render import (
     TINY_NOTE,
     render_filter,
@@ -18,6 +18,7 @@ from pvec.cli.render import (
     render_layers,
     render_means,
     render_next,
+    render_plan,
 )
 
 if TYPE_CHECKING:
@@ -34,10 +35,6 @@ Traits = Annotated[
 Out = Annotated[
     Path | None,
     typer.Option("--out", "-o", metavar="DIR", help="Run folder (default: runs/TRAIT-MODEL)."),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Say how much would be generated and judged, and its cost."),
 ]
 
 
@@ -62,11 +59,7 @@ def extract(ctx: typer.Context, trait: Traits, out: Out = None, dry_run: DryRun 
 
 def _render_plans(console: Console, plans: Sequence[ExtractPlan]) -> None:
     for plan in plans:
-        console.print(
-            f"{plan.trait}: {plan.missing:,} of {plan.answers:,} answers to generate "
-            f"(at most {plan.most_tokens:,} tokens) into {plan.run}"
-        )
-        console.print(f"  judge {plan.judge}: {plan.judging}")
+        render_plan(console, plan, head=f"{plan.trait}: ")
 
 
 def _render(console: Console, results: Sequence[ExtractResult]) -> None:

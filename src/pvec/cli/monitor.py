@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pvec.cli.console import Console, table
 from pvec.cli.options import (
     READING,
+    DryRun,
     File,
     RunOut,
     SkipBad,
@@ -20,7 +21,7 @@ from pvec.cli.options import (
     options,
     settings_from,
 )
-from pvec.cli.render import r_interval, render_judge, render_next
+from pvec.cli.render import r_interval, render_judge, render_next, render_plan
 from pvec.types import OutputOptions
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def monitor(
     condition: Condition = "condition",
     out: RunOut = None,
     skip_bad: SkipBad = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Predict from prompts how much of a trait their answers will show.
 
@@ -74,13 +76,15 @@ def monitor(
 
     output = OutputOptions(out=out, skip_bad=skip_bad)
     settings, console = settings_from(ctx), console_from(ctx)
-    result = console.call(
-        partial(
-            workflow.run, settings, file, vector,
-            traits=trait or (), score=score, condition=condition, output=output,
-        )
-    )  # fmt: skip
-    console.emit(result, _render)
+    arguments: dict[str, Any] = {
+        "traits": trait or (), "score": score, "condition": condition, "output": output,
+    }  # fmt: skip
+    if dry_run:
+        plan = workflow.plan(settings, file, vector, notify=console.note, **arguments)
+        console.emit(plan, render_plan)
+    else:
+        work = partial(workflow.run, settings, file, vector, **arguments)
+        console.emit(console.call(work), _render)
 
 
 def _render(console: Console, result: MonitorResult) -> None:

@@ -119,6 +119,10 @@ RunOut = Annotated[
     Path | None,
     typer.Option("--out", "-o", metavar="DIR", help="Run folder (default: by the input)."),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say how much would be generated and judged, and its cost."),
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out and count bad rows.")]
 READING = ("project.prompt_column", "project.answer_column", "project.messages_column",
            "project.plain_prompts")  # fmt: skip

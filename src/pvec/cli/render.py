@@ -12,6 +12,7 @@ from pvec.vectors.card import PROVENANCE
 if TYPE_CHECKING:
     from pvec.extraction.compute import ComputeResult, Thinking
     from pvec.extraction.judge import MetricMean
+    from pvec.judges.plan import RunPlan
     from pvec.judges.scoring import JudgeReport
     from pvec.stats import Correlation, Interval
     from pvec.types import Sign
@@ -52,6 +53,15 @@ def render_next(console: Console, commands: Sequence[str], *, model: str = "") -
         console.print(f"{'next' if position == 0 else 'then'}:   {command}")
     if model == "tiny":
         console.note(TINY_NOTE)
+
+
+def render_plan(console: Console, plan: RunPlan, *, head: str = "") -> None:
+    """Say what a command would generate and judge, in two lines; ``head`` begins the first."""
+    console.print(
+        f"{head}{plan.missing:,} of {plan.answers:,} answers to generate "
+        f"(at most {plan.most_tokens:,} tokens) into {plan.run}"
+    )
+    console.print(f"  judge {plan.judge}: {plan.judging}")
 
 
 def render_judge(console: Console, report: JudgeReport) -> None:

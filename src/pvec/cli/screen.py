@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pvec.cli.console import Console, table
 from pvec.cli.options import (
     READING,
+    DryRun,
     File,
     RunOut,
     SkipBad,
@@ -20,7 +21,7 @@ from pvec.cli.options import (
     options,
     settings_from,
 )
-from pvec.cli.render import intervals, render_next
+from pvec.cli.render import intervals, render_next, render_plan
 from pvec.types import OutputOptions
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def screen(
     out: RunOut = None,
     overwrite: Overwrite = False,
     skip_bad: SkipBad = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Screen training data before it is used.
 
@@ -65,10 +67,13 @@ def screen(
 
     output = OutputOptions(out=out, overwrite=overwrite, skip_bad=skip_bad)
     settings, console = settings_from(ctx), console_from(ctx)
-    result = console.call(
-        partial(workflow.run, settings, file, vector, reference=reference, output=output)
-    )
-    console.emit(result, _render)
+    arguments: dict[str, Any] = {"reference": reference, "output": output}
+    if dry_run:
+        plan = workflow.plan(settings, file, vector, notify=console.note, **arguments)
+        console.emit(plan, render_plan)
+    else:
+        work = partial(workflow.run, settings, file, vector, **arguments)
+        console.emit(console.call(work), _render)
 
 
 def _render(console: Console, result: ScreenResult) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pvec.cli.console import Console, table
-from pvec.cli.options import console_from, new_app, options, settings_from
-from pvec.cli.render import interval, render_judge, render_next
+from pvec.cli.options import DryRun, console_from, new_app, options, settings_from
+from pvec.cli.render import interval, render_judge, render_next, render_plan
 
 if TYPE_CHECKING:
     from pvec.evaluation.steer_eval import SteerEvalPlan, SteerEvalResult
@@ -51,10 +51,6 @@ Out = Annotated[
         "--out", "-o", metavar="DIR", help="Run folder (default: runs/steer-TRAIT-MODEL)."
     ),
 ]
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Say how much would be generated and judged, and its cost."),
-]
 
 
 @app.command("steer-eval")
@@ -90,11 +86,7 @@ def steer_eval(
 
 
 def _render_plan(console: Console, plan: SteerEvalPlan) -> None:
-    console.print(
-        f"{plan.trait}: {len(plan.conditions)} conditions, {plan.missing:,} of {plan.answers:,} "
-        f"answers to generate (at most {plan.most_tokens:,} tokens) into {plan.run}"
-    )
-    console.print(f"  judge {plan.judge}: {plan.judging}")
+    render_plan(console, plan, head=f"{plan.trait}: {len(plan.conditions)} conditions, ")
     for condition in plan.conditions:
         console.print(f"  {condition}")
 

@@ -8,16 +8,19 @@ last prompt token; or that token's projection stands for the answer's.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
+from pvec.backends.planned import PlannedResponse
 from pvec.backends.run_session import RunSession
+from pvec.backends.session import ModelSession
 from pvec.data.conversations import Ids
 from pvec.projection.inputs import Prompt
 from pvec.projection.projector import LoadedVectors, project_table
 from pvec.runs.responses import ResponseRecord
+from pvec.settings.sections import ProjectSettings
 from pvec.stats import Correlation, correlation
 
 _FEWEST = 20
@@ -42,26 +45,9 @@ class BaseResponses:
         self._work = work
         self._vectors = vectors
 
-    def chosen(self) -> list[str]:
-        """Return the prompts to generate answers to; a share of them is the same every time."""
-        if self.source == "generate":
-            return list(self.prompts)
-        if self.source == "prompt":
-            return []
-        ranked = sorted(self.prompts, key=lambda key: hashlib.sha256(key.encode()).digest())
-        return ranked[: max(_FEWEST, round(self._options.subset * len(ranked)))]
-
     def generate(self, keys: Sequence[str]) -> list[ResponseRecord]:
         """Return the answers to these prompts, in their order; generate what the run lacks."""
-        planned = [
-            self.prompts[key].planned(
-                self._work,
-                seed=("natural", key, rollout),
-                condition={"name": "natural", "rollout": rollout},
-            )
-            for key in keys
-            for rollout in range(self._options.naturals)
-        ]
+        planned = planned_responses(self._work.session, [self.prompts[key] for key in keys])
         self.generated += self._work.generate(planned, stage="base responses")
         return self._work.responses(planned)
 
@@ -79,7 +65,7 @@ class BaseResponses:
         nothing: list[Correlation | None] = [None] * columns
         if self.source == "prompt":
             return at_prompt, nothing
-        by_prompt = self._projected(self.chosen())
+        by_prompt = self._projected(chosen(self.prompts, self._options))
         blank = np.full(columns, np.nan)
         base = np.stack([by_prompt.get(key, blank) for key in keys])
         if self.source == "generate":
@@ -108,6 +94,29 @@ class BaseResponses:
             if np.isfinite(row).all():  # an empty answer has no projection
                 by_prompt.setdefault(record.question_id, []).append(row)
         return {key: np.mean(rows, axis=0) for key, rows in by_prompt.items()}
+
+
+def chosen(prompts: Collection[str], options: ProjectSettings) -> list[str]:
+    """Return the prompts to generate answers to; a share of them is the same every time."""
+    if options.natural == "generate":
+        return list(prompts)
+    if options.natural == "prompt":
+        return []
+    ranked = sorted(prompts, key=lambda key: hashlib.sha256(key.encode()).digest())
+    return ranked[: max(_FEWEST, round(options.subset * len(ranked)))]
+
+
+def planned_responses(session: ModelSession, prompts: Iterable[Prompt]) -> list[PlannedResponse]:
+    """Return the base model's answers to these prompts, as they are generated."""
+    return [
+        prompt.planned(
+            session,
+            seed=("natural", prompt.key, rollout),
+            condition={"name": "natural", "rollout": rollout},
+        )
+        for prompt in prompts
+        for rollout in range(session.settings.project.naturals)
+    ]
 
 
 def predict_base(

@@ -198,7 +198,7 @@ class Prompt:
 
     def planned(
         self,
-        work: RunSession,
+        session: ModelSession,
         *,
         seed: Sequence[str | int],
         condition: Mapping[str, Json],
@@ -206,7 +206,6 @@ class Prompt:
         system: str | None = None,
     ) -> PlannedResponse:
         """Return an answer to this prompt that a run should hold; ``seed`` is its place there."""
-        session = work.session
         return PlannedResponse(
             trait=trait,
             condition=condition,
@@ -318,9 +317,14 @@ def open_study(
 
     ``kind`` is the run's on disk. Raises ``StoreError`` for a run of another identity.
     """
-    identity = run_identity(session, subject={"trait": path.resolve().stem})
     folder = study_folder(session, command, path=path, out=out)
+    identity = study_identity(session, path)
     return open_run(session, folder, kind=kind, identity=identity, traits=traits)
+
+
+def study_identity(session: ModelSession, path: Path) -> dict[str, Json]:
+    """Return what tells the run of a command on the file ``path`` from another."""
+    return run_identity(session, subject={"trait": path.resolve().stem})
 
 
 def study_folder(session: ModelSession, command: str, *, path: Path, out: Path | None) -> Path:

@@ -15,22 +15,24 @@ from pathlib import Path
 
 import numpy as np
 
-from pvec.backends.planned import OnProgress
+from pvec.backends.planned import OnProgress, PlannedResponse
 from pvec.backends.run_session import RunSession, use_run_date
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.conversations import Ids
 from pvec.data.csv_table import write_csv
 from pvec.errors import InputError
+from pvec.judges.plan import RunPlan, plan_run
 from pvec.judges.prompts import metrics_of
 from pvec.judges.scoring import JudgeReport, ResponseScorer
 from pvec.notebook import HtmlResult
 from pvec.projection.inputs import (
     RunTable,
-    Samples,
+    Source,
     open_samples,
     open_source,
     open_study,
     study_folder,
+    study_identity,
 )
 from pvec.projection.projector import (
     LoadedVectors,
@@ -118,48 +120,94 @@ def run(  # noqa: PLR0913 (what to compare with: each is an option)
             ModelSession(settings, notify=notify, on_progress=on_progress)
         )
         loaded = open_vectors(session, vectors, suggest=suggested_prompt_layer)
-
-        def begin(traits: Sequence[Trait] = ()) -> RunSession:
-            return stack.enter_context(
-                open_study(
-                    session, "monitor", kind=PROMPTS_KIND, path=path, out=output.out, traits=traits
-                )
-            )
-
-        if isinstance(source.table, RunTable):
-            known = PromptScores.from_run(source.table.run)
-            if not known.scores:
-                raise InputError(f"{path} has no scores yet: score it with `pvec judge {path}`.")
-            return _compare(begin(), loaded, known)
-        use_run_date(session, study_folder(session, "monitor", path=path, out=output.out))
-        samples = open_samples(source, session, skip_bad=output.skip_bad)
-        conditions = conditions_of(samples, condition)
-        if score is not None:
-            known = PromptScores.from_column(samples, score, conditions=conditions)
-            return _compare(begin(), loaded, known)
-        names = traits or dict.fromkeys(vector.trait for vector in loaded.vectors.values())
-        judged = [load_trait(name) for name in names]
+        known, planned, judged = _scores_or_answers(
+            session, loaded, source, traits=traits, score=score, condition=condition, output=output
+        )
         scorer = None
-        if settings.project.judge:
+        if known is None and settings.project.judge:
             scorer = stack.enter_context(
                 ResponseScorer.of(session, vectors=loaded.vectors.values())
             )
             scorer.check(metrics_of(*judged))
-        return _generate(begin(judged), loaded, samples, conditions, judged, scorer)
+        work = stack.enter_context(
+            open_study(
+                session, "monitor", kind=PROMPTS_KIND, path=path, out=output.out, traits=judged
+            )
+        )
+        if known is not None:
+            return _compare(work, loaded, known)
+        return _generate(work, loaded, planned, judged, scorer)
+
+
+def plan(
+    settings: Settings,
+    path: Path,
+    vectors: Sequence[str | Path],
+    *,
+    traits: Sequence[str] = (),
+    score: str | None = None,
+    condition: str = "condition",
+    output: OutputOptions = DEFAULT_OUTPUT,
+    notify: Notify = ignore,
+) -> RunPlan:
+    """Say what ``run`` would generate and judge; loads no weights, asks nobody, writes nothing."""
+    source = open_source(path, settings.project)
+    with ModelSession(settings, notify=notify) as session:
+        loaded = open_vectors(session, vectors, suggest=suggested_prompt_layer)
+        known, planned, judged = _scores_or_answers(
+            session, loaded, source, traits=traits, score=score, condition=condition, output=output
+        )
+        return plan_run(
+            session,
+            study_folder(session, "monitor", path=path, out=output.out),
+            kind=PROMPTS_KIND,
+            identity=study_identity(session, path),
+            planned=planned,
+            metrics=metrics_of(*judged),
+            judged=known is None and settings.project.judge,
+            vectors=loaded.vectors.values(),
+        )
+
+
+def _scores_or_answers(
+    session: ModelSession,
+    vectors: LoadedVectors,
+    source: Source,
+    *,
+    traits: Sequence[str],
+    score: str | None,
+    condition: str,
+    output: OutputOptions,
+) -> tuple[PromptScores | None, list[PlannedResponse], list[Trait]]:
+    """Return the prompts' scores where the input has them; else the answers to generate, and the
+    traits to judge them on.
+    """
+    if isinstance(source.table, RunTable):
+        known = PromptScores.from_run(source.table.run)
+        if not known.scores:
+            place = source.path
+            raise InputError(f"{place} has no scores yet: score it with `pvec judge {place}`.")
+        return known, [], []
+    use_run_date(session, study_folder(session, "monitor", path=source.path, out=output.out))
+    samples = open_samples(source, session, skip_bad=output.skip_bad)
+    conditions = conditions_of(samples, condition)
+    if score is not None:
+        return PromptScores.from_column(samples, score, conditions=conditions), [], []
+    names = traits or dict.fromkeys(vector.trait for vector in vectors.vectors.values())
+    judged = [load_trait(name) for name in names]
+    prompts = list(samples.distinct.values())
+    trait = judged[0].name
+    return None, planned_answers(session, prompts, conditions=conditions, trait=trait), judged
 
 
 def _generate(
     work: RunSession,
     vectors: LoadedVectors,
-    samples: Samples,
-    conditions: Mapping[str, str],
+    planned: Sequence[PlannedResponse],
     traits: Sequence[Trait],
     scorer: ResponseScorer | None,
 ) -> MonitorResult:
     """Generate answers to the prompts, judge them, and compare with their scores."""
-    planned = planned_answers(
-        work, list(samples.distinct.values()), conditions=conditions, trait=traits[0].name
-    )
     generated = work.generate(planned, stage="answers")
     report = None
     if scorer is not None:

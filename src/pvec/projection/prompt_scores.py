@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pvec.backends.planned import PlannedResponse
-from pvec.backends.run_session import RunSession
+from pvec.backends.session import ModelSession
 from pvec.errors import InputError
 from pvec.judges.prompts import COHERENCE
 from pvec.projection.inputs import Prompt, Samples
@@ -105,17 +105,17 @@ def conditions_of(samples: Samples, column: str) -> dict[str, str]:
 
 
 def planned_answers(
-    work: RunSession, prompts: Sequence[Prompt], *, conditions: Mapping[str, str], trait: str
+    session: ModelSession, prompts: Sequence[Prompt], *, conditions: Mapping[str, str], trait: str
 ) -> list[PlannedResponse]:
     """Return the answers to generate: some to every prompt."""
     return [
         prompt.planned(
-            work,
+            session,
             seed=("monitor", prompt.question, rollout),
             condition={"condition": conditions[prompt.key], "rollout": rollout},
             trait=trait,
             system=prompt.system,
         )
         for prompt in prompts
-        for rollout in range(work.settings.project.rollouts)
+        for rollout in range(session.settings.project.rollouts)
     ]

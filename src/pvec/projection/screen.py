@@ -8,7 +8,7 @@ the vectors; differences, scores and files are made from them again on every cal
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -20,11 +20,13 @@ from pvec.backends.planned import OnProgress
 from pvec.backends.run_session import RunSession, use_run_date
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
+from pvec.judges.plan import RunPlan, plan_run
 from pvec.notebook import HtmlResult
 from pvec.projection import base_responses
 from pvec.projection.base_responses import BaseResponses
 from pvec.projection.browsed import write_browsed
 from pvec.projection.inputs import (
+    Prompt,
     Samples,
     Source,
     answer_text,
@@ -33,6 +35,7 @@ from pvec.projection.inputs import (
     open_source,
     open_study,
     study_folder,
+    study_identity,
 )
 from pvec.projection.projector import LoadedVectors, open_vectors, project_table
 from pvec.runs.files import atomic_write, probe_target
@@ -126,24 +129,68 @@ def run(
     the run folder and whether filtered files are replaced. Raises ``InputError``, ``ModelError`` or
     ``StoreError`` for wrong input before weights are loaded.
     """
-    sources = {"data": open_source(path, settings.project)}
-    if reference is not None:
-        sources["reference"] = open_source(reference, settings.project)
+    sources = _sources(path, reference, settings)
     with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
         loaded = open_vectors(session, vectors)
-        targets = None
-        if reference is not None:
-            targets = _filtered_paths(sources["data"], overwrite=output.overwrite)
-        use_run_date(session, study_folder(session, "screen", path=path, out=output.out))
-        sets = {
-            name: open_samples(source, session, skip_bad=output.skip_bad)
-            for name, source in sources.items()
-        }
+        targets, sets = _checked(session, sources, output=output)
         with open_study(session, "screen", kind=DIFF_KIND, path=path, out=output.out) as work:
             work.store.update_manifest(projection_axes=loaded.axes())
             result = _Screening(work, loaded, sets).run(targets)
             write_summary(work.store.path, dataclasses.asdict(result))
     return result
+
+
+def plan(
+    settings: Settings,
+    path: Path,
+    vectors: Sequence[str | Path],
+    *,
+    reference: Path | None = None,
+    output: OutputOptions = DEFAULT_OUTPUT,
+    notify: Notify = ignore,
+) -> RunPlan:
+    """Say how many base responses ``run`` would generate; loads no weights and writes nothing.
+
+    The cheap modes generate up to ten more, to the prompts of the samples that they show.
+    """
+    sources = _sources(path, reference, settings)
+    with ModelSession(settings, notify=notify) as session:
+        open_vectors(session, vectors)
+        _, sets = _checked(session, sources, output=output)
+        prompts = _prompts(sets)
+        keys = base_responses.chosen(prompts, settings.project)
+        return plan_run(
+            session,
+            study_folder(session, "screen", path=path, out=output.out),
+            kind=DIFF_KIND,
+            identity=study_identity(session, path),
+            planned=base_responses.planned_responses(session, [prompts[key] for key in keys]),
+            metrics=(),
+            judged=False,
+        )
+
+
+def _sources(path: Path, reference: Path | None, settings: Settings) -> dict[str, Source]:
+    paths = {"data": path, **({} if reference is None else {"reference": reference})}
+    return {name: open_source(place, settings.project) for name, place in paths.items()}
+
+
+def _checked(
+    session: ModelSession, sources: Mapping[str, Source], *, output: OutputOptions
+) -> tuple[tuple[Path, Path] | None, dict[str, Samples]]:
+    """Return where filtered rows go, and the samples; raises what is wrong with either."""
+    targets, data = None, sources["data"]
+    if "reference" in sources:
+        targets = _filtered_paths(data, overwrite=output.overwrite)
+    use_run_date(session, study_folder(session, "screen", path=data.path, out=output.out))
+    return targets, {
+        name: open_samples(source, session, skip_bad=output.skip_bad)
+        for name, source in sources.items()
+    }
+
+
+def _prompts(sets: Mapping[str, Samples]) -> dict[str, Prompt]:
+    return {key: prompt for samples in sets.values() for key, prompt in samples.distinct.items()}
 
 
 class _Screening:
@@ -158,7 +205,6 @@ class _Screening:
         self.session = work.session
         self.store = work.store
         self.folder = work.store.path
-        self.percentile = work.settings.project.percentile
         self.vectors = vectors
         self.sets = sets
         self.frame = pd.concat(
@@ -166,11 +212,11 @@ class _Screening:
             for name, samples in sets.items()
         )
         self.screened = (self.frame["set"] == "data").to_numpy()
-        prompts = {k: prompt for samples in sets.values() for k, prompt in samples.distinct.items()}
-        self.base = BaseResponses(work, vectors, prompts)
+        self.base = BaseResponses(work, vectors, _prompts(sets))
+        self.options = work.settings.project
 
     def run(self, targets: tuple[Path, Path] | None) -> ScreenResult:
-        self.base.generate(self.base.chosen())
+        self.base.generate(base_responses.chosen(self.base.prompts, self.options))
         responses, at_prompt = self._project_samples()
         base, agreements = self.base.projections(list(self.frame["prompt"]), responses, at_prompt)
         differences = responses - base
@@ -200,7 +246,7 @@ class _Screening:
             prompts=len(self.base.prompts),
             generated=self.base.generated,
             unanswered=data.answered.count(False),
-            percentile=self.percentile,
+            percentile=self.options.percentile,
             columns=tuple(
                 ColumnScore(vector=vector, layer=layer, score=score, agreement=agreement)
                 for (vector, layer), score, agreement in zip(
@@ -236,7 +282,7 @@ class _Screening:
                 prompts=prompts[self.screened].tolist(),
                 clean=column[~self.screened] if clean else None,
                 clean_prompts=prompts[~self.screened].tolist(),
-                percentile=self.percentile,
+                percentile=self.options.percentile,
             )
             for column in differences.T
         ]
