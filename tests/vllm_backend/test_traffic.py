@@ -55,6 +55,53 @@ def test_hundreds_of_different_steerings_pass_through_four_slots(backend: VLLMBa
         assert found[request.id].touched == (1 + len(tokens) - 1,)
 
 
+def test_an_answer_whose_logits_overflow_fails_and_the_others_go_on(backend: VLLMBackend) -> None:
+    base = Instruction(vector=vector(7), layer=2)
+    mild = [_request(n, replace(base, vector=vector(n), coef=0.5)) for n in range(20)]
+    plain = [_request(n) for n in range(20, 40)]
+    broken = [
+        replace(_request(40, replace(base, coef=1e38), tokens=9), id="greedy"),
+        replace(
+            _request(41, replace(base, coef=1e38, positions="all")),
+            id="sampled",
+            sampling=Sampling(temperature=1.0, max_tokens=5, seed=3),
+        ),
+    ]
+    alone = {g.id: g.token_ids for g in backend.generate([*mild, *plain])}
+    together = {g.id: g for g in backend.generate([*mild[:10], *broken, *mild[10:], *plain])}
+    for request in broken:
+        answer = together.pop(request.id)
+        assert (answer.finish_reason, answer.token_ids, answer.text) == ("failed", (), "")
+        assert "not finite numbers" in answer.detail
+    assert {name: answer.token_ids for name, answer in together.items()} == alone
+    ((answer, means),) = backend.generate_and_capture(broken[:1])
+    assert answer.finish_reason == "failed"
+    assert all(np.isnan(rows).all() for rows in means.means.values())
+    (chunk,) = backend.stream(broken[:1])
+    assert chunk.finished is not None
+    assert chunk.finished.finish_reason == "failed"
+
+
+def test_logits_that_overflow_all_the_same_end_the_stream_instead_of_spreading(
+    models: Callable[[str], Path],
+) -> None:
+    """Three layers that add what the format just holds. In a cache of its own, then thrown away."""
+    from pvec.settings.sections import VLLMSettings
+
+    base = Instruction(vector=np.ones(WIDTH, dtype=np.float32), layer=1, coef=1.6e38)
+    plan = [replace(base, layer=layer) for layer in (1, 2, 3)]
+    options = VLLMSettings(
+        kv_cache_memory_bytes=CACHE_BYTES, block_size=32, enforce_eager=True, max_num_seqs=8,
+        max_num_batched_tokens=128, slots=2, captures=4,
+    )  # fmt: skip
+    with VLLMBackend(str(models("qwen2")), options=options) as engine:
+        requests = [*(_request(n) for n in range(4)), _request(9, *plan)]
+        with pytest.raises(ModelError, match=r"'r9' are not finite numbers.*--backend hf"):
+            list(engine.generate(requests))
+        with pytest.raises(ModelError, match="not finite"):  # its cache is spoiled
+            list(engine.generate(requests[:1]))
+
+
 def test_steerings_that_wait_for_a_slot_do_not_wait_for_long_answers(
     backend: VLLMBackend,
 ) -> None:

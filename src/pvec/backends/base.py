@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from pvec.settings import Settings
 
 
+NOT_FINITE = (
+    "the logits after {} tokens are not finite numbers: the steering is too strong, or the number "
+    "format too narrow"
+)
+"""``Generation.detail`` of an answer that failed, with its number of tokens."""
+
+
 class Backend(Closing):
     """One loaded model that can generate, capture and score continuations.
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from pvec.backends.base import NOT_FINITE
 from pvec.backends.hf.forward import CausalModel, left_padded
 from pvec.backends.hf.kvcache import RowCache, StateCache
 from pvec.backends.hf.rows import Notify, Row, admit, alike, shrink, take
@@ -23,11 +24,6 @@ from pvec.models.memory import BatchLimits, unless_out_of_memory
 from pvec.steering.hooks import Steerer
 from pvec.steering.positions import roles_by_length
 from pvec.types import FinishReason, Generation, Progress, Request, StreamChunk
-
-_NOT_FINITE = (
-    "the logits after {} tokens are not finite numbers: the steering is too strong, or the number "
-    "format too narrow"
-)
 
 _REFILL_BELOW = 0.75
 """The queue is tapped when fewer rows than this share of the last full batch are left."""
@@ -121,7 +117,7 @@ def _generation(done: _Finished, tokenizer: PreTrainedTokenizerBase) -> Generati
         text=str(tokenizer.decode(done.row.tokens, skip_special_tokens=True)),
         finish_reason=done.reason,
         touched=done.touched,
-        detail=_NOT_FINITE.format(len(done.row.tokens)) if done.reason == "failed" else "",
+        detail=NOT_FINITE.format(len(done.row.tokens)) if done.reason == "failed" else "",
     )
 
 

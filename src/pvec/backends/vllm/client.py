@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pvec.backends.vllm.packing import pack_plan, unpack
-from pvec.backends.vllm.requests import EngineRequest, EngineResult
+from pvec.backends.vllm.requests import EngineRequest, EngineResult, not_finite
 from pvec.backends.vllm.slots import Rows, Slots
 from pvec.backends.vllm.token_rows import RequestMetadata
 from pvec.backends.vllm.worker import EXTRA
@@ -69,9 +69,12 @@ class EngineClient:
         self._due: list[_Running] = []
         self._adapters: dict[str, Any] = {}
         self._dead = False
+        self._spoiled: ModelError | None = None
 
     def run(self, requests: Iterable[EngineRequest]) -> Iterator[EngineResult]:
         """Yield results as requests finish; requests are drawn as there is room for them."""
+        if self._spoiled is not None:
+            raise self._spoiled
         mailbox: deque[EngineResult] = deque()
         source = iter(requests)
         waiting = next(source, None)
@@ -197,6 +200,9 @@ class EngineClient:
             running = self._running.get(output.request_id)
             if running is None:
                 continue
+            self._spoiled = self._spoiled or not_finite(running.request, output.outputs[0])
+            if self._spoiled is not None:
+                raise self._spoiled
             if not output.finished:
                 running.mailbox.append(_so_far(running.request, output))
                 continue

@@ -21,6 +21,7 @@ from pvec.backends.vllm.requests import (
     EngineResult,
     RequestBuilder,
     span_means,
+    unknown_means,
     wrong_count,
 )
 from pvec.backends.vllm.selftest import prove
@@ -121,14 +122,21 @@ class VLLMBackend(Backend):
         model); the others get the model's adapter, if it has one.
         """
         self._check_adapters((adapters or {}).values())
-        translated = (self._requests.for_request(r, adapters=adapters) for r in requests)
+        failed: list[Generation] = []
+        runnable = self._runnable(requests, failed)
+        translated = (self._requests.for_request(r, adapters=adapters) for r in runnable)
         for result in self._watched(translated):
             yield self._requests.answer(result)
+        yield from failed
 
     def stream(self, requests: Iterable[Request]) -> Iterator[StreamChunk]:
         """Yield a ``StreamChunk`` for every new token; see ``Backend.stream``."""
-        for result in self._run(self._requests.for_request(r, stream=True) for r in requests):
+        failed: list[Generation] = []
+        runnable = self._runnable(requests, failed)
+        for result in self._run(self._requests.for_request(r, stream=True) for r in runnable):
             yield self._requests.chunk(result)
+        for answer in failed:
+            yield StreamChunk(id=answer.id, token_ids=(), finished=answer)
 
     def generate_and_capture(
         self,
@@ -150,12 +158,16 @@ class VLLMBackend(Backend):
             )
         rows = self._layer_rows(layers)
         self._check_adapters((adapters or {}).values())
+        failed: list[Generation] = []
         translated = (
-            self._requests.for_request(r, adapters=adapters, capture=True) for r in requests
+            self._requests.for_request(r, adapters=adapters, capture=True)
+            for r in self._runnable(requests, failed)
         )
         for result in self._watched(translated):
             generation = self._requests.answer(result)
             yield generation, self._means(result, rows, identity=generation.id)
+        for answer in failed:
+            yield answer, unknown_means(answer.id, rows, hidden_size=self.info.hidden_size)
 
     @property
     def captures_while_generating(self) -> bool:
@@ -235,6 +247,15 @@ class VLLMBackend(Backend):
                 f"context is {self.context} tokens"
             )
             self._requests.truncated = 0
+
+    def _runnable(self, requests: Iterable[Request], failed: list[Generation]) -> Iterator[Request]:
+        """Yield the requests to run; the answers to the others go into ``failed``."""
+        for request in requests:
+            answer = self._requests.overflow(request)
+            if answer is None:
+                yield request
+            else:
+                failed.append(answer)
 
     def _watched(self, requests: Iterable[EngineRequest]) -> Iterator[EngineResult]:
         """Run requests and report each to ``on_progress``; only finished answers have tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pvec.activations.batching import prompt_length
+from pvec.backends.base import NOT_FINITE
 from pvec.backends.vllm.slots import Segments, cut
 from pvec.backends.vllm.token_rows import OPEN_END
 from pvec.errors import InputError, ModelError, SteeringError
@@ -113,6 +115,8 @@ class RequestBuilder:
                 "max_tokens": limit + 1 if capture else limit,
                 "stop_token_ids": list(self.stop_ids),
                 "ignore_eos": True,
+                # of the sampled token alone: it tells whether the logits are finite
+                "logprobs": 0 if request.steering else None,
             },
             plan=request.steering,
             segments=cut(answer_spans(prompt)) if capture else None,
@@ -138,6 +142,30 @@ class RequestBuilder:
             plan=sequence.steering,
             segments=cut(sequence.spans),
             adapter=self.info.adapter,
+        )
+
+    def overflow(self, request: Request) -> Generation | None:
+        """Return the failed answer to a request that adds more than the number format holds.
+
+        It must not run: numbers that are not finite stay in the engine's cache and reach others.
+        """
+        import torch
+
+        added: dict[int, float] = {}
+        for instruction in request.steering:
+            if instruction.operator == "add":
+                size = abs(instruction.coef) * float(np.abs(instruction.vector).max())
+                added[instruction.layer] = added.get(instruction.layer, 0.0) + size
+        most = torch.finfo(getattr(torch, self.info.dtype)).max / 2  # room for the residual stream
+        if max(added.values(), default=0.0) <= most:
+            return None
+        return Generation(
+            id=request.id,
+            token_ids=(),
+            text="",
+            finish_reason="failed",
+            touched=(0,) * len(request.steering),
+            detail=NOT_FINITE.format(0),
         )
 
     def answer(self, result: EngineResult) -> Generation:
@@ -225,6 +253,22 @@ class RequestBuilder:
         return due <= high <= due + 1 if self.options.async_scheduling else high == due
 
 
+def not_finite(request: EngineRequest, completion: Any) -> ModelError | None:
+    """Return the error for a steered request whose logits were not finite, or None.
+
+    Such numbers stay in the engine's cache, where a later answer may meet them: the engine is
+    spoiled.
+    """
+    chosen = zip(completion.token_ids, completion.logprobs or (), strict=False)
+    if not request.plan or all(math.isfinite(entry[token].logprob) for token, entry in chosen):
+        return None
+    return ModelError(
+        f"The logits of {request.tag.id!r} are not finite numbers, which vLLM may carry into other "
+        f"answers: what was finished before is kept; leave out the strongest coefficients, or use "
+        f"--backend hf, where such an answer fails alone."
+    )
+
+
 def span_means(
     result: EngineResult, layers: tuple[int, ...], *, identity: str, hidden_size: int
 ) -> SpanMeans:
@@ -250,6 +294,17 @@ def span_means(
             means[name] = (sums / stats[:, 1:]).astype(np.float32)
             norms[name] = (stats[:, 0] / stats[:, 1]).astype(np.float32)
     return SpanMeans(id=identity, layers=layers, means=means, norms=norms)
+
+
+def unknown_means(identity: str, layers: tuple[int, ...], *, hidden_size: int) -> SpanMeans:
+    """Return the means (NaN) of an answer that was not run."""
+    names = tuple(answer_spans(1))
+    return SpanMeans(
+        id=identity,
+        layers=layers,
+        means={n: np.full((len(layers), hidden_size), np.nan, dtype=np.float32) for n in names},
+        norms={n: np.full(len(layers), np.nan, dtype=np.float32) for n in names},
+    )
 
 
 def answer_spans(prompt: int) -> dict[SpanName, tuple[int, int]]:
