@@ -221,7 +221,7 @@ def _generate(
     known = PromptScores.from_run(
         work.store,
         judge=None if report is None else report.judge,
-        order=[prompt.text for prompt in samples.distinct.values()],
+        order=list(dict.fromkeys(response.prompt for response in planned)),
     )
     result = _compare(work, vectors, known)
     return dataclasses.replace(result, generated=generated, judge=report)
