@@ -199,7 +199,7 @@ def test_every_layer_has_its_random_control_in_the_figure() -> None:
     assert pvec("report", str(run)) == 0
     text = (run / "report_figures" / "steer_dose_response.csv").read_text()
     named = {row["condition"] for row in csv.DictReader(text.splitlines())}
-    assert {"layer 2", "layer 2, random", "layer 3", "layer 3, random"} <= named
+    assert {"layer 2", "random, layer 2", "layer 3", "random, layer 3"} <= named
 
 
 def test_pages_of_different_kinds_have_titles_of_their_own() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -178,7 +179,9 @@ def test_the_report_shows_loss_shift_and_steering(tmp_path: Path) -> None:
     assert "add 1 x evil at layer 2 (block 1), all positions" in page
     assert "made with steering on: 0" in page
     (finding,) = made.findings
-    assert f"{result.shifts['evil']:+.3g} along evil" in finding
+    (moved,) = re.findall(r"moved ([+\u2212][\d.,]+) along evil;", finding)
+    shown = float(moved.replace("\u2212", "-").replace(",", ""))
+    assert shown == pytest.approx(result.shifts["evil"], rel=0.01)
     assert f"from {result.first_loss:.3f} to {result.last_loss:.3f}" in finding
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pvec.report.figure import interval_text
-from pvec.report.style import INK, name_key, name_marks, number, printable
+from pvec.report.style import INK, name_key, name_marks, printable, short_number
 from pvec.stats import Interval
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def draw_references(
     last = max((reference.x for reference in references), default=0.0)
     for reference in references:
         line = axis.axvline(reference.x, color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=1.5)
-        name_marks(line, [f"{reference.label}: {number(reference.x)}"])
+        name_marks(line, [f"{reference.label}: {short_number(reference.x)}"])
         if named:
             side = "center" if len(references) == 1 else "left" if reference.x == last else "right"
             axis.annotate(
@@ -160,7 +160,7 @@ def mark_x(axis: Axes, values: Sequence[float]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     if len(values) <= 9 and len({round(b - a, 9) for a, b in pairwise(values)}) <= 2:
-        axis.set_xticks(values, [f"{x:g}".replace("-", "\u2212") for x in values])
+        axis.set_xticks(values, [short_number(x) for x in values])
     elif all(float(x).is_integer() for x in values):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 

@@ -33,9 +33,9 @@ from pvec.report.style import (
     MARKERS,
     MUTED,
     name_marks,
-    number,
     printable,
     series_colours,
+    short_number,
 )
 from pvec.stats import Interval
 
@@ -235,7 +235,7 @@ def _draw_line(
     control = line.control_of is not None
     banded = len(known) > _BARS
     step = 0.0 if banded else 0.009 * (known[-1][0] - known[0][0])
-    x = [place + shift * step for place, _ in known]
+    x = [value + shift * step for value, _ in known]
     y = [point.mean for _, point in known]
     reach = spans([point for _, point in known])
     drawn: list[Any] = [*axis.plot(
@@ -259,7 +259,7 @@ def _draw_line(
     )  # fmt: skip
     name_marks(
         dots,
-        [f"{says(line.label, quantity, p)}, {x_label} {number(place)}" for place, p in known],
+        [f"{says(line.label, quantity, p)}, {x_label} {short_number(value)}" for value, p in known],
         series=series,
     )
 
@@ -274,7 +274,7 @@ def _bin_titles(
     for i, (low, high) in enumerate(pairwise(edges)):
         column = axis.add_patch(Rectangle((low, 0), high - low, top, alpha=0.002, facecolor=INK))
         held = ", ".join(f"{label} {count[i]:,}" for label, count in counts.items())
-        name_marks(column, [f"{number(low)} to {number(high)}: {held} {unit}"])
+        name_marks(column, [f"{short_number(low)} to {short_number(high)}: {held} {unit}"])
 
 
 def _labels(panel: Panel) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pvec.report.figure import Figure, Table
-from pvec.report.style import CELLS, INK, name_marks, number, printable
+from pvec.report.style import CELLS, INK, name_marks, number, printable, short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,8 +97,8 @@ def _draw_cells(axis: Axes, grid: Grid, colours: ScalarMappable) -> None:
                 continue
             red, green, blue, _ = colours.to_rgba(np.array(value))
             cell = axis.add_patch(Rectangle((c, r), 1, 1, color=(red, green, blue), linewidth=0))
-            place = f"{row_label} {rows[r]}, {column_label} {_tick(columns[c])}"
-            name_marks(cell, [f"{place}: {grid.value_label} {number(value, grid.digits)}"])
+            where = f"{row_label} {rows[r]}, {column_label} {_tick(columns[c])}"
+            name_marks(cell, [f"{where}: {grid.value_label} {number(value, grid.digits)}"])
             if written:
                 light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
                 tone = "#101418" if light > 0.18 else "#ffffff"
@@ -115,7 +115,7 @@ def _frame(axis: Axes, row: int, column: int) -> None:
 
 
 def _tick(name: str | float) -> str:
-    return name if isinstance(name, str) else f"{name:g}".replace("-", "\u2212")
+    return name if isinstance(name, str) else short_number(name)
 
 
 def _label_sides(axis: Axes, grid: Grid) -> None:

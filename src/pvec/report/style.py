@@ -180,6 +180,12 @@ def decimals(values: Sequence[float]) -> int:
     return max(1, 2 - math.floor(math.log10(max(known))))
 
 
+def short_number(value: float) -> str:
+    """Return a value of x (a layer, a coefficient, a step) in as few digits as it needs."""
+    text = f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+    return text.replace("-", "\u2212")
+
+
 def number(value: float | None, digits: int | None = None, *, sign: bool = False) -> str:
     """Return a number for people: a true minus sign, thousands grouped, a dash where missing.
 

@@ -22,7 +22,7 @@ from pvec.report.page import Answer, Chapter, Section
 from pvec.report.sections.common import RunData, with_interval
 from pvec.report.sections.steer_overview import overview_section
 from pvec.report.sections.sweep_lines import control_line, sweep_line
-from pvec.report.style import number
+from pvec.report.style import number, short_number
 
 _LINES = 6
 """More lines than this in one figure cannot be told apart; the heat map has them all."""
@@ -93,7 +93,7 @@ def _amount(run: RunData, point: Point) -> str:
         return "ablate"
     operator = "cap at " if point.operator == "cap" else ""
     unit = " norms" if run.settings.get("steer", {}).get("coef_unit") == "norm" else ""
-    return f"{operator}coefficient {number(point.coef)}{unit}"
+    return f"{operator}coefficient {short_number(point.coef)}{unit}"
 
 
 def _trait_and_coherence(point: Point, trait: str) -> str:
@@ -167,7 +167,7 @@ def _dose_response(
     if hidden:
         caption += f" {hidden} further layers are in the heat map."
     if pick:
-        caption += f" Picked: {pick.point.where}, coefficient {number(pick.point.coef)}."
+        caption += f" Picked: {pick.point.where}, coefficient {short_number(pick.point.coef)}."
     return line_chart(
         name=f"{name}_dose_response",
         title=f"{points[0].vector}: dose and response",

@@ -44,5 +44,5 @@ def control_line(
     if controls:
         steered = control_of or controls[0].where
         yield sweep_line(
-            controls, layers, sweep, metric, label=f"{steered}, random", control_of=steered
+            controls, layers, sweep, metric, label=f"random, {steered}", control_of=steered
         )
