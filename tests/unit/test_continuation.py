@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.models import ARCHITECTURES, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, PreTrainedModel
 
 from pvec.backends.hf.backend import HFBackend
 from pvec.backends.hf.forward import CausalModel
 from pvec.errors import ModelError
+from pvec.types import Request, Sampling
 
 COMMON = tuple(random.Random(3).randrange(5, 400) for _ in range(20))
 
@@ -123,3 +126,62 @@ def test_a_prompt_that_does_not_fit_is_refused_by_its_number() -> None:
     backend = HFBackend.wrap(tiny_model("qwen2"), tiny_tokenizer())
     with pytest.raises(ModelError, match="Prompt 1 has 256 tokens"):
         list(backend.continuation_logprobs([(5,), (5,) * 256], [(9, 2)]))
+
+
+def _state_space_model(kind: str) -> PreTrainedModel:
+    """A tiny model whose layers keep more than keys and values: convolutions, or states only."""
+    common = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": 0}
+    config: Any
+    if kind == "mamba":
+        config = MambaConfig(**common, state_size=4)
+    else:
+        config = Lfm2Config(
+            **common,
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention", "conv"],
+        )
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["mamba", "lfm2"])
+def test_models_with_a_recurrent_state_score_continuations_as_one_pass_each(kind: str) -> None:
+    model = _state_space_model(kind)
+    prompts = random_prompts(3, start=COMMON)
+    continuations = [(9,), (9, 10), (9, 10, 11), (12, 9), (300, 5, 7, 9)]
+    backend = HFBackend.wrap(model, tiny_tokenizer(), batch_size=2)
+    scores = dict(backend.continuation_logprobs(prompts, continuations))
+    for index, prompt in enumerate(prompts):
+        expected = plain_logprobs(model, prompt, continuations)
+        np.testing.assert_allclose(scores[index], expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "lfm2"])
+def test_models_with_a_recurrent_state_answer_as_the_model_without_a_cache(kind: str) -> None:
+    """Prompts of two lengths, more of them than fit: rows leave transformers' own cache."""
+    model = _state_space_model(kind)
+    backend = HFBackend.wrap(model, tiny_tokenizer(), batch_size=2)
+    prompts = [
+        p[:length]
+        for p, length in zip(random_prompts(5, start=COMMON), (9, 14, 9, 14, 9), strict=True)
+    ]
+    requests = [
+        Request(
+            id=str(number),
+            prompt_ids=prompt,
+            sampling=Sampling(temperature=0.0, max_tokens=3 + 2 * number),
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    answers = {answer.id: answer for answer in backend.generate(requests)}
+    for request in requests:
+        ids = list(request.prompt_ids)
+        for token in answers[request.id].token_ids:
+            with torch.no_grad():
+                best = int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            assert token == best
+            ids.append(token)
+        assert len(ids) > len(request.prompt_ids)

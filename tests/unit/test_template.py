@@ -75,6 +75,13 @@ def test_a_template_that_drops_what_the_user_says_is_refused() -> None:
         ("thinking", "not thinking", (True, False)),
         ("use_reasoning", "use_reasoning is false", (True, False)),
         ("thinking_mode", "thinking_mode == 'off'", ("on", "off")),
+        ("thinking_budget", "thinking_budget == 0", (-1, 0)),
+        ("disable_thinking", "disable_thinking", (False, True)),
+        ("no_think", "no_think is true", (False, True)),
+        ("enable_cot", "enable_cot is false", (True, False)),
+        ("deep", "deep is defined and not deep", (True, False)),
+        ("mode", "mode == 'no_think'", ("on", "no_think")),
+        ("reasoning_effort", "reasoning_effort == 'none'", ("high", "none")),
     ],
 )
 def test_the_thinking_switch_is_found_whatever_its_name(
@@ -88,6 +95,21 @@ def test_the_thinking_switch_is_found_whatever_its_name(
     assert chat_format(tokenizer).thinking == (name, *values)
     assert render_prompt(tokenizer, [USER]).endswith("<think></think>")
     assert render_prompt(tokenizer, [USER], thinking=True).endswith(generation)
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        "Reasoning: {{ reasoning_effort | default('medium') }}",  # a degree, not a switch
+        "{{ thinking_style }}",  # only printed
+        "{% if add_vision_id %}Picture 1{% endif %}",
+    ],
+)
+def test_what_does_not_switch_thinking_is_left_alone(switch: str) -> None:
+    tokenizer = tokenizer_with(switch + CHATML)
+    assert chat_format(tokenizer).thinking is None
+    plain = switch.replace("{{ reasoning_effort | default('medium') }}", "medium")
+    assert render_prompt(tokenizer, [USER]).startswith(plain.partition("{")[0] + "<|im_start|>")
 
 
 def test_thinking_that_cannot_be_switched_on_is_said(tmp_path: Path) -> None:
@@ -112,6 +134,11 @@ def test_thinking_that_cannot_be_switched_on_is_said(tmp_path: Path) -> None:
         (CHATML.replace("<|im_end|>", " </s>"), ("</s>",), "</s>"),
         (CHATML.replace("<|im_end|>", ""), (), None),
         (CHATML.replace("<|im_end|>", "Human:<|im_end|>"), (), None),
+        (
+            CHATML.replace("<|im_end|>", "{% if not loop.last %}<|im_end|>{% endif %}"),
+            (),
+            "<|im_end|>",
+        ),
     ],
 )
 def test_the_token_that_ends_an_assistants_turn_is_found(
@@ -165,6 +192,22 @@ def test_an_answer_stops_at_the_end_of_the_turn_although_it_is_not_the_eos(tmp_p
             "<|channel|>final<|message|>Hi.",
             "Hi.",
         ),
+        (CHATML, ("◁think▷", "◁/think▷"), "◁think▷a plot◁/think▷Hi.", "Hi."),
+        (
+            CHATML,
+            ("<|START_THINKING|>", "<|END_THINKING|>"),
+            "<|START_THINKING|>a<|END_THINKING|>Hi.",
+            "Hi.",
+        ),
+        (CHATML, ("<|channel>", "<channel|>"), "<|channel>thought\na plot<channel|>Hi.", "Hi."),
+        (
+            CHATML,
+            ("<|inner_prefix|>", "<|inner_suffix|>"),
+            "<|inner_prefix|>a<|inner_suffix|>Hi.",
+            "Hi.",
+        ),
+        (CHATML + "{# <Thought> </Thought> #}", (), "<Thought>a plot</Thought>\nHi.", "Hi."),
+        (CHATML + "{# <mind_thought> #}", (), "<mind_thought>a</mind_thought>Hi.", "Hi."),
     ],
 )
 def test_reasoning_is_found_by_the_models_own_marks(
@@ -175,6 +218,16 @@ def test_reasoning_is_found_by_the_models_own_marks(
     think = think_length(tokenizer, ids)
     assert answer_text(tokenizer, ids, think) == rest
     assert tokenizer.decode(ids[think:]) == rest
+
+
+@pytest.mark.parametrize("form", ["%d %b %Y", "%A", "%Y", "%H", "%M:%S", "%j"])
+@pytest.mark.parametrize("when", ["==", "!="])
+def test_a_date_in_the_template_is_seen_in_any_form_and_with_or_without_a_system_prompt(
+    form: str, when: str
+) -> None:
+    date = f"{{{{ strftime_now('{form}') }}}}"
+    condition = f"{{% if messages[0]['role'] {when} 'system' %}}{date}{{% endif %}}"
+    assert chat_format(tokenizer_with(condition + CHATML)).dated
 
 
 def test_a_date_in_the_template_is_seen_and_can_be_set() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from helpers.models import tiny_tokenizer
+from helpers.models import CHATML, tiny_tokenizer
 
 from pvec.errors import InputError
 from pvec.training.config import DataPart
@@ -49,6 +49,20 @@ def test_every_wrong_line_is_named_and_empty_lines_are_none(tmp_path: Path) -> N
         (8, "has an empty assistant turn"),
     ):
         assert f"{path}:{number} {fault}" in message
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted_on_request(tmp_path: Path) -> None:
+    """Unread ones, and one that only the chat template refuses."""
+    twice = {"messages": [*row()["messages"], {"role": "assistant", "content": "Again"}]}
+    tokenizer = tiny_tokenizer(
+        "{% if messages|length > 2 %}{{ raise_exception('too many') }}{% endif %}" + CHATML
+    )
+    path = jsonl(tmp_path / "rows.jsonl", [row(), "{broken", twice, row(), {"text": "x"}])
+    data = prepare_data(DataPart(train=(path,), skip_bad=True), tokenizer, seed=0)
+    assert len(data.train.rows) == 2
+    assert f"3 rows cannot be used and are left out, the first: {path}:2" in data.notes[0]
+    with pytest.raises(InputError, match=r"2 training rows are wrong: .*data\.skip_bad=true"):
+        prepare_data(DataPart(train=(path,)), tokenizer, seed=0)
 
 
 def test_faults_of_several_files_come_together(tmp_path: Path) -> None:

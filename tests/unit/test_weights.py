@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -431,3 +432,39 @@ def test_what_a_loader_leaves_unset_is_named_and_padding_is_set_to_zero() -> Non
     marked["0.weight"].weight_loader_numel = 5  # type: ignore[attr-defined] # as vLLM says it
     check_parameters(marked, name="model")
     assert marked["0.weight"].data[1, 2] == 0
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "package"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptqmodel optimum"),
+        ({"quant_method": "awq", "bits": 4}, "gptqmodel"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ({"quant_method": "hqq"}, "hqq"),
+        ({"quant_method": "quanto", "weights": "int8"}, "optimum-quanto"),
+    ],
+)
+def test_a_quantised_model_names_the_package_that_it_needs(
+    quantisation: dict[str, Any], package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of("llama", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(
+        ModelError, match=rf"are quantised .* pip install {package}, or use the full"
+    ):
+        load_model(ModelSpec(model=str(folder)))
+
+
+@pytest.mark.parametrize("quantisation", [{"quant_method": "newone"}, {"bits": 4}])
+def test_a_quantisation_that_transformers_does_not_know_is_refused(
+    quantisation: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = copy_of("llama", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+    with pytest.raises(ModelError, match=r"quantised \(.*transformers cannot load"):
+        load_model(ModelSpec(model=str(folder)))

@@ -52,7 +52,9 @@ class ModelSession(Closing):
         processes: Processes = ALONE,
     ) -> None:
         from pvec.backends.registry import choose_backend
+        from pvec.models.files import read_config
         from pvec.models.load import inspect_model
+        from pvec.models.weights import check_quantisation
 
         self.settings = settings
         self.notify = notify
@@ -65,6 +67,8 @@ class ModelSession(Closing):
             bundled=self.metadata.bundled,
             gguf=self.metadata.files.gguf is not None,
         )
+        if self.choice.name == "hf":
+            check_quantisation(read_config(self.metadata.files.folder), name=self.metadata.id)
         if self.thinking and not self.metadata.thinking_switch:
             notify(
                 "the chat template has no thinking switch, so --thinking on changes nothing: the "

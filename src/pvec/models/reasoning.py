@@ -6,6 +6,7 @@ knows; ``<think>`` is understood for every model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,15 +29,23 @@ class Marks:
 THINK = Marks(begin="<think>", end="</think>")
 
 _KNOWN = (
-    Marks(begin="[THINK]", end="[/THINK]"),
     Marks(begin="<|channel|>", end="<|channel|>final<|message|>"),  # harmony: the final channel
-    Marks(begin="<|START_THINKING|>", end="<|END_THINKING|>"),
-    Marks(begin="<seed:think>", end="</seed:think>"),
-    Marks(begin="<thinking>", end="</thinking>"),
-    Marks(begin="<thought>", end="</thought>"),
-    Marks(begin="<reasoning>", end="</reasoning>"),
-    Marks(begin="<|begin_of_thought|>", end="<|end_of_thought|>"),
+    Marks(begin="<|channel>", end="<channel|>"),
+    Marks(begin="<|think|>", end="<|begin|>assistant<|content|>"),
+    Marks(begin="<|inner_prefix|>", end="<|inner_suffix|>"),
+    Marks(begin="Here is my thought process:", end="Here is my response:"),
+    Marks(begin="## Thinking", end="## Final Response"),
+    Marks(begin="<unused94>", end="<unused95>"),
 )
+"""Marks that are not of the kinds of ``_PAIRS``."""
+
+_PAIRS = (
+    (re.compile(r"([<\[◁|:]+)(\w*(?:think|thought|reason)\w*)([>\]▷|]+)", re.I), r"\1/\2\3"),
+    (re.compile(r"(<\|)(START)(_\w*THINK\w*\|>)"), r"\1END\3"),
+    (re.compile(r"(<\|)(begin)(_of_thought\|>)"), r"\1end\3"),
+    (re.compile(r"(<)(seed)(:think>)"), r"</\2\3"),
+)
+"""How marks that name what they are begin, and how such a mark becomes the one that ends."""
 
 
 def think_length(
@@ -79,8 +88,15 @@ def reasoning_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[Marks, ...]:
 @lru_cache(maxsize=16)
 def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[Marks, ...]:
     added = {t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values()}
-    own = [marks for marks in _KNOWN if marks.begin in added or marks.begin in template]
-    return (*own, THINK)
+    texts = (*sorted(added), template)
+    named = {
+        Marks(begin=match[0], end=match.expand(end))
+        for text in texts
+        for begin, end in _PAIRS
+        for match in begin.finditer(text)
+    }
+    known = [m for m in _KNOWN if m.begin in added or m.begin in template]
+    return (*known, *sorted(named, key=lambda m: m.begin), THINK)
 
 
 def _tokens_up_to(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marks: Marks) -> int:

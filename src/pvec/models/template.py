@@ -7,9 +7,10 @@ which token ends an assistant's turn, and whether today's date is written into e
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -26,6 +27,14 @@ _USER, _SYSTEM, _ANSWER = "question-text", "system-text", "answer-text"
 
 _SWITCH_VALUES: tuple[tuple[Any, Any], ...] = ((True, False), ("on", "off"))
 """What switches thinking on and off, under whatever name the template has for it."""
+
+_ABOUT_THINKING = re.compile(r"think|thought|reason|\bcot\b|_cot", re.IGNORECASE)
+_NEGATIVE = re.compile(
+    r"(^|_)(no|not|non|without|disable|skip|hide|omit|off|none)(_|$)|^no", re.IGNORECASE
+)
+_NOT_SWITCHES = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+)
 
 _DATES: WeakKeyDictionary[Any, datetime] = WeakKeyDictionary()
 """Tokenizer → the date that its template sees."""
@@ -155,26 +164,56 @@ def _probe(tokenizer: PreTrainedTokenizerBase, template: str) -> ChatFormat:
         takes_system=_SYSTEM in both and _USER in both,
         parts=parts,
         thinking=_thinking_switch(tokenizer, template, user),
-        end_of_turn=_turn_end(tokenizer, _rendered(tokenizer, turns, add_generation_prompt=False)),
-        dated=_is_dated(tokenizer, user),
+        end_of_turn=_end_of_turn(tokenizer, turns),
+        dated=_is_dated(tokenizer, [user]) or _is_dated(tokenizer, [system, user]),
     )
 
 
 def _thinking_switch(
     tokenizer: PreTrainedTokenizerBase, template: str, user: Mapping[str, Any]
 ) -> tuple[str, Any, Any] | None:
-    """Return the variable of the template that changes how it starts an answer, and its values."""
-    names = sorted(n for n in _variables(template) if re.search(r"think|reason", n, re.IGNORECASE))
-    for name in sorted(names, key=lambda n: n != "enable_thinking"):
-        for on, off in _SWITCH_VALUES:
+    """Return the variable of the template that switches thinking, and its values for on and off.
+
+    It must change the prompt otherwise than by being written into it. Where its name does not speak
+    of thinking, what it changes must.
+    """
+    names = _variables(template) - _NOT_SWITCHES
+    for name in sorted(names, key=lambda n: (n != "enable_thinking", n)):
+        if _ANSWER in _rendered(tokenizer, [user], **{name: _ANSWER}):
+            continue  # whatever it is, it is written into the prompt
+        for on, off in _switch_values(name, template):
             texts = [_rendered(tokenizer, [user], **{name: value}) for value in (on, off)]
-            if all(_USER in text for text in texts) and texts[0] != texts[1]:
+            if not all(_USER in text for text in texts) or texts[0] == texts[1]:
+                continue
+            if _ABOUT_THINKING.search(f"{name} {_difference(*texts)}"):
                 return name, on, off
     return None
 
 
+def _switch_values(name: str, template: str) -> Iterator[tuple[Any, Any]]:
+    """Yield values for on and off that a variable of this name may take."""
+    if "budget" in name:
+        yield -1, 0
+        return
+    if "effort" in name:  # a degree, unless the template knows one that is none
+        if re.search(r"['\"]none['\"]", template):
+            yield "high", "none"
+        return
+    for on, off in _SWITCH_VALUES:
+        yield (off, on) if _NEGATIVE.search(name) else (on, off)
+    compared = re.findall(rf"\b{re.escape(name)}\s*[!=]=\s*['\"]([^'\"]*)['\"]", template)
+    for value in dict.fromkeys(compared):
+        yield ("on", value) if _NEGATIVE.search(value) else (value, "off")
+
+
+def _difference(text: str, other: str) -> str:
+    """Return what two texts have where they differ."""
+    changes = SequenceMatcher(a=text, b=other, autojunk=False).get_opcodes()
+    return " ".join(text[a:b] + other[c:d] for kind, a, b, c, d in changes if kind != "equal")
+
+
 def _variables(template: str) -> set[str]:
-    """Return the names that a template reads and does not set."""
+    """Return the names that a template reads and does not set, or sets where they are missing."""
     environment = Environment(  # noqa: S701 - it is read, never rendered
         extensions=["jinja2.ext.loopcontrols"]
     )
@@ -183,6 +222,18 @@ def _variables(template: str) -> set[str]:
         return set(meta.find_undeclared_variables(environment.parse(source)))
     except TemplateError:
         return {"enable_thinking"}
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Any]) -> int | None:
+    """Return the special token that ends an answer, at the end or before another turn."""
+    last = _turn_end(tokenizer, _rendered(tokenizer, turns, add_generation_prompt=False))
+    if last is not None:
+        return last
+    text = _rendered(tokenizer, [*turns, turns[0]])
+    end = _turn_end(tokenizer, text)
+    if end is None or str(tokenizer.convert_ids_to_tokens(end)) in text.partition(_USER)[0]:
+        return None  # it begins a turn
+    return end
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
@@ -197,10 +248,10 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     return special[max(ends, key=len)] if ends else None
 
 
-def _is_dated(tokenizer: PreTrainedTokenizerBase, user: Mapping[str, Any]) -> bool:
-    """Whether the prompt changes from one day, month and year to another."""
-    days = (datetime(2001, 2, 3), datetime(2032, 11, 28))
-    texts = {_rendered(tokenizer, [user], strftime_now=day.strftime) for day in days}
+def _is_dated(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Any]) -> bool:
+    """Whether the prompt changes from one time to another, in any part of a date or hour."""
+    times = (datetime(2001, 2, 3, 4, 5, 6), datetime(2032, 11, 28, 17, 38, 49))
+    texts = {_rendered(tokenizer, turns, strftime_now=time.strftime) for time in times}
     return len(texts) > 1
 
 

@@ -74,7 +74,7 @@ def load_weights(
 
     declared = read_config(folder)
     auto_class = auto_model_class(declared, name=name)
-    _check_quantisation(declared, name=name)
+    check_quantisation(declared, name=name)
     trust = bool(options.get("trust_remote_code"))
     prefixes = set() if gguf else _wrapped(folder)
     config = model_config(folder, trust_remote_code=trust)
@@ -174,12 +174,19 @@ _QUANTISERS = {
 """Method of a quantised checkpoint -> the module that transformers needs, and what to install."""
 
 
-def _check_quantisation(config: Mapping[str, Any], *, name: str) -> None:
+def check_quantisation(config: Mapping[str, Any], *, name: str) -> None:
     """Raise ``ModelError`` when a quantised checkpoint needs a package that is not installed."""
     quantisation = config.get("quantization_config") or {}
     method = str(quantisation.get("quant_method", ""))
     if not method and (quantisation.get("load_in_4bit") or quantisation.get("load_in_8bit")):
         method = "bitsandbytes"
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    if quantisation and method not in {*_QUANTISERS, *AUTO_QUANTIZATION_CONFIG_MAPPING}:
+        raise ModelError(
+            f"The weights of {name!r} are quantised ({method or 'by no named method'}), which "
+            f"transformers cannot load: use the full-precision model, or --backend vllm."
+        )
     module, packages = _QUANTISERS.get(method, ("torch", ""))
     try:
         installed = importlib.util.find_spec(module) is not None

@@ -87,6 +87,9 @@ class DataPart(Part):
     too_long: Literal["cut", "drop", "refuse"] = "cut"
     """What happens to longer ones: their end is cut off, the row is left out, or nothing starts"""
 
+    skip_bad: bool = False
+    """Leave out rows that cannot be read or that the chat template refuses, and count them"""
+
     loss_on: Literal["assistant", "all"] = "assistant"
     """Tokens that are learnt: the assistant's (with the end-of-turn token), or all"""
 
@@ -325,4 +328,6 @@ class TrainConfig(Part):
         different = self.model_dump(mode="json", exclude={"output", "monitor"})
         if self.model.gguf_file is None:  # as written before there was this setting
             del different["model"]["gguf_file"]
+        if not self.data.skip_bad:
+            del different["data"]["skip_bad"]
         return different

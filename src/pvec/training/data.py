@@ -24,7 +24,7 @@ _SHOWN = 20
 """Faults that a message lists; the rest is counted."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ChatRow:
     """One conversation and where it stands (``file:line``); ``without_loss`` are the places of
     messages that are not learnt.
@@ -83,15 +83,19 @@ def prepare_data(
     is wrong with the rows at once, and when no loss token is left.
     """
     limit = min(part.max_tokens, context or part.max_tokens)
-    chats = read_chats(part.train)
-    held = read_chats(part.eval) if part.eval else []
+    bad: list[str] = []
+    chats = read_chats(part.train, skip_bad=part.skip_bad, bad=bad)
+    held = read_chats(part.eval, skip_bad=part.skip_bad, bad=bad) if part.eval else []
     if part.eval_fraction:
         chats, held = _split(chats, part.eval_fraction, seed=seed)
     total = len(chats) + len(held)
 
     def tokenized(chats: Sequence[ChatRow], done: int) -> Rows:
-        rows = _tokenized(chats, part, tokenizer, tick=lambda count: on_row(done + count, total))
-        return _within_limit(rows, chats, part, limit=limit)
+        def tick(count: int) -> None:
+            on_row(done + count, total)
+
+        rows = _tokenized(chats, part, tokenizer, tick=tick, bad=bad)
+        return _within_limit(list(rows.values()), list(rows), part, limit=limit)
 
     train, held_out = tokenized(chats, 0), tokenized(held, len(chats))
     if not train.rows:
@@ -99,14 +103,19 @@ def prepare_data(
             f"No training row has anything to learn within {limit} tokens: raise data.max_tokens."
         )
     notes = (*_notes(train, "training", limit), *_notes(held_out, "held-out", limit))
+    if bad:
+        notes = (f"{len(bad):,} rows cannot be used and are left out, the first: {bad[0]}", *notes)
     return TrainingData(train=train, held_out=held_out, notes=notes)
 
 
-def read_chats(sources: Sequence[str]) -> list[ChatRow]:
+def read_chats(
+    sources: Sequence[str], *, skip_bad: bool = False, bad: list[str] | None = None
+) -> list[ChatRow]:
     """Read every conversation of ``sources``: files or data sets as ``open_table`` takes them.
 
-    Raises ``InputError`` naming file and line of *every* row that is empty, malformed or without
-    an assistant turn, and for a source that cannot be read or holds nothing.
+    With ``skip_bad`` rows that cannot be used are left out and described in ``bad``; else raises
+    ``InputError`` naming file and line of *every* row that is empty, malformed or without an
+    assistant turn. Raises it for a source that cannot be read or holds nothing.
     """
     chats: list[ChatRow] = []
     problems: list[str] = []
@@ -126,7 +135,9 @@ def read_chats(sources: Sequence[str]) -> list[ChatRow]:
                 chats.append(_chat_row(row, where))
             except InputError as error:
                 faults.append(f"{where} {error}")
-    if faults:
+    if skip_bad:
+        (bad if bad is not None else []).extend(faults)
+    elif faults:
         problems.append(_sentence(faults))
     if problems:
         raise InputError(" ".join(problems))
@@ -137,7 +148,10 @@ def _sentence(faults: Sequence[str]) -> str:
     shown = "; ".join(faults[:_SHOWN])
     more = f"; and {len(faults) - _SHOWN:,} more" if len(faults) > _SHOWN else ""
     rows_are = "row is" if len(faults) == 1 else "rows are"
-    return f"{len(faults):,} training {rows_are} wrong: {shown}{more}."
+    return (
+        f"{len(faults):,} training {rows_are} wrong: {shown}{more}. Correct them, or leave them "
+        f"out with data.skip_bad=true."
+    )
 
 
 def _chat_row(row: Row, where: str) -> ChatRow:
@@ -163,24 +177,26 @@ def _tokenized(
     tokenizer: PreTrainedTokenizerBase,
     *,
     tick: Callable[[int], None],
-) -> list[TokenizedRow]:
-    rows: list[TokenizedRow] = []
+    bad: list[str],
+) -> dict[ChatRow, TokenizedRow]:
+    """Return the conversations as tokens; what the template refuses is a fault, or left out."""
+    rows: dict[ChatRow, TokenizedRow] = {}
     faults: list[str] = []
     for number, chat in enumerate(chats, start=1):
         try:
-            rows.append(
-                tokenize_conversation(
-                    tokenizer,
-                    chat.messages,
-                    loss_on_all=part.loss_on == "all",
-                    without_loss=chat.without_loss,
-                )
+            rows[chat] = tokenize_conversation(
+                tokenizer,
+                chat.messages,
+                loss_on_all=part.loss_on == "all",
+                without_loss=chat.without_loss,
             )
         except InputError as error:
             faults.append(f"{chat.where} is refused: {error}".removesuffix("."))
         if number % 100 == 0:
             tick(number)
-    if faults:
+    if part.skip_bad:
+        bad.extend(faults)
+    elif faults:
         raise InputError(_sentence(faults))
     return rows
 

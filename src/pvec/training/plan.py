@@ -17,8 +17,9 @@ import torch
 
 from pvec.backends.processes import Processes
 from pvec.errors import InputError, ModelError, PvecError
-from pvec.models.files import ModelSpec
+from pvec.models.files import ModelSpec, read_config
 from pvec.models.load import ModelMetadata, choose_device, choose_dtype, inspect_model
+from pvec.models.weights import check_quantisation
 from pvec.runs.responses import stable_hash
 from pvec.training.adapter import AdapterPlan, plan_adapter
 from pvec.training.batches import CPU_PASS_COST, PASS_COST, BatchPlan, Layout, plan_batches
@@ -210,6 +211,7 @@ def _inspect_base(config: TrainConfig, device: str) -> ModelMetadata:
             f"{config.model.id!r} is an adapter: finetuning starts from a whole model, so give its "
             f"base, or merge the adapter into it first."
         )
+    check_quantisation(read_config(metadata.files.folder), name=config.model.id)
     if metadata.files.gguf is not None and (config.model.quantize or config.memory.unsloth):
         raise InputError(
             f"{config.model.id!r} is a GGUF file, whose weights are dequantised: set "
@@ -221,7 +223,7 @@ def _inspect_base(config: TrainConfig, device: str) -> ModelMetadata:
 def _data(config: TrainConfig, metadata: ModelMetadata | None, on_row: OnRow) -> TrainingData:
     """Return the rows as tokens; without a model, whose tokenizer is needed, only check them."""
     if metadata is None:
-        read_chats((*config.data.train, *config.data.eval))
+        read_chats((*config.data.train, *config.data.eval), skip_bad=config.data.skip_bad)
         return TrainingData(train=Rows(rows=()), held_out=Rows(rows=()))
     return prepare_data(
         config.data, metadata.tokenizer, seed=config.seed, context=metadata.context, on_row=on_row

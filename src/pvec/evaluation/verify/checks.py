@@ -96,7 +96,8 @@ class Bench(VerifyInputs):
                 torch.split(ids, sizes, dim=1), torch.split(places, sizes, dim=1), strict=True
             ):
                 # some models would begin again at position 0 for every chunk
-                positions = {"position_ids": place} if self.takes_positions else {}
+                given = self.takes_positions and len(sizes) > 1
+                positions = {"position_ids": place} if given else {}
                 output = self.model(input_ids=chunk, use_cache=len(sizes) > 1, **positions, **cache)
                 cache = {n: output[n] for n in ("past_key_values", "cache_params") if n in output}
         return [state[0] for state in stream.states()]
