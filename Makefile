@@ -142,7 +142,7 @@ test-vllm: $(VLLM_STAMP) ## Run the tests of the vLLM backend in a vLLM of their
 BROWSER_VENV  ?= .venv-browser
 BROWSER_STAMP := $(BROWSER_VENV)/.pvec-installed
 BROWSER_PAGES := build/browser-pages
-FIND_CHROMIUM := command -v chromium || command -v chromium-browser || command -v chrome
+FIND_CHROMIUM := command -v chromium || command -v chromium-browser || command -v google-chrome
 
 $(BROWSER_STAMP): constraints.txt
 	test -x $(BROWSER_VENV)/bin/python || $(PYTHON) -m venv $(BROWSER_VENV)
@@ -153,7 +153,7 @@ $(BROWSER_STAMP): constraints.txt
 
 .PHONY: test-browser
 test-browser: $(STAMP) $(BROWSER_STAMP) ## Open the report's pages in a headless Chromium and use them
-	@$(FIND_CHROMIUM) >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	@{ $(FIND_CHROMIUM); } >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	  && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } || true
 	@if ! { $(FIND_CHROMIUM); } >/dev/null; then echo "test-browser needs Chromium: install it \
 	(apt-get install chromium) and run this again" >&2; exit 2; fi

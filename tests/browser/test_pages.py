@@ -23,7 +23,9 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 pytestmark = pytest.mark.browser
 
 FOLDER = Path(os.environ.get("PVEC_BROWSER_PAGES", "build/browser-pages"))
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 WIDE, NARROW = 1440, 390
 KINDS = ("extract", "steer", "train", "monitor", "shift", "screen", "all", "screening", "tokens",
          "beside", "sampled", "turns", "answers")  # fmt: skip

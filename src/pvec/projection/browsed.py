@@ -33,13 +33,15 @@ def choose_samples(
     distance = (differences - middle) / np.where(spread > 0, spread, 1.0)
     furthest = np.argsort(-np.nan_to_num(distance, nan=-np.inf).max(axis=1), kind="stable")
     nearest = np.argsort(np.nan_to_num(np.abs(distance), nan=np.inf).min(axis=1), kind="stable")
-    even = np.linspace(0, count - 1, most).round().astype(int)
     chosen: set[int] = set()
-    for order, size in ((furthest, most // 4), (nearest, 3 * most // 4), (even, most)):
+    for order, size in ((furthest, most // 4), (nearest, 3 * most // 4)):
         for number in order:
             if len(chosen) >= size:
                 break
             chosen.add(int(number))
+    others = np.setdiff1d(np.arange(count), list(chosen))
+    spread_out = np.linspace(0, len(others) - 1, most - len(chosen)).round().astype(int)
+    chosen.update(others[spread_out].tolist())
     return sorted(chosen)
 
 
