@@ -137,6 +137,16 @@ def test_what_is_no_run_is_said_to_be_none(made: str, capsys: pytest.CaptureFixt
     assert error.count("Error: ") == 1
 
 
+@pytest.mark.parametrize("part", ["trait", "model", "adapter"])
+def test_a_damaged_identity_is_one_sentence(part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(Path("run"), "extract", [({"sign": "pos", "instruction": 0}, 90.0)])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["identity"][part] = [3]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert pvec("report", "run") == 2
+    assert f"its identity has no '{part}'" in capsys.readouterr().err
+
+
 def test_secrets_that_an_older_manifest_holds_are_not_in_the_page() -> None:
     run = sweep_run(Path("steer"))
     path = run / "manifest.json"

@@ -20,6 +20,9 @@ from pvec.types import Instruction, Sampling, Score
 IDENTITY = {"model": {"id": "tiny", "fingerprint": "f00"}, "trait": {"evil": "abc"}, "seed": 0}
 
 
+SESSION = {"command": ["pvec"], "started": "2026-01-01", "ended": None}
+
+
 def manifest_text(**changes: Any) -> str:
     sound = {
         "format": "pvec-run", "format_version": 1, "kind": "extract", "created": "2026-01-01",
@@ -191,6 +194,8 @@ def test_a_folder_killed_before_its_manifest_was_written_is_begun_anew(tmp_path:
         ('{"format": "other"}', "is not a run folder"),
         ('{"format": "pvec-run", "format_version": 99}', "newer pvec"),
         (manifest_text(created=3), "'created'"),
+        (manifest_text(sessions=[{**SESSION, "timings": 3}]), "'timings.0'"),
+        (manifest_text(sessions=[{**SESSION, "timings": {"judge": "x"}}]), "'timings.0.judge'"),
         (manifest_text(sessions=[{}]), "'sessions.0.command'"),
         (
             manifest_text(sessions=[{"command": [], "started": "", "ended": 3}]),

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import NoneType
 
 from pvec import __version__
-from pvec.errors import InputError
+from pvec.documents import misfit
+from pvec.errors import InputError, StoreError
 from pvec.report.figure import Figure, write_figures
 from pvec.report.page import Chapter, Section, Widget, render_page, script_of_part
 from pvec.report.sections import build_chapters
 from pvec.report.sections.common import RunData
 from pvec.runs.files import atomic_write, probe_target
+from pvec.runs.manifest import FILE_NAME
 from pvec.runs.store import Run
 
 
@@ -81,12 +84,22 @@ def sections_of(paths: Sequence[Path], *, judge: str | None = None) -> list[Sect
     ]
 
 
+_IDENTITY = {"trait": str, "model": str, "adapter": (str, NoneType)}
+"""What the page says of every run."""
+
+
 def _read(paths: Sequence[Path], judge: str | None, *, beside: bool = False) -> list[RunData]:
     if not paths:
         raise InputError("No run was named: give one or more run folders.")
     runs = []
     for path in paths:
         found = Run.read(path)
+        wrong = misfit({"adapter": None, **found.manifest["identity"]}, _IDENTITY)
+        if wrong is not None:
+            raise StoreError(
+                f"{path / FILE_NAME} is damaged (its identity has no {wrong!r}, or another kind of "
+                "value there); restore it from a copy."
+            )
         runs.append(RunData(run=found, judge=found.choose_judge(judge), everything=beside))
     twice = [name for name, count in Counter(run.id for run in runs).items() if count > 1]
     if twice:

@@ -75,6 +75,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"one reads up to {FORMAT_VERSION}); update pvec or use another folder."
         )
     wrong = misfit(manifest, _SHAPE)
+    if wrong is None:
+        timings = [session.get("timings") or {} for session in manifest["sessions"]]
+        wrong = misfit(timings, [{...: float}], "timings")
     if wrong is not None:
         raise _damaged(path, f"it has no {wrong!r}, or another kind of value there")
     safe: dict[str, Any] = without_secrets(manifest)
