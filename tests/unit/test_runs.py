@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pvec.errors import InputError, StoreError
-from pvec.runs.listing import list_runs
+from pvec.runs.manifest import list_runs
 from pvec.runs.responses import ResponseRecord, response_id
 from pvec.runs.store import Run
 from pvec.types import Instruction, Sampling, Score

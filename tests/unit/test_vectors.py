@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from pvec.errors import InputError, ModelError
+from pvec.steering.instructions import raw_coefficient
 from pvec.types import SpanMeans
 from pvec.vectors import accumulate as module
 from pvec.vectors.accumulate import VectorAccumulator
-from pvec.vectors.edit import linear_combination, orthogonalise, raw_coefficient
+from pvec.vectors.edit import linear_combination, orthogonalise
 from pvec.vectors.quality import suggest_layer
 from pvec.vectors.show import cosine_matrix
 from pvec.vectors.vector import PersonaVector

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pvec.backends.hf.backend as backend_module
-import pvec.steering.layer_steering as steering_module
+import pvec.steering.tables as steering_module
 from pvec.errors import InputError, ModelError
 from pvec.evaluation.verify.verify import VerifyResult, verify
 from pvec.models.decoder import Decoder, module_after

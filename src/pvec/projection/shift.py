@@ -24,7 +24,7 @@ from pvec.models.adapters import adapted, find_adapter
 from pvec.notebook import HtmlResult
 from pvec.projection.inputs import open_run, open_samples, open_source
 from pvec.projection.projector import LoadedVectors, Projector, open_vectors
-from pvec.runs.listing import list_runs
+from pvec.runs.manifest import list_runs
 from pvec.runs.names import run_name
 from pvec.runs.responses import stable_hash
 from pvec.runs.store import Run

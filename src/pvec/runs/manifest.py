@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import NoneType
@@ -151,3 +152,57 @@ def _shown(value: Any, *, limit: int = 80) -> str:
         return "not set"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+# ── the runs of a folder, one line each ─────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """A run in one line of a listing; ``problem`` says why it cannot be read, or is empty."""
+
+    path: Path
+    kind: str = ""
+    created: str = ""
+    responses: int = 0
+    scores: int = 0
+    vectors: tuple[str, ...] = ()
+    finished: bool = False
+    problem: str = ""
+
+
+def list_runs(root: str | Path) -> list[RunSummary]:
+    """Return the runs in ``root`` and one folder level below, the latest first.
+
+    A run that cannot be read is listed with its problem.
+    """
+    folders = {
+        manifest.parent
+        for pattern in (f"*/{FILE_NAME}", f"*/*/{FILE_NAME}")
+        for manifest in Path(root).glob(pattern)
+    }
+    return sorted(map(_summary, folders), key=lambda run: (run.created, run.path), reverse=True)
+
+
+def _summary(folder: Path) -> RunSummary:
+    try:
+        manifest = read_manifest(folder)
+    except StoreError as exc:
+        return RunSummary(path=folder, problem=str(exc))
+    sessions = manifest["sessions"]
+    return RunSummary(
+        path=folder,
+        kind=manifest["kind"],
+        created=manifest["created"],
+        responses=_count_lines(folder / "responses.jsonl"),
+        scores=_count_lines(folder / "scores.jsonl"),
+        vectors=tuple(sorted(p.stem for p in (folder / "vectors").glob("*.safetensors"))),
+        finished=bool(sessions) and sessions[-1]["ended"] is not None,
+    )
+
+
+def _count_lines(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with path.open("rb") as stream:
+        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))

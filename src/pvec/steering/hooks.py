@@ -15,7 +15,6 @@ from torch import nn
 
 from pvec.errors import SteeringError
 from pvec.models.decoder import Decoder, describe_layer, find_decoder
-from pvec.steering.layer_steering import LayerSteering
 from pvec.steering.positions import (
     GENERATED,
     NUM_ROLES,
@@ -23,7 +22,7 @@ from pvec.steering.positions import (
     expected_touched,
     roles_from_labels,
 )
-from pvec.steering.tables import Plan, check_instruction, rows_of_roles
+from pvec.steering.tables import LayerSteering, Plan, check_instruction, rows_of_roles
 from pvec.steering.tracking import RoleTracker
 from pvec.types import Instruction
 

@@ -16,7 +16,6 @@ import numpy as np
 from pvec.errors import InputError
 from pvec.models.decoder import describe_layer
 from pvec.types import Instruction, Operator, Positions, VectorKind
-from pvec.vectors import edit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -90,7 +89,15 @@ class SteeringVector:
             )
         if operator == "cap":
             return coef * norm  # the ceiling is a length along the unit vector
-        return edit.raw_coefficient(coef, vector=self.rows[layer], mean_norm=norm)
+        return raw_coefficient(coef, vector=self.rows[layer], mean_norm=norm)
+
+
+def raw_coefficient(relative_norm: float, *, vector: np.ndarray, mean_norm: float) -> float:
+    """Return the raw coefficient whose addition is ``relative_norm`` mean residual norms long."""
+    length = float(np.linalg.norm(vector))
+    if length == 0.0:
+        raise InputError("A zero vector has no length to scale: use another layer.")
+    return relative_norm * mean_norm / length
 
 
 def steering_vector(

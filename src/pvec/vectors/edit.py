@@ -265,11 +265,3 @@ def orthogonalise(vectors: np.ndarray, *, against: Sequence[np.ndarray]) -> np.n
         span = left[:, sizes > 1e-10 * max(sizes.max(), 1e-300)]
         result[layer] -= span @ (span.T @ result[layer])
     return result.astype(np.float32)
-
-
-def raw_coefficient(relative_norm: float, *, vector: np.ndarray, mean_norm: float) -> float:
-    """Return the raw coefficient whose addition is ``relative_norm`` mean residual norms long."""
-    length = float(np.linalg.norm(vector))
-    if length == 0.0:
-        raise InputError("A zero vector has no length to scale: use another layer.")
-    return relative_norm * mean_norm / length

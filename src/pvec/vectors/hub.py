@@ -1,18 +1,23 @@
-"""``pvec vector push`` and ``pull``: vector files on the model hub, with a card."""
+"""``pvec vector push`` and ``pull``: vector files on the model hub, with a card.
+
+The endpoint and the token are huggingface_hub's own (``HF_ENDPOINT``, ``HF_TOKEN``, ``hf auth
+login``); no message here shows a token.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pvec.errors import InputError, did_you_mean
+from pvec.errors import InputError, StoreError, did_you_mean
 from pvec.runs.files import atomic_write, probe_writable
-from pvec.vectors import repository as hub
 from pvec.vectors.find import SUFFIX, load_vectors
 from pvec.vectors.formats import READABLE, load_vector, save_vector
 
+_CARD = "README.md"
 _LARGEST = 2**30
 """Bytes: a file larger than this is a model's weights, not a vector."""
 
@@ -62,16 +67,16 @@ def push(
     names = {path: f"{path.stem}{SUFFIX}" for path in files_by_path}
     if len(set(names.values())) < len(names):
         raise InputError("Two of these files have the same name: rename one before pushing.")
-    repo = hub.create_repository(repo, private=private)
+    repo = _create_repository(repo, private=private)
     vectors = {names[path]: vector for path, vector in files_by_path.items()}
     with TemporaryDirectory() as folder:
         files = {
             name: save_vector(vector, Path(folder) / name).read_bytes()
             for name, vector in vectors.items()
         }
-    files[hub.CARD] = updated_card(hub.read_card(repo), repo=repo, vectors=vectors).encode()
+    files[_CARD] = updated_card(_read_card(repo), repo=repo, vectors=vectors).encode()
     message = message or f"Add {', '.join(vectors)}"
-    url = hub.commit_files(repo, files, message=message)
+    url = _commit_files(repo, files, message=message)
     return PushResult(repo=repo, url=url, files=tuple(files))
 
 
@@ -88,7 +93,7 @@ def pull(
     and for two files of one name in different folders; ``StoreError`` when they cannot be written.
     """
     probe_writable(out)
-    chosen = _choose(repo, hub.list_files(repo, revision=revision), names)
+    chosen = _choose(repo, _sizes(repo, revision=revision), names)
     by_name: dict[str, str] = {}
     for name in chosen:
         first = by_name.setdefault(Path(name).name, name)
@@ -97,7 +102,7 @@ def pull(
                 f"{repo} has two files called {Path(name).name} ({first} and {name}): name one of "
                 f"them, or pull them into two folders with --out."
             )
-    fetched = [hub.fetch_file(repo, name, revision=revision) for name in chosen]
+    fetched = [_fetch_file(repo, name, revision=revision) for name in chosen]
     vectors = [load_vector(path) for path in fetched]  # all are vectors before any is kept
     files = []
     for path, vector in zip(fetched, vectors, strict=True):
@@ -109,13 +114,12 @@ def pull(
     return PullResult(repo=repo, files=tuple(files))
 
 
-def _choose(repo: str, there: Sequence[hub.RemoteFile], names: Sequence[str]) -> list[str]:
-    files = {file.name: file for file in there}
+def _choose(repo: str, files: Mapping[str, int], names: Sequence[str]) -> list[str]:
     vectors = [name for name in files if name.endswith(READABLE)]
     chosen = list(dict.fromkeys(_named(repo, name, vectors) for name in names)) or vectors
     if not chosen:
         raise InputError(f"{repo} has no vector files.")
-    large = [name for name in chosen if (files[name].size or 0) > _LARGEST]
+    large = [name for name in chosen if files[name] > _LARGEST]
     if large:
         raise InputError(
             f"{large[0]} in {repo} is too large to be a vector file: name the files that you want."
@@ -131,3 +135,105 @@ def _named(repo: str, name: str, vectors: Sequence[str]) -> str:
         f"{repo} has no vector file {name!r}.{did_you_mean(name, vectors)} "
         f"It has: {', '.join(vectors) or 'none'}."
     )
+
+
+def _create_repository(repo: str, *, private: bool) -> str:
+    """Create a model repository unless it is there, and return its whole name."""
+    from huggingface_hub import HfApi
+
+    with _explained(repo):
+        created = HfApi().create_repo(repo, private=private, repo_type="model", exist_ok=True)
+    return str(created.repo_id)
+
+
+def _read_card(repo: str) -> str:
+    """Return the card of a repository, or an empty text when it has none."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return _fetch_file(repo, _CARD).read_text(encoding="utf-8")
+    except InputError as error:
+        if isinstance(error.__cause__, EntryNotFoundError):
+            return ""
+        raise
+
+
+def _commit_files(repo: str, files: Mapping[str, bytes], *, message: str) -> str:
+    """Put files into a repository in one commit and return its address."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    with _explained(repo):
+        info = HfApi().create_commit(
+            repo,
+            [CommitOperationAdd(name, content) for name, content in files.items()],
+            commit_message=message,
+        )
+    return str(info.commit_url)
+
+
+def _sizes(repo: str, *, revision: str | None) -> dict[str, int]:
+    """Return the files of a repository and their bytes, 0 where the hub does not say."""
+    from huggingface_hub import HfApi
+
+    with _explained(repo):
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    return {file.rfilename: file.size or 0 for file in info.siblings or []}
+
+
+def _fetch_file(repo: str, name: str, *, revision: str | None = None) -> Path:
+    """Return the local copy of one file of a repository, fetched if need be."""
+    from huggingface_hub import hf_hub_download
+
+    with _explained(repo):
+        return Path(hf_hub_download(repo, name, revision=revision))
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    """Turn what goes wrong with the hub into one sentence with the remedy."""
+    from huggingface_hub import errors
+
+    # the HTTPError of whichever HTTP client this version of huggingface_hub is built on
+    transport_error: type[BaseException] = errors.HfHubHTTPError.__bases__[0]
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise InputError(f"{repo!r} is no repository name: write OWNER/NAME.") from error
+    except errors.GatedRepoError as error:
+        raise InputError(f"{repo} is gated: accept its terms on the hub first.") from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(f"{repo} has no such revision: name a branch, tag or commit.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"There is no repository {repo} that you may see: check its name, and log in with "
+            f"`hf auth login` if it is private."
+        ) from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise InputError(f"{repo} has no such file: `pvec vector pull` lists them.") from error
+    except errors.LocalTokenNotFoundError as error:
+        raise InputError(f"The hub needs to know who you are: {_LOG_IN}.") from error
+    except errors.HfHubHTTPError as error:
+        raise InputError(_refused(repo, error)) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise InputError(f"{repo} cannot be fetched: the hub cannot be reached.") from error
+    except (errors.OfflineModeIsEnabled, transport_error) as error:
+        raise InputError(
+            "The hub cannot be reached: check the network, HF_ENDPOINT and HF_HUB_OFFLINE."
+        ) from error
+    except OSError as error:
+        raise StoreError(
+            f"{repo} cannot be transferred: {error.strerror or 'try again'}."
+        ) from error
+
+
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def _refused(repo: str, error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return (
+            f"The hub does not let you do this with {repo} (HTTP {status}): {_LOG_IN}, with a "
+            f"token that may write."
+        )
+    return f"The hub refused the request about {repo} (HTTP {status or 'error'}): try again later."
