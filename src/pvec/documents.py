@@ -263,14 +263,14 @@ def _deeper_than(value: Any, levels: int) -> bool:
     """Whether a value has more levels; a value that holds itself has."""
     here = [value]
     for _ in range(levels + 1):
-        seen: dict[int, Any] = {}  # of aliases of YAML, each once
+        inner: dict[int, Any] = {}  # of aliases of YAML, each once
         for item in here:
             inside = item.values() if isinstance(item, dict) else item
             if isinstance(item, dict | list):
-                seen |= {id(v): v for v in inside if isinstance(v, dict | list)}
-        if not seen:
+                inner |= {id(v): v for v in inside if isinstance(v, dict | list)}
+        if not inner:
             return False
-        here = list(seen.values())
+        here = list(inner.values())
     return True
 
 
@@ -301,17 +301,17 @@ class _Loader(yaml.SafeLoader):
     """A safe loader with the scalars of YAML 1.2 and without repeated keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
+        keys: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(
                     None, None, "a key must be a text", key.start_mark
                 )
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+            if key.value in keys and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} appears twice", key.start_mark
                 )
-            seen.add(key.value)
+            keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -232,7 +232,7 @@ def test_steering_that_works_is_proved_at_every_layer(
     proofs = prove_steering(model, instructions, batch())
     assert [(p.layer, p.positions) for p in proofs] == [(1, 15), (3, 10)]
     norm = 1.5 * float(np.linalg.norm(VECTOR))
-    assert [p.seen for p in proofs] == pytest.approx([norm, norm], rel=0.05)
+    assert [p.change_norm for p in proofs] == pytest.approx([norm, norm], rel=0.05)
 
 
 def test_ablation_is_proved_with_its_neighbours_on_one_layer() -> None:

@@ -249,7 +249,7 @@ def test_roles_follow_padding_and_prompt_length() -> None:
         [PAD, PAD, PROMPT, LAST, GENERATED],
         [PROMPT, PROMPT, LAST, GENERATED, PAD],
     ]
-    later = roles_by_length(real, torch.tensor([2, 5]), seen=torch.tensor([1, 3]))
+    later = roles_by_length(real, torch.tensor([2, 5]), earlier=torch.tensor([1, 3]))
     assert later.tolist() == [
         [PAD, PAD, LAST, GENERATED, GENERATED],
         [PROMPT, LAST, GENERATED, GENERATED, PAD],

@@ -286,7 +286,7 @@ class CaptureRunner:
             roles_by_length(
                 width < torch.tensor(lengths)[:, None],
                 torch.tensor([prompt_length(row) for row in rows]),
-                seen=torch.full((len(rows),), start),
+                earlier=torch.full((len(rows),), start),
             )
         )
         return steerer

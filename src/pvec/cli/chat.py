@@ -62,10 +62,10 @@ def _converse(console: Console, talk: Chat) -> None:
             continue
         try:
             if line.lstrip().startswith("/"):
-                shown = talk.command(line)
-                if shown is None:
+                reply = talk.command(line)
+                if reply is None:
                     return
-                console.out.print(shown, markup=False)
+                console.out.print(reply, markup=False)
             else:
                 _answer(console, talk, line.strip())
         except PvecError as error:

@@ -159,12 +159,12 @@ def options(
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function, eval_str=True)
-        shown = list(_expand(names))
-        more = [path for path in dict.fromkeys(_expand(further)) if path not in shown]
+        main = list(_expand(names))
+        more = [path for path in dict.fromkeys(_expand(further)) if path not in main]
         parameters = [
-            *(_setting_parameter(path) for path in shown),
+            *(_setting_parameter(path) for path in main),
             *(_setting_parameter(path, hidden_in=FURTHER_PANEL) for path in more),
-            *_old_names([*shown, *more]),
+            *_old_names([*main, *more]),
             *(_parameter(name, *common) for name, common in COMMON.items()),
         ]
         recorded = {parameter.name for parameter in parameters}

@@ -97,10 +97,10 @@ def render_filter(console: Console, filtered: Mapping[Sign, Mapping[Any, int]]) 
     """Show how many answers count towards the vector and why the others do not."""
     from pvec.vectors.filter import REASONS
 
-    shown = [r for r in REASONS if r == "kept" or any(c[r] for c in filtered.values())]
+    reasons = [r for r in REASONS if r == "kept" or any(c[r] for c in filtered.values())]
     words = {"pos": "positive", "neg": "negative"}
-    rows = [(words[sign], *(counts[r] for r in shown)) for sign, counts in filtered.items()]
-    console.print(table(("answers", *(REASONS[r] for r in shown)), rows))
+    rows = [(words[sign], *(counts[r] for r in reasons)) for sign, counts in filtered.items()]
+    console.print(table(("answers", *(REASONS[r] for r in reasons)), rows))
 
 
 def render_layers(console: Console, summary: VectorSummary) -> None:

@@ -308,8 +308,8 @@ def pull(
 
     result = hub.pull(repo, files or (), out=out, revision=revision)
     rows = [(file.trait, file.model or "–", file.path) for file in result.files]
-    shown = table(("trait", "model", "file"), rows)
-    console_from(ctx).emit(result, lambda console, _: console.print(shown))
+    listing = table(("trait", "model", "file"), rows)
+    console_from(ctx).emit(result, lambda console, _: console.print(listing))
 
 
 def _given(ctx: typer.Context, *paths: str) -> bool:

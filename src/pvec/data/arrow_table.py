@@ -181,11 +181,11 @@ def _from_folder(path: Path) -> Any:
             "these, or a .csv, .jsonl, .json or .parquet file."
         )
     datasets = _datasets()
-    found = datasets.load_from_disk(str(path))
-    if isinstance(found, datasets.DatasetDict):
-        splits = ", ".join(str(path / name) for name in found)
+    dataset = datasets.load_from_disk(str(path))
+    if isinstance(dataset, datasets.DatasetDict):
+        splits = ", ".join(str(path / name) for name in dataset)
         raise InputError(f"{path} holds several splits; give one of them: {splits}.")
-    return found
+    return dataset
 
 
 def _from_hub(source: str) -> Any:

@@ -278,11 +278,11 @@ def _text(value: object, otherwise: str) -> str:
 
 def has_conversations(names: Iterable[str], columns: Columns) -> bool:
     """Whether a table with columns of these ``names`` can hold conversations."""
-    found = set(names)
+    present = set(names)
     return (
-        bool(found & {columns.messages, "conversations"})
-        or {"instruction", "output"} <= found
-        or (columns.prompt in found and bool(found & {columns.answer, "completion", "chosen"}))
+        bool(present & {columns.messages, "conversations"})
+        or {"instruction", "output"} <= present
+        or (columns.prompt in present and bool(present & {columns.answer, "completion", "chosen"}))
     )
 
 

@@ -107,8 +107,8 @@ class CsvRowWriter(TableWriter):
 
     def write(self, row: Row, values: Mapping[str, Cell]) -> None:
         """Write one row; a cell that ``cells`` lacks is empty."""
-        found = self._cells(row)
-        cells = [*(found.get(name) for name in self._own), *(values[n] for n in self._columns)]
+        by_name = self._cells(row)
+        cells = [*(by_name.get(name) for name in self._own), *(values[n] for n in self._columns)]
         texts = [_new_cell(cell, exact=self._exact) for cell in cells]
         self._stream.write(encode_row(texts) + b"\n")
 

@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pvec.backends.session import ModelSession, Notify, ignore
-from pvec.data.judged_csv import JudgedAnswer, write_judged_csv
+from pvec.data.judged_csv import write_judged_csv
 from pvec.errors import JudgeError
 from pvec.evaluation.setup import KIND, SteerSetup
 from pvec.evaluation.summary import SweepSummary, keep_summary, read_sweep
 from pvec.evaluation.tasks import TaskScore, check_tasks, evaluate_tasks
 from pvec.judges.plan import RunPlan, plan_run
-from pvec.judges.prompts import COHERENCE
-from pvec.judges.scoring import JudgeReport, ResponseScorer, score_of
+from pvec.judges.scoring import JudgeReport, ResponseScorer, judged_answer
 from pvec.notebook import HtmlResult
 from pvec.runs.names import slug
 from pvec.runs.responses import ResponseRecord
@@ -178,14 +177,7 @@ def _export(
     scores = store.scores_by_response(judge=judge)
     for condition in setup.conditions:
         rows = [
-            JudgedAnswer(
-                question=record.question,
-                prompt=record.prompt,
-                answer=record.answer,
-                question_id=record.question_id,
-                trait_score=score_of(scores.get(record.id, {}), trait),
-                coherence=score_of(scores.get(record.id, {}), COHERENCE),
-            )
+            judged_answer(record, scores.get(record.id, {}), trait)
             for record in records
             if record.condition["name"] == condition.name
         ]

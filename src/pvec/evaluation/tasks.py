@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pvec.errors import InputError, install_command
@@ -33,14 +33,7 @@ class TaskScore:
 
     def describe(self) -> dict[str, str | float | int | None]:
         """Return the JSON form kept in the run's manifest."""
-        return {
-            "condition": self.condition,
-            "task": self.task,
-            "metric": self.metric,
-            "score": self.score,
-            "stderr": self.stderr,
-            "n": self.n,
-        }
+        return asdict(self)
 
 
 def check_tasks(tasks: Sequence[str]) -> None:

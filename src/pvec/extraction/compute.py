@@ -81,23 +81,24 @@ def from_run(
     or to ``out``. Raises ``StoreError`` for a folder that is no extraction, ``ModelError`` when the
     model of the settings is another one, and ``InputError`` when too few answers count.
     """
-    seen = Run.read(path)
-    if seen.kind != "extract":
+    extraction = Run.read(path)
+    if extraction.kind != "extract":
         raise StoreError(
-            f"{path} is a run of {seen.kind!r}: vectors are made from the runs of `pvec extract`."
+            f"{path} is a run of {extraction.kind!r}: vectors are made from the runs of "
+            f"`pvec extract`."
         )
-    chosen = seen.choose_judge(judge)
+    chosen = extraction.choose_judge(judge)
     if chosen is None:
         raise InputError(f"{path} has no scores yet: score it with `pvec judge {path}`.")
-    (trait,) = seen.traits()
+    (trait,) = extraction.traits()
     with (
         _session(settings, notify=notify, on_progress=on_progress) as session,
         ExitStack() as stack,
     ):
-        _require_same_model(seen, session)
+        _require_same_model(extraction, session)
         if out is not None:
             out = vector_output(out, trait=trait.name, notify=session.notify)
-        store = seen
+        store = extraction
         if session.processes.main:
             store = stack.enter_context(Run.reopen(path))
             stack.enter_context(store.session())
@@ -298,7 +299,5 @@ def _filter_rows(
             for sign, rows in answers.items()
             for number, row in enumerate(rows)
         ],
-        threshold=settings.filter.threshold,
-        coherence=settings.filter.coherence,
-        paired=settings.filter.paired,
+        **settings.filter.model_dump(),
     )

@@ -73,16 +73,18 @@ def run(
     Every trait that the run keeps and coherence are scored. Scores of other judges stay. Raises
     ``StoreError`` for a folder that is no run or has no answers, ``JudgeError`` as judging does.
     """
-    seen = Run.read(path)
-    traits = seen.traits()
-    model = seen.manifest.get("model", {})
+    source = Run.read(path)
+    traits = source.traits()
+    model = source.manifest.get("model", {})
     with ResponseScorer(
         settings,
         bundled=model.get("bundled", False),
         studied=str(model.get("id", settings.model.id)),
         notify=notify,
     ) as scorer:
-        scorer.check(metrics_of(*traits), extraction=seen.kind == "extract", manifest=seen.manifest)
+        scorer.check(
+            metrics_of(*traits), extraction=source.kind == "extract", manifest=source.manifest
+        )
         with Run.reopen(path) as store, store.session():
             for note in store.notes:
                 notify(note)
@@ -100,10 +102,10 @@ def run(
                     store, traits[0].name, records, judge=report.judge, settings=settings.filter
                 )
                 means, filtered = outcome.means, outcome.filtered.counts
-    following = "vector compute" if seen.kind == "extract" else "report"
+    following = "vector compute" if source.kind == "extract" else "report"
     return JudgeResult(
         run=path,
-        kind=seen.kind,
+        kind=source.kind,
         answers=len(records),
         report=report,
         means=means,
@@ -179,9 +181,7 @@ def _filter(
             )
             for record in records
         ],
-        threshold=settings.threshold,
-        coherence=settings.coherence,
-        paired=settings.paired,
+        **settings.model_dump(),
     )
 
 

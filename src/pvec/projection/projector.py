@@ -314,12 +314,12 @@ def suggested_prompt_layer(vector: PersonaVector, *, kind: VectorKind = "respons
     return suggested_layer(vector, kind=kind) if layer is None else layer
 
 
-def _as_kind(vector: PersonaVector, found: VectorKind, kind: VectorKind) -> PersonaVector:
+def _as_kind(vector: PersonaVector, own: VectorKind, kind: VectorKind) -> PersonaVector:
     """Return a vector whose ``kind`` is the one that its file holds."""
-    if found == kind:
+    if own == kind:
         return vector
     return PersonaVector(
-        trait=vector.trait, kinds={kind: vector.kind(found)}, metadata=vector.metadata
+        trait=vector.trait, kinds={kind: vector.kind(own)}, metadata=vector.metadata
     )
 
 
@@ -329,10 +329,10 @@ def _layers(
     options = session.settings.project
     if options.layers:
         return tuple(dict.fromkeys(options.layers))
-    found = {name: suggest(vector, kind=options.kind) for name, vector in vectors.items()}
-    listed = ", ".join(f"{layer} as {name} suggests" for name, layer in found.items())
+    suggestions = {name: suggest(vector, kind=options.kind) for name, vector in vectors.items()}
+    listed = ", ".join(f"{layer} as {name} suggests" for name, layer in suggestions.items())
     session.notify(f"layers: {listed}")
-    return tuple(sorted(set(found.values())))
+    return tuple(sorted(set(suggestions.values())))
 
 
 def _check_rows(

@@ -101,9 +101,11 @@ class RayWorker:
             row = parse_row(f"{line}\n".encode(), number=number, line=number + 1)
             if isinstance(row, BadRow):
                 self._refuse(f"a line that {row.reason}: {line[:80]!r}")
-            elif (found := self._conversation(row.values, f"a line ({line[:80]!r})")) is not None:
+            elif (
+                conversation := self._conversation(row.values, f"a line ({line[:80]!r})")
+            ) is not None:
                 rows.append(row)
-                conversations.append(found)
+                conversations.append(conversation)
         written = [
             extended_line(row, cells).decode().rstrip("\n")
             for row, cells in zip(rows, self._cells(conversations), strict=True)

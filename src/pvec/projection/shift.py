@@ -319,19 +319,19 @@ def _scores(
     for summary in list_runs(settings.paths.runs):
         if summary.problem or summary.kind != "steer-eval" or not summary.scores:
             continue
-        seen = Run.read(summary.path)
-        identity = seen.manifest["identity"]
+        store = Run.read(summary.path)
+        identity = store.manifest["identity"]
         name = places.get(_place(str(identity.get("adapter") or identity["model"])))
-        judges = seen.judges()
+        judges = store.judges()
         if name is None or len(judges) != 1:
             continue
-        found = seen.scores_by_response()
+        scores = store.scores_by_response()
         for trait in traits:
             values = [
                 score.score
-                for record in seen.responses()
+                for record in store.responses()
                 if not record.steering and record.system is None
-                if (score := found.get(record.id, {}).get(trait)) and score.score is not None
+                if (score := scores.get(record.id, {}).get(trait)) and score.score is not None
             ]
             if values:
                 yield (name, trait), float(np.mean(values))

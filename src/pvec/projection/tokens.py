@@ -166,15 +166,15 @@ def _plan(
     decoder = find_decoder(model)
     layer = layers[0] if layers is not None and len(layers) == 1 else None
     loaded = _named(vectors, layer)
-    found = {name: vector.at_depth(decoder.num_layers) for name, vector in loaded.items()}
-    for vector in found.values():
+    at_depth = {name: vector.at_depth(decoder.num_layers) for name, vector in loaded.items()}
+    for vector in at_depth.values():
         check_fits(vector, num_layers=decoder.num_layers, hidden_size=decoder.hidden_size)
     if layers is None:
-        layers = sorted({suggested_layer(vector, kind=kind) for vector in found.values()})
-    for vector in found.values():
+        layers = sorted({suggested_layer(vector, kind=kind) for vector in at_depth.values()})
+    for vector in at_depth.values():
         for layer in layers:
             vector.row(layer, kind=kind)
-    rows = {name: vector.kind(kind) for name, vector in found.items()}
+    rows = {name: vector.kind(kind) for name, vector in at_depth.items()}
     return ProjectionPlan.make(rows, layers=layers, kinds=types)
 
 
@@ -187,14 +187,14 @@ def _named(vectors: Vectors, layer: int | None) -> dict[str, PersonaVector]:
     if isinstance(vectors, Mapping):
         return {name: _load(vector, layer)[1] for name, vector in vectors.items()}
     listed = [vectors] if isinstance(vectors, PersonaVector | str | Path) else vectors
-    found: dict[str, PersonaVector] = {}
+    by_name: dict[str, PersonaVector] = {}
     for name, vector in (_load(vector, layer) for vector in listed):
-        if name in found:
+        if name in by_name:
             raise InputError(f"Two vectors are called {name!r}: give them as a dictionary by name.")
-        found[name] = vector
-    if not found:
+        by_name[name] = vector
+    if not by_name:
         raise InputError("No vector was given: give one, or several in a list.")
-    return found
+    return by_name
 
 
 def _load(vector: VectorLike, layer: int | None) -> tuple[str, PersonaVector]:

@@ -22,6 +22,8 @@ from pvec.runs.files import atomic_write
 from pvec.runs.secrets import safe_command, without_secrets
 
 FILE_NAME = "manifest.json"
+TRAITS = "traits"
+"""Folder of a run with the definitions of its traits."""
 FORMAT = "pvec-run"
 FORMAT_VERSION = 1
 
@@ -103,7 +105,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         stream.write(text + "\n")
 
 
-def refuse_other_identity(
+def _refuse_other_identity(
     folder: Path, *, recorded: Mapping[str, Any], current: Mapping[str, Any]
 ) -> None:
     """Raise ``StoreError`` when the run in ``folder`` was made with another configuration.
@@ -113,11 +115,54 @@ def refuse_other_identity(
     differences = list(_differences(recorded, without_secrets(json.loads(json.dumps(current)))))
     if not differences:
         return
-    shown = "; ".join(f"{key}: {_shown(old)} → {_shown(new)}" for key, old, new in differences[:3])
+    examples = "; ".join(
+        f"{key}: {_shown(old)} → {_shown(new)}" for key, old, new in differences[:3]
+    )
     more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
     raise StoreError(
-        f"{folder} holds a run of another configuration ({shown}{more}); "
+        f"{folder} holds a run of another configuration ({examples}{more}); "
         "choose another run folder, or go back to the old setting to continue this one."
+    )
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise ``StoreError`` for a folder that holds something and no run.
+
+    A kill at the very start leaves hidden files, which do not count.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"cannot write into {folder}: that is a file; choose another path.")
+    begun = (folder / FILE_NAME).exists() or not folder.is_dir()
+    if not begun and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise StoreError(
+            f"{folder} is not empty and not a run folder; choose a new or an empty one."
+        )
+
+
+def manifest_to_continue(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the manifest of the run in ``folder``, or None where one has still to begin.
+
+    A run of another identity is refused once there is something in it: one whose command failed
+    before it made anything does not stand in the way of the corrected command.
+    """
+    if not (folder / FILE_NAME).exists():
+        return None
+    manifest = read_manifest(folder)
+    try:
+        _refuse_other_identity(folder, recorded=manifest["identity"], current=identity)
+    except StoreError:
+        if _holds_results(folder):
+            raise
+        return None
+    return manifest
+
+
+def _holds_results(folder: Path) -> bool:
+    """Whether a run holds more than what a command writes before its work begins."""
+    return any(
+        path.is_file() and path.stat().st_size > 0
+        for path in folder.rglob("*")
+        if path.name != FILE_NAME and not path.name.startswith(".") and path.parent.name != TRAITS
     )
 
 

@@ -22,10 +22,11 @@ from pvec.errors import InputError, StoreError, did_you_mean
 from pvec.runs.files import WriterLock, atomic_write, probe_writable
 from pvec.runs.jsonl import JsonlLog, read_jsonl
 from pvec.runs.manifest import (
-    FILE_NAME,
+    TRAITS,
+    manifest_to_continue,
     new_manifest,
     read_manifest,
-    refuse_other_identity,
+    refuse_foreign,
     timestamp,
     write_manifest,
 )
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _LOCK = ".lock"
-_TRAITS = "traits"
 
 
 class Run(Closing):
@@ -73,11 +73,11 @@ class Run(Closing):
         """
         folder = Path(path)
         identity = {"kind": kind, **identity}
-        _refuse_foreign(folder)
+        refuse_foreign(folder)
         probe_writable(folder)
         with ExitStack() as resources:
             resources.enter_context(WriterLock(folder / _LOCK))
-            manifest = _manifest_to_continue(folder, identity)
+            manifest = manifest_to_continue(folder, identity)
             if manifest is None:
                 write_manifest(folder, new_manifest(kind=kind, identity=identity))
                 manifest = read_manifest(folder)
@@ -93,10 +93,10 @@ class Run(Closing):
         refuse.
         """
         folder = Path(path)
-        _refuse_foreign(folder)
+        refuse_foreign(folder)
         places = (folder, *folder.absolute().parents)
         probe_writable(next(place for place in places if place.exists()))
-        manifest = _manifest_to_continue(folder, {"kind": kind, **identity})
+        manifest = manifest_to_continue(folder, {"kind": kind, **identity})
         return None if manifest is None else cls(folder, manifest, None)
 
     @classmethod
@@ -165,7 +165,7 @@ class Run(Closing):
         """Keep the definitions of ``traits`` in the run, so that it can be judged anywhere."""
         for trait in traits:
             text = json.dumps(trait.to_json(), indent=2, ensure_ascii=False)
-            with atomic_write(self.path / _TRAITS / f"{trait.name}.json", mode="w") as stream:
+            with atomic_write(self.path / TRAITS / f"{trait.name}.json", mode="w") as stream:
                 stream.write(text + "\n")
 
     def traits(self) -> list[Trait]:
@@ -173,7 +173,7 @@ class Run(Closing):
 
         Raises ``StoreError`` when the run keeps none.
         """
-        traits = [load_trait(path) for path in sorted((self.path / _TRAITS).glob("*.json"))]
+        traits = [load_trait(path) for path in sorted((self.path / TRAITS).glob("*.json"))]
         if not traits:
             raise StoreError(
                 f"{self.path} keeps no trait definition: run the command that made it again."
@@ -316,47 +316,6 @@ class Run(Closing):
     def _latest_scores(self) -> Iterator[Score]:
         """Yield one score per id: a judgement that failed at first may have been repeated."""
         yield from {score.id: score for score in self.scores()}.values()
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Raise ``StoreError`` for a folder that holds something and no run.
-
-    A kill at the very start leaves hidden files, which do not count.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise StoreError(f"cannot write into {folder}: that is a file; choose another path.")
-    begun = (folder / FILE_NAME).exists() or not folder.is_dir()
-    if not begun and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise StoreError(
-            f"{folder} is not empty and not a run folder; choose a new or an empty one."
-        )
-
-
-def _manifest_to_continue(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the manifest of the run in ``folder``, or None where one has still to begin.
-
-    A run of another identity is refused once there is something in it: one whose command failed
-    before it made anything does not stand in the way of the corrected command.
-    """
-    if not (folder / FILE_NAME).exists():
-        return None
-    manifest = read_manifest(folder)
-    try:
-        refuse_other_identity(folder, recorded=manifest["identity"], current=identity)
-    except StoreError:
-        if _holds_results(folder):
-            raise
-        return None
-    return manifest
-
-
-def _holds_results(folder: Path) -> bool:
-    """Whether a run holds more than what a command writes before its work begins."""
-    return any(
-        path.is_file() and path.stat().st_size > 0
-        for path in folder.rglob("*")
-        if path.name != FILE_NAME and not path.name.startswith(".") and path.parent.name != _TRAITS
-    )
 
 
 def _frame_row(

@@ -223,8 +223,8 @@ def _sentence(error: ValidationError, origins: Mapping[str, str]) -> str:
         while path not in origins and "." in path:  # below a list or mapping
             path = path.rpartition(".")[0]
         secret = path in fields() and "SecretStr" in str(fields()[path].annotation)
-        shown = "" if secret else f" = {item['input']!r}"
+        value = "" if secret else f" = {item['input']!r}"
         message = item["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]
-        parts.append(f"{path}{shown} (from {origins.get(path, 'the settings')}): {message}")
+        parts.append(f"{path}{value} (from {origins.get(path, 'the settings')}): {message}")
     return "; ".join(parts) + "."

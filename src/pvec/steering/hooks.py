@@ -246,13 +246,13 @@ def steer(
     )
 
     def before(_body: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        seen = tracker.read(args, kwargs)
-        if seen.starts:
-            handle._start_batch(steerer, seen.batch)  # noqa: SLF001 - one pair of objects
-        if seen.roles is None:
-            steerer.set_generated(seen.tokens)
+        forward = tracker.read(args, kwargs)
+        if forward.starts:
+            handle._start_batch(steerer, forward.batch)  # noqa: SLF001 - one pair of objects
+        if forward.roles is None:
+            steerer.set_generated(forward.tokens)
         else:
-            steerer.set_roles(seen.roles)
+            steerer.set_roles(forward.roles)
 
     with decoder.body.register_forward_pre_hook(before, with_kwargs=True), steerer.attached():
         yield handle
@@ -319,16 +319,16 @@ def unsteered(model: nn.Module) -> Iterator[Unsteered]:
     owners = [getattr(hook, "__self__", None) for hook in hooks]
     layers = [owner for owner in owners if isinstance(owner, LayerSteering)]
     paused = [layer.paused for layer in layers]
-    seen = Unsteered(layers)
+    watch = Unsteered(layers)
     for layer in layers:
         layer.paused = True
     try:
-        yield seen
+        yield watch
     finally:
         for layer, before in zip(layers, paused, strict=True):
             layer.paused = before
-    if seen.steered:
+    if watch.steered:
         raise SteeringError(
-            f"{seen.steered} forwards were steered while the plain model was being measured: run "
+            f"{watch.steered} forwards were steered while the plain model was being measured: run "
             f"the measurement in evaluation mode, outside any training step."
         )

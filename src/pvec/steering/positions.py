@@ -24,16 +24,16 @@ IGNORED_LABEL = -100
 
 
 def roles_by_length(
-    real: torch.Tensor, prompt_lengths: torch.Tensor, *, seen: torch.Tensor | None = None
+    real: torch.Tensor, prompt_lengths: torch.Tensor, *, earlier: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the roles ``[B, T]`` of tokens when the length of each row's prompt is known.
 
     ``real`` (bool ``[B, T]``) is False on padding, wherever it stands; ``prompt_lengths`` ``[B]``
-    counts each row's prompt tokens; ``seen`` ``[B]`` its tokens in earlier forwards (default 0).
+    counts each row's prompt tokens; ``earlier`` ``[B]`` its tokens in earlier forwards (default 0).
     """
     place = real.long().cumsum(dim=1)  # [B, T], 1-based among the real tokens of the row
-    if seen is not None:
-        place = place + seen[:, None]
+    if earlier is not None:
+        place = place + earlier[:, None]
     last = prompt_lengths[:, None]
     roles = torch.where(place < last, PROMPT, torch.where(place == last, LAST, GENERATED))
     return torch.where(real, roles, PAD)

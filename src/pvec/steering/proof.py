@@ -141,7 +141,7 @@ class LayerProof:
     layer: int
     positions: int
     expected: float
-    seen: float
+    change_norm: float
     error: float
     """Largest error of any number, as a share of the largest activation."""
 
@@ -208,18 +208,18 @@ def _check(
     error = float((change - due).abs().max())
     expected = float(due[steered].norm(dim=-1).mean()) if steered.any() else 0.0
     direction = nn.functional.normalize(due[steered], dim=-1)
-    seen = float((change[steered] * direction).sum(dim=-1).mean()) if steered.any() else 0.0
-    if not (error <= allowed and abs(seen - expected) <= 0.05 * expected):
+    change_norm = float((change[steered] * direction).sum(dim=-1).mean()) if steered.any() else 0.0
+    if not (error <= allowed and abs(change_norm - expected) <= 0.05 * expected):
         raise _refusal(
             layer,
-            f"the change should have the norm {expected:.4g} and has {seen:.4g}, with a largest "
-            f"error of {error:.2g} where {allowed:.2g} is rounding",
+            f"the change should have the norm {expected:.4g} and has {change_norm:.4g}, with a "
+            f"largest error of {error:.2g} where {allowed:.2g} is rounding",
         )
     return LayerProof(
         layer=layer,
         positions=int(steered.sum()),
         expected=expected,
-        seen=seen,
+        change_norm=change_norm,
         error=error / max(scale, 1e-6),
     )
 

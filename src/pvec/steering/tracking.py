@@ -72,8 +72,8 @@ class RoleTracker:
                 )
             return roles_of_prompt(real)
         assert self._lengths is not None
-        seen = _seen(mask, batch=len(real), past=past).to(real.device)
-        return roles_by_length(real, self._lengths.to(real.device), seen=seen)
+        earlier = _earlier(mask, batch=len(real), past=past).to(real.device)
+        return roles_by_length(real, self._lengths.to(real.device), earlier=earlier)
 
     def _prompt_lengths(self, real: torch.Tensor) -> torch.Tensor:
         known = self._known(len(real))
@@ -101,10 +101,10 @@ class RoleTracker:
 def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     """Return the ids ``[B, T]`` or the embeddings ``[B, T, H]`` that the body is given."""
     candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
-    found = next((c for c in candidates if isinstance(c, torch.Tensor)), None)
-    if found is None:
-        raise SteeringError("Steering found no tokens in the model's input: pass input_ids.")
-    return found
+    tensor = next((c for c in candidates if isinstance(c, torch.Tensor)), None)
+    if tensor is None:
+        raise SteeringError("Steering tensor no tokens in the model's input: pass input_ids.")
+    return tensor
 
 
 def _past_length(cache: Any) -> int:
@@ -143,7 +143,7 @@ def _real_tokens(
     return own.expand(batch, width)
 
 
-def _seen(mask: torch.Tensor | None, *, batch: int, past: int) -> torch.Tensor:
+def _earlier(mask: torch.Tensor | None, *, batch: int, past: int) -> torch.Tensor:
     """Return how many real tokens of each row are in the cache, ``[B]``."""
     if mask is None or past == 0:
         return torch.full((batch,), past)

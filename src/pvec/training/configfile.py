@@ -204,8 +204,8 @@ def _sentence(path: Path, error: ValidationError, *, known: tuple[str, ...]) -> 
             parts[f"{where}: unknown key{hint and f' ({hint})'}"] = None
         else:
             message = item["msg"].removeprefix("Value error, ")
-            shown = "" if item["type"] in ("missing", "value_error") else f" (it is {_short(item)})"
-            parts[f"{where or 'the whole'}: {message[0].lower()}{message[1:]}{shown}"] = None
+            value = "" if item["type"] in ("missing", "value_error") else f" (it is {_short(item)})"
+            parts[f"{where or 'the whole'}: {message[0].lower()}{message[1:]}{value}"] = None
     return f"{path}: {'; '.join(parts)}."
 
 

@@ -145,11 +145,11 @@ def read_chats(
 
 
 def _sentence(faults: Sequence[str]) -> str:
-    shown = "; ".join(faults[:_SHOWN])
+    examples = "; ".join(faults[:_SHOWN])
     more = f"; and {len(faults) - _SHOWN:,} more" if len(faults) > _SHOWN else ""
     rows_are = "row is" if len(faults) == 1 else "rows are"
     return (
-        f"{len(faults):,} training {rows_are} wrong: {shown}{more}. Correct them, or leave them "
+        f"{len(faults):,} training {rows_are} wrong: {examples}{more}. Correct them, or leave them "
         f"out with data.skip_bad=true."
     )
 
@@ -207,9 +207,11 @@ def _within_limit(
     """Truncate, drop or refuse rows over the limit, as the configuration says."""
     long = [chat.where for chat, row in zip(chats, rows, strict=True) if len(row.token_ids) > limit]
     if long and part.too_long == "refuse":
-        shown = ", ".join(long[:10]) + (f" and {len(long) - 10:,} more" if len(long) > 10 else "")
+        examples = ", ".join(long[:10]) + (
+            f" and {len(long) - 10:,} more" if len(long) > 10 else ""
+        )
         raise InputError(
-            f"{len(long):,} rows are longer than {limit} tokens ({shown}): shorten them, raise "
+            f"{len(long):,} rows are longer than {limit} tokens ({examples}): shorten them, raise "
             f"data.max_tokens, or set data.too_long to cut or drop."
         )
     useful = []

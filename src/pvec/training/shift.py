@@ -273,12 +273,12 @@ class PersonaShiftCallback(TrainerCallback):
         training = model.training
         model.eval()
         try:
-            with torch.no_grad(), unsteered(model) as seen:
+            with torch.no_grad(), unsteered(model) as watch:
                 values = self._project(model, "prompt_last", self._last_tokens())
                 if self.generate:
                     responses = self._project(model, "response", self._answers(model))
                     values |= {f"{name}_response": value for name, value in responses.items()}
-                self._hooks_on += seen.steered > 0
+                self._hooks_on += watch.steered > 0
         finally:
             model.train(training)
             self.seconds += time.perf_counter() - started

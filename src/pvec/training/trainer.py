@@ -318,5 +318,5 @@ def _table(rows: Sequence[TokenizedRow]) -> Dataset:
 def _describe_proof(proof: LayerProof) -> str:
     return (
         f"steering proved at layer {proof.layer}: {proof.positions} probe tokens changed by "
-        f"{proof.seen:.4g} on average where {proof.expected:.4g} is due"
+        f"{proof.change_norm:.4g} on average where {proof.expected:.4g} is due"
     )

@@ -258,16 +258,16 @@ class PersonaVector:
         if row_0 is None or rows not in {num_layers, num_layers + 1}:
             return self
         known = {key: value for key, value in self.metadata.items() if key != ROW_0}
-        found: RowMeaning = "embedding" if rows == num_layers + 1 else "layer 1"
+        actual: RowMeaning = "embedding" if rows == num_layers + 1 else "layer 1"
         meaning = "the embedding"
-        if found == "layer 1":
+        if actual == "layer 1":
             meaning = "layer 1 (there is no embedding row), and the last row a block's output"
         note = f"it has {rows} rows and the model {num_layers} layers, so row 0 is {meaning}"
-        if found == row_0:
+        if actual == row_0:
             return replace(self, metadata=known)
         # one row for each block is what hooks on blocks give; with one more, hidden states
-        known["last_row"] = BLOCK_OUTPUT if found == "layer 1" else POST_FINAL_NORM
-        if found == "layer 1":
+        known["last_row"] = BLOCK_OUTPUT if actual == "layer 1" else POST_FINAL_NORM
+        if actual == "layer 1":
             missing = {0, *(layer + 1 for layer in self.missing_layers)}
             kinds = {kind: np.pad(array, ((1, 0), (0, 0))) for kind, array in self.kinds.items()}
         else:
