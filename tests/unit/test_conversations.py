@@ -13,7 +13,8 @@ from helpers.models import tiny_tokenizer
 from pvec.data.conversations import Chat, Columns, Pair, conversation_of
 from pvec.data.json_table import parse_row
 from pvec.data.spans import SpanMaker, TemplateCheck
-from pvec.data.tables import BadRow, Row, open_table
+from pvec.data.table import BadRow, Row
+from pvec.data.tables import open_table
 from pvec.errors import InputError
 from pvec.projection.inputs import open_source
 from pvec.settings import Settings

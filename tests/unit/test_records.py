@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pvec.data.tables import Row, check_rows, open_table
+from pvec.data.table import Row, check_rows
+from pvec.data.tables import open_table
 from pvec.errors import InputError
 from pvec.runs.files import atomic_write
 

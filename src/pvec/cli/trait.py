@@ -74,17 +74,7 @@ def check(
     Exits with 2 when there is an error; warnings alone exit with 0.
     """
     checks = [check_file(trait) for trait in traits]
-    result = [
-        {
-            "trait": check.trait,
-            "source": check.source,
-            "hash": check.hash,
-            "usable": check.usable,
-            "findings": check.findings,
-            "notes": check.notes,
-        }
-        for check in checks
-    ]
+    result = [{**vars(check), "usable": check.usable} for check in checks]
     console_from(ctx).emit(result, lambda console, _: _render_checks(console, checks))
     if not all(check.usable for check in checks):
         raise typer.Exit(2)

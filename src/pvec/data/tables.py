@@ -7,30 +7,8 @@ from pathlib import Path
 
 from pvec.data.csv_table import CsvTable
 from pvec.data.json_table import JsonlTable, JsonTable
-from pvec.data.table import (
-    BadRow,
-    Cell,
-    Row,
-    Table,
-    TableWriter,
-    check_rows,
-    require_columns,
-    require_file,
-)
+from pvec.data.table import Table, require_file
 from pvec.errors import InputError
-
-__all__ = [
-    "HUB",
-    "BadRow",
-    "Cell",
-    "Row",
-    "Table",
-    "TableWriter",
-    "check_rows",
-    "open_table",
-    "require_columns",
-    "require_file",
-]
 
 HUB = "hf:"
 """A source that begins with this is a data set of the hub: ``hf:NAME`` or ``hf:NAME:SPLIT``."""

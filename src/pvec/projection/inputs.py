@@ -28,15 +28,8 @@ from pvec.data.csv_table import CsvRowWriter
 from pvec.data.json_table import JsonlTable
 from pvec.data.judged_csv import defuses_csv
 from pvec.data.spans import TemplateCheck
-from pvec.data.tables import (
-    BadRow,
-    Row,
-    Table,
-    TableWriter,
-    check_rows,
-    open_table,
-    require_columns,
-)
+from pvec.data.table import BadRow, Row, Table, TableWriter, check_rows, require_columns
+from pvec.data.tables import open_table
 from pvec.errors import InputError, StoreError
 from pvec.models.chat import encode_prompt
 from pvec.runs.manifest import FILE_NAME

@@ -20,7 +20,7 @@ import numpy as np
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.conversations import Conversation
 from pvec.data.spans import Counts, TemplateCheck
-from pvec.data.tables import Row, TableWriter
+from pvec.data.table import Row, TableWriter
 from pvec.errors import InputError, StoreError
 from pvec.notebook import HtmlResult
 from pvec.projection.inputs import Source, open_source

@@ -18,7 +18,7 @@ from pvec.data.arrow_table import with_column
 from pvec.data.conversations import Conversation, conversation_of
 from pvec.data.json_table import extended_line, parse_row
 from pvec.data.spans import TemplateCheck
-from pvec.data.tables import BadRow
+from pvec.data.table import BadRow
 from pvec.errors import InputError, install_command
 from pvec.projection.inputs import columns_of
 from pvec.projection.project import model_name

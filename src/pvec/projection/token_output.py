@@ -12,7 +12,7 @@ import numpy as np
 from pvec.backends.run_session import manifest_sections
 from pvec.backends.session import ModelSession, Notify
 from pvec.data.conversations import Chat, Conversation, Pair
-from pvec.data.tables import Row
+from pvec.data.table import Row
 from pvec.errors import InputError
 from pvec.models.token_text import TokenTexts
 from pvec.projection.projector import AnswerTokens, LoadedVectors

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pvec.data.conversations import Chat, Columns, conversation_of
-from pvec.data.tables import BadRow, Row, open_table
+from pvec.data.table import BadRow, Row
+from pvec.data.tables import open_table
 from pvec.errors import InputError
 from pvec.training.config import DataPart
 from pvec.training.masks import TokenizedRow, tokenize_conversation
