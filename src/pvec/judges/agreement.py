@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pvec.data.tables import Row, open_table
+from pvec.data.table import Row
+from pvec.data.tables import open_table
 from pvec.errors import InputError
 from pvec.judges.prompts import COHERENCE
 from pvec.runs.responses import ResponseRecord
