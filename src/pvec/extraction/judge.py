@@ -18,7 +18,7 @@ from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.runs.summary import update_summary
 from pvec.settings import Settings
-from pvec.settings.sections import FilterSettings
+from pvec.settings.sections import FilterSettings, ModelSettings
 from pvec.stats import SCORES, Interval, grouped_mean
 from pvec.types import SIGNS, Progress, Score, Sign
 from pvec.vectors.filter import FilterResult, Reason, ScoredResponse, filter_responses
@@ -75,11 +75,11 @@ def run(
     """
     source = Run.read(path)
     traits = source.traits()
-    model = source.manifest.get("model", {})
+    settings = _with_model(settings, source)
     with ResponseScorer(
         settings,
-        bundled=model.get("bundled", False),
-        studied=str(model.get("id", settings.model.id)),
+        bundled=source.manifest.get("model", {}).get("bundled", False),
+        studied=settings.model.id,
         notify=notify,
     ) as scorer:
         scorer.check(
@@ -112,6 +112,15 @@ def run(
         filtered=filtered,
         next=(f"pvec {following} {path}",),
     )
+
+
+def _with_model(settings: Settings, run: Run) -> Settings:
+    """Return ``settings`` with the model of the run, which may be the judge, on this device."""
+    recorded = dict(run.manifest.get("settings", {}).get("model", {}))
+    recorded.setdefault("id", run.manifest.get("model", {}).get("id", settings.model.id))
+    recorded["device"] = settings.model.device
+    known = {k: v for k, v in recorded.items() if k in ModelSettings.model_fields}
+    return settings.model_copy(update={"model": ModelSettings.model_validate(known)})
 
 
 def conclude(

@@ -82,9 +82,10 @@ def open_judge(
     *,
     load: Callable[[str], Backend],
     loaded: Backend | None = None,
+    itself: bool = False,
 ) -> Judge:
     """Open the chosen judge. ``load`` opens a model by name or folder; ``loaded`` is the model that
-    answers, used as judge too when it is the same weights.
+    answers, used as judge too when it is the same weights (for ``contrast``: with ``itself``).
 
     Call ``check()`` on the result before generating anything.
     """
@@ -103,12 +104,12 @@ def open_judge(
     if choice.kind == "contrast":
         from pvec.judges.contrast import ContrastJudge
 
-        own = plain is not None and plain.info.id == choice.model
+        own = loaded if itself else None
         return ContrastJudge(
-            plain if own and plain is not None else load(choice.model),
+            own or load(choice.model),
             tokens=settings.contrast_tokens,
             most_pairs=settings.contrast_pairs,
-            owns=not own,
+            owns=own is None,
         )
     if choice.kind == "local":
         if plain is not None and plain.info.id == choice.model:

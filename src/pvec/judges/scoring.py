@@ -86,7 +86,7 @@ class ResponseScorer(Closing):
         return cls(
             session.settings,
             bundled=session.metadata.bundled,
-            studied=session.metadata.id,
+            studied=session.spec.model,
             session=session,
             vectors=vectors,
             need_key=need_key,
@@ -98,19 +98,24 @@ class ResponseScorer(Closing):
         """The judge, opened on first use."""
         if self._judge is None:
             session, loaded = self._session, None
-            if session is not None and (session.loaded or self._judges_itself(session)):
+            if session is not None and (self._judges_itself or session.loaded):
                 loaded = session.backend
             self._judge = open_judge(
                 self.choice,
                 self._settings.judge,
                 load=lambda name: load_judge_model(name, self._settings),
                 loaded=loaded,
+                itself=self._judges_itself,
             )
         return self._judge
 
-    def _judges_itself(self, session: ModelSession) -> bool:
-        own = self.choice.kind == "contrast" and self.choice.model == session.metadata.id
-        return own and session.metadata.adapter is None
+    @property
+    def _judges_itself(self) -> bool:
+        """Whether the model that answers judges by likelihood, and has no adapter."""
+        session = self._session
+        if session is None or self.choice.kind != "contrast":
+            return False
+        return self.choice.model == session.spec.model and session.metadata.adapter is None
 
     @cached_property
     def name(self) -> str:
