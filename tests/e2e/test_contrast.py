@@ -119,6 +119,13 @@ def test_without_a_calibration_the_error_says_how_to_make_one(folder: Path) -> N
     assert "there is one of contrast:tiny#" in changed.err
 
 
+def test_one_question_is_refused_before_anything_is_generated(folder: Path) -> None:
+    done = run_pvec(f"extract --trait evil --limit 1 -n 4 --out runs/one {SHORT}")
+    assert done.code == 2
+    assert "ask more (--limit)" in done.err
+    assert not Path("runs/one").exists()
+
+
 def test_a_dry_run_counts_forward_passes(folder: Path) -> None:
     done = run_pvec(f"extract --trait evil --limit 3 -n 2 {SHORT} --dry-run")
     # 30 more answers: 2 pairs x 2 signs for the trait, 2 for coherence

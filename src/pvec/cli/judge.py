@@ -86,11 +86,12 @@ def _render_comparison(console: Console, result: CompareResult, *, files: Sequen
         )
         for found in result.agreements
     ]
-    head = ("score", "n", "same side", "kappa", "rank\ncorrelation")
+    head = ("score", "n", "same side", "kappa", "rank r")
     console.print(
         table((*head, "both\nhigh", "only\nfirst", "only\nsecond", "neither\nhigh"), rows)
     )
     limits = {f"{found.threshold:g}" for found in result.agreements}
-    console.print(f"high: {' or '.join(sorted(limits))} and more; kappa: 0 chance, 1 perfect")
+    console.print(f"high: {' or '.join(sorted(limits))} and more; rank r: Spearman's")
+    console.print("kappa: Cohen's, 0 for the agreement of chance, 1 for perfect")
     for path in files:
         console.print(f"figure: {path}")

@@ -50,6 +50,16 @@ def require_pairs(metrics: Sequence[Metric]) -> None:
             )
 
 
+def require_questions(metrics: Sequence[Metric], *, limit: int | None) -> None:
+    """Raise ``InputError`` for an extraction that asks too little to be cross-fitted."""
+    for metric in metrics:
+        if metric.trait is not None and len(metric.trait.extract_questions[:limit]) < 2:
+            raise InputError(
+                f"The contrast judge scores an extraction's answers by those to other questions, "
+                f"and {metric.name!r} is asked one question: ask more (--limit)."
+            )
+
+
 def find_calibration(
     judge: str,
     metrics: Sequence[Metric],

@@ -20,7 +20,13 @@ from pvec.judges.base import Judge
 from pvec.judges.calibration import Calibration
 from pvec.judges.choice import choose_judge, judge_name, open_judge
 from pvec.judges.contrast import ContrastJudge
-from pvec.judges.measurement import calibrate, find_calibration, measure, require_pairs
+from pvec.judges.measurement import (
+    calibrate,
+    find_calibration,
+    measure,
+    require_pairs,
+    require_questions,
+)
 from pvec.judges.prompts import COHERENCE, Metric, missing_queries
 from pvec.runs.names import run_name
 from pvec.runs.responses import ResponseRecord
@@ -156,7 +162,9 @@ class ResponseScorer(Closing):
                 "The contrast judge reads no rubric and replies with nothing: omit --judge-scale."
             )
         require_pairs(metrics)
-        if not extraction:
+        if extraction:
+            require_questions(metrics, limit=self._settings.extract.limit)
+        else:
             settings = self._settings
             self._calibration = find_calibration(
                 self.name,

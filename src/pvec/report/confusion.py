@@ -11,11 +11,11 @@ def confusion(agreement: Agreement) -> Figure:
     """Draw the four counts of a comparison in per cent of the answers that both judges scored."""
     found = agreement
     share = 100.0 / found.n
-    high, low = f"{found.threshold:g} or more", f"below {found.threshold:g}"
+    high, low = f"≥ {found.threshold:g}", f"< {found.threshold:g}"
     return heat_map(
         Grid(
-            columns=(found.second, (low, high)),
-            rows=(found.first, (high, low)),
+            columns=("second judge", (low, high)),
+            rows=("first judge", (high, low)),
             values=(
                 (found.only_first * share, found.both * share),
                 (found.neither * share, found.only_second * share),
@@ -27,7 +27,8 @@ def confusion(agreement: Agreement) -> Figure:
         name=f"agreement_{found.metric}",
         title=f"Agreement on {found.metric}",
         caption=(
-            f"{found.n} answers that both judges scored; Cohen's kappa {found.kappa:.2f}, same "
+            f"First judge: {found.first}; second judge: {found.second}. {found.n} answers that "
+            f"both scored; Cohen's kappa {found.kappa:.2f}, same "
             f"side of {found.threshold:g}: {found.agreement:.0%}, rank correlation "
             f"{found.spearman.r:.2f}."
         ),
