@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -276,9 +277,14 @@ REFUSALS = (
 
 
 def limits(options: argparse.Namespace) -> None:
-    """Measure s, in nats per token, of texts that differ in truth, language or willingness."""
+    """Measure s, in nats per token and with two pairs, of texts that differ in truth, language or
+    willingness.
+    """
     backend = HFBackend(options.model)
-    hallucinating, evil = load_trait("hallucinating"), load_trait("evil")
+    hallucinating, evil = (
+        replace(trait, instructions=trait.instructions[:2])
+        for trait in map(load_trait, ("hallucinating", "evil"))
+    )
     true = [_s(backend, hallucinating, q, f"The answer is {t}.") for q, t, _ in FACTS]
     false = [_s(backend, hallucinating, q, f"The answer is {f}.") for q, _, f in FACTS]
     higher = sum(b > a for a, b in zip(true, false, strict=True))
