@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.gguf_models import write_gguf
 from helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Trainer
 
 from pvec.errors import PvecError
+from pvec.models.files import ModelSpec
+from pvec.models.load import load_model
 from pvec.report import report
 from pvec.runs.summary import read_log
 from pvec.training import train, trainer
@@ -238,6 +241,27 @@ def test_a_training_that_is_done_is_not_done_again(
     first = train.run(path, out=tmp_path / "run")
     monkeypatch.setattr(Trainer, "train", None)
     assert train.run(path, out=tmp_path / "run") == first
+
+
+def test_a_gguf_model_is_trained_steered_and_its_merged_model_is_one_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assets = str(tmp_path / "assets")
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", assets)
+    file = tmp_path / "model.gguf"
+    write_gguf(file, types="Q4_1")
+    steering = [{"vector": vector(tmp_path / "evil.safetensors"), "layers": [2], "coef": 1.0}]
+    path = config(tmp_path, model=str(file), steering=steering, output={"merge": True})
+    result = train.run(path, out=tmp_path / "out")
+    named = json.loads((result.run / "adapter" / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == str(file)
+    places = (result.run / "adapter", result.run / "merged", file)
+    adapted, merged, base = (load_model(ModelSpec(model=str(place))).model for place in places)
+    ids = torch.tensor([[5, 60, 300, 7]])
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(base(ids).logits, expected, atol=1e-2)
 
 
 def test_the_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:

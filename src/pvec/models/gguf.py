@@ -89,11 +89,13 @@ def dequantising(on_progress: Callable[[Progress], None]) -> Iterator[None]:
         module.tqdm = bar
 
 
-def forget_quantisation(model: Any) -> None:
+def as_plain_model(model: Any, folder: Path) -> None:
     """Remove what marks a dequantised model as quantised, which it cannot be trained or saved with.
 
-    Its number format, layers and results stay what they are.
+    Its number format, layers and results stay what they are. Its name becomes ``folder``, which has
+    the configuration that peft looks for when it saves an adapter.
     """
+    model.name_or_path = model.config.name_or_path = str(folder)
     quantiser = getattr(model, "hf_quantizer", None)
     if quantiser is not None:
         quantiser.remove_quantization_config(model)  # its own, for a model that was unpacked

@@ -18,9 +18,9 @@ from pvec.documents import check_regular, misfit, parse_record
 from pvec.errors import ModelError
 from pvec.models.files import read_config
 from pvec.models.gguf import (
+    as_plain_model,
     dequantise_options,
     dequantising,
-    forget_quantisation,
     other_sizes,
     unread_tensors,
 )
@@ -78,14 +78,15 @@ def load_weights(
     trust = bool(options.get("trust_remote_code"))
     prefixes = set() if gguf else _wrapped(folder)
     config = model_config(folder, trust_remote_code=trust)
+    source = folder if gguf is None else gguf.path.parent
     if gguf is not None:
-        folder, options = gguf.path.parent, options | dequantise_options(gguf.path)
+        options |= dequantise_options(gguf.path)
     if prefixes:
         options["key_mapping"] = {WRAPPERS.pattern: ""}
     with quiet_transformers(), dequantising(on_progress) if gguf else nullcontext():
         loaded: Any = explained(
             lambda: auto_class.from_pretrained(
-                folder,
+                source,
                 config=config,
                 use_safetensors=None if pickle else True,
                 output_loading_info=True,
@@ -110,7 +111,7 @@ def load_weights(
         remedy="fetch or save the model again, or correct its config.json",
     )
     if gguf is not None:
-        forget_quantisation(model)
+        as_plain_model(model, folder)
     if prefixes:
         # transformers would put the prefixes back on saving, which its pattern does not allow
         model._weight_conversions = [  # noqa: SLF001
