@@ -51,7 +51,7 @@ class Loop:
         steered = [self.change(steered_name(coef)) for coef in self.coefs]
         random = [self.change(random_name(coef)) for coef in self.coefs]
         if not any(change.low > 0 for change in steered):
-            return "steering does not raise it"
+            return "steering is not shown to raise it (the interval holds 0)"
         if any(change.low > 0 for change in random):
             return "steering raises it, but so does a random vector"
         return "steering raises it, a random vector does not"
