@@ -17,7 +17,7 @@ from pvec.backends.vllm import engine
 from pvec.backends.vllm.engine import VLLMBackend
 from pvec.errors import ModelError
 from pvec.models.files import ModelSpec
-from pvec.settings.tree import VLLMSettings
+from pvec.settings.sections import VLLMSettings
 from vllm_backend.conftest import CACHE_BYTES
 
 Tensors = dict[str, torch.Tensor]
