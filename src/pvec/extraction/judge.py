@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from pvec.backends.session import Notify, ignore
 from pvec.data.judged_csv import write_judged_csv
 from pvec.errors import StoreError
 from pvec.judges.prompts import COHERENCE, metrics_of
 from pvec.judges.scoring import JudgeReport, ResponseScorer, judged_answer, score_of
+from pvec.runs.manifest import FILE_NAME
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.runs.summary import update_summary
@@ -120,7 +123,15 @@ def _with_model(settings: Settings, run: Run) -> Settings:
     recorded.setdefault("id", run.manifest.get("model", {}).get("id", settings.model.id))
     recorded["device"] = settings.model.device
     known = {k: v for k, v in recorded.items() if k in ModelSettings.model_fields}
-    return settings.model_copy(update={"model": ModelSettings.model_validate(known)})
+    try:
+        model = ModelSettings.model_validate(known)
+    except ValidationError as error:
+        field = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise StoreError(
+            f"{run.path / FILE_NAME} is damaged (at settings.model.{field}): restore it from a "
+            f"copy."
+        ) from None
+    return settings.model_copy(update={"model": model})
 
 
 def conclude(
