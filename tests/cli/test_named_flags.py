@@ -20,7 +20,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
 OTHERS = frozenset({
     "--force-reinstall", "--no-deps",  # pip
-    "--control-vector", "--control-vector-layer-range",  # llama.cpp
+    "--control-vector", "--control-vector-layer-range", "--merge",  # llama.cpp
     "--no",  # the beginning of many, in cli/options.py
 })  # fmt: skip
 

@@ -208,7 +208,7 @@ def test_a_chat_template_file_replaces_the_tokenizers(tmp_path: Path) -> None:
     assert metadata.tokenizer.chat_template == template.read_text()
     assert metadata.chat_hash != plain.chat_hash
     assert metadata.fingerprint == plain.fingerprint
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="There is no chat template"):
         inspect_model(ModelSpec(model=base, chat_template=str(tmp_path / "absent")))
 
 
