@@ -153,8 +153,11 @@ class RequestBuilder:
 
         added: dict[int, float] = {}
         for instruction in request.steering:
+            peak = float(np.abs(instruction.vector).max())
+            if not (math.isfinite(peak) and math.isfinite(instruction.coef)):
+                return None  # refused as an instruction
             if instruction.operator == "add":
-                size = abs(instruction.coef) * float(np.abs(instruction.vector).max())
+                size = abs(instruction.coef) * peak
                 added[instruction.layer] = added.get(instruction.layer, 0.0) + size
         most = torch.finfo(getattr(torch, self.info.dtype)).max / 2  # room for the residual stream
         if max(added.values(), default=0.0) <= most:
