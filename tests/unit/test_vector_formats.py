@@ -144,6 +144,18 @@ def test_a_single_vector_is_of_the_layer_that_is_named(tmp_path: Path, suffix: s
     assert any("taken for layer 3" in note for note in notes)
 
 
+@pytest.mark.parametrize("own", [2, "2", torch.tensor(2)], ids=["number", "text", "tensor"])
+def test_the_layer_beside_a_vector_counts_from_0_or_1_and_no_other_is_taken(
+    tmp_path: Path, own: Any
+) -> None:
+    path = write(tmp_path / "v.pt", {"vector": torch.full((WIDTH,), 7.0), "layer": own})
+    for other in (None, 1, 4):
+        with pytest.raises(InputError, match=r"of layer 2 .*--layer 3 if they do.*--layer 2"):
+            loaded(path, layer=other)
+    for layer in (2, 3):
+        assert loaded(path, layer=layer)[0].steering_layers == (layer,)
+
+
 def test_one_of_several_vectors_is_named(tmp_path: Path) -> None:
     content = {"calm": numbered(0, DEPTH), "evil": -numbered(0, DEPTH)}
     for path in (write(tmp_path / "v.pt", content), write(tmp_path / "w.npz", content)):

@@ -76,6 +76,9 @@ def load_tensors(path: Path, *, axis: str | None, layer: int | None) -> PersonaV
     content = _read_pt(path) if path.suffix.lower() in {".pt", ".pth"} else _read_numpy(path)
     # A bare tensor cannot say how its last row was taken; the reference's is after the final norm.
     metadata = {"source_format": path.suffix[1:].lower(), "last_row": POST_FINAL_NORM}
+    if isinstance(content, Mapping) and "layer" in content and _is_scalar(content["layer"]):
+        own = content["layer"]
+        metadata["layer"] = str(own.item() if hasattr(own, "item") else own)
     return vector_from(path, plain(path, content), axis=axis, layer=layer, metadata=metadata)
 
 
@@ -103,7 +106,7 @@ def vector_from(
         if "num_layers" not in metadata:
             entries[ROW_0] = "embedding"
     else:
-        rows, more, notes = _rows(path, chosen, layer)
+        rows, more, notes = _rows(path, chosen, layer, metadata.get("layer", ""))
         entries |= more
         kinds = {kind_from_name(path): rows}
     try:
@@ -165,9 +168,7 @@ def plain(path: Path, content: Any) -> Any:
     Raises ``InputError`` for anything else.
     """
     if isinstance(content, Mapping):
-        kept = {
-            str(k): v for k, v in content.items() if not isinstance(v, str | int | float | None)
-        }
+        kept = {str(k): v for k, v in content.items() if not _is_scalar(v)}
         if not kept:
             raise InputError(f"{path} holds no tensor; save the tensor [layers + 1, hidden size].")
         return {name: plain(path, value) for name, value in kept.items()}
@@ -184,6 +185,10 @@ def plain(path: Path, content: Any) -> Any:
         f"{path} holds a {type(content).__name__} where a tensor [layers + 1, hidden size] is "
         "needed; save the plain tensor."
     )
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | int | float | None) or getattr(value, "ndim", None) == 0
 
 
 def _choose(path: Path, content: Any, axis: str | None) -> Any:
@@ -242,7 +247,7 @@ def _kinds(
 
 
 def _rows(
-    path: Path, content: Any, layer: int | None
+    path: Path, content: Any, layer: int | None, own_layer: str
 ) -> tuple[NDArray[Any], dict[str, str], tuple[str, ...]]:
     """Return ``[layers + 1, H]``, the metadata that says what was assumed, and notes."""
     if isinstance(content, Mapping):
@@ -260,6 +265,11 @@ def _rows(
         return rows, entries, ("its keys are taken for block numbers: key k is layer k + 1",)
     if content.ndim != 1:
         return content, {ROW_0: "embedding"}, ()
+    if own_layer.isdecimal() and layer not in {int(own_layer), int(own_layer) + 1}:
+        raise InputError(
+            f"{path} holds a vector of layer {own_layer} and does not say whether blocks count "
+            f"from 0: add --layer {int(own_layer) + 1} if they do; otherwise --layer {own_layer}."
+        )
     if layer is None or not 1 <= layer <= MOST_LAYERS:
         raise InputError(
             f"{path} holds a single vector of width {len(content)} and does not say its layer; "
