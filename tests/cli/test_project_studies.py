@@ -382,6 +382,21 @@ def test_a_second_shift_from_one_base_leaves_the_first_alone(
     assert "would be overwritten" in other.sentence
 
 
+def test_a_shift_leaves_out_bad_prompts_where_it_is_told_to(
+    project: Call, tmp_path: Path, model: Path
+) -> None:
+    questions = write_prompts(tmp_path / "prompts.jsonl")
+    with questions.open("a") as stream:
+        stream.write('{"messages": [{"role": "tool", "content": "rain"}]}\n')
+    arguments = ("shift", model, save_adapter(model, tmp_path / "ft"), "--questions", questions)
+    refused = project(*arguments, base=False)
+    assert refused.code == 2
+    assert "--skip-bad" in refused.sentence
+    done = project(*arguments, "--skip-bad", "--json", base=False)
+    assert done.code == 0, done.err
+    assert done.json["prompts"] == 12
+
+
 def test_one_model_is_no_shift(project: Call, model: Path) -> None:
     done = project("shift", model, base=False)
     assert done.code == 2

@@ -12,6 +12,7 @@ from pvec.cli.console import Console, table
 from pvec.cli.options import (
     READING,
     RunOut,
+    SkipBad,
     Traits,
     Vectors,
     console_from,
@@ -21,6 +22,7 @@ from pvec.cli.options import (
 )
 from pvec.cli.render import intervals, r_interval, render_next
 from pvec.runs.names import model_label
+from pvec.types import OutputOptions
 
 if TYPE_CHECKING:
     from pvec.projection.shift import ShiftResult
@@ -58,6 +60,7 @@ def shift(
     trait: Traits = None,
     questions: Questions = None,
     out: RunOut = None,
+    skip_bad: SkipBad = False,
 ) -> None:
     """Measure how far finetuning moved models along vectors.
 
@@ -69,7 +72,13 @@ def shift(
     settings, console = settings_from(ctx), console_from(ctx)
     result = console.call(
         partial(
-            workflow.run, settings, models, vector, traits=trait or (), questions=questions, out=out
+            workflow.run,
+            settings,
+            models,
+            vector,
+            traits=trait or (),
+            questions=questions,
+            output=OutputOptions(out=out, skip_bad=skip_bad),
         )
     )
     console.emit(result, _render)

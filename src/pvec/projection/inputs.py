@@ -235,7 +235,10 @@ class Samples:
 
 
 def open_samples(source: Source, session: ModelSession, *, skip_bad: bool) -> Samples:
-    """Read the prompts of ``source``. Raises ``InputError`` for rows that cannot be read."""
+    """Read the prompts of ``source``, and note how many rows are left out with ``skip_bad``.
+
+    Raises ``InputError`` for rows that cannot be read.
+    """
     source = source.checked(TemplateCheck(session.metadata.tokenizer))
     cache = PromptCache(session)
     keys, lines, answered = [], [], []
@@ -252,7 +255,12 @@ def open_samples(source: Source, session: ModelSession, *, skip_bad: bool) -> Sa
         answered.append(len(_answer(conversation)) > 0)
         distinct.setdefault(prompt.key, prompt)
 
-    source.check(skip_bad=skip_bad, on_row=add)
+    _, bad = source.check(skip_bad=skip_bad, on_row=add)
+    if bad:
+        session.notify(
+            f"{source.path}: {len(bad)} rows left out that cannot be used, the first: "
+            f"line {bad[0].line} {bad[0].reason}"
+        )
     return Samples(
         source=source,
         prompts=tuple(keys),

@@ -32,7 +32,7 @@ from pvec.runs.summary import SHIFT_KIND, SUMMARY, read_summary, write_summary
 from pvec.settings import Settings
 from pvec.stats import Correlation, Interval, correlation, grouped_mean
 from pvec.traits.trait import load_trait
-from pvec.types import Progress
+from pvec.types import DEFAULT_OUTPUT, OutputOptions, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def run(
     *,
     traits: Sequence[str] = (),
     questions: Path | None = None,
-    out: Path | None = None,
+    output: OutputOptions = DEFAULT_OUTPUT,
     notify: Notify = ignore,
     on_progress: OnProgress = ignore,
 ) -> ShiftResult:
@@ -99,7 +99,7 @@ def run(
     adapters = {name: find_adapter(base, name) for name in checkpoints}
     with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
         loaded = open_vectors(session, vectors)
-        prompts = _prompts(session, loaded, traits=traits, questions=questions)
+        prompts = _prompts(session, loaded, traits=traits, questions=questions, output=output)
         wholes = {
             name: _whole_model(name, session) for name, files in adapters.items() if files is None
         }
@@ -111,7 +111,9 @@ def run(
                 "prompts": [list(ids) for ids in prompts],
             }
         )
-        folder = _free_folder(settings, base, out=out, measured=measured, checkpoints=checkpoints)
+        folder = _free_folder(
+            settings, base, out=output.out, measured=measured, checkpoints=checkpoints
+        )
         identity = {
             "trait": "finetuning shift",
             "model": session.metadata.id,
@@ -243,10 +245,11 @@ def _prompts(
     *,
     traits: Sequence[str],
     questions: Path | None,
+    output: OutputOptions,
 ) -> list[tuple[int, ...]]:
     if questions is not None:
         source = open_source(questions, session.settings.project)
-        samples = open_samples(source, session, skip_bad=False)
+        samples = open_samples(source, session, skip_bad=output.skip_bad)
         return [prompt.ids for prompt in samples.distinct.values()]
     names = traits or tuple(dict.fromkeys(v.trait for v in vectors.vectors.values()))
     cache = PromptCache(session)

@@ -63,7 +63,7 @@ def save_gguf(
     if not hint:
         raise InputError(
             "A GGUF file says which architecture it is for, and this vector does not know its own: "
-            "add --model-hint, such as --model-hint qwen2."
+            "write it with `pvec vector convert`, which takes --model-hint qwen2 and the like."
         )
     rows = {
         layer: np.ascontiguousarray(vector.row(layer, kind=kind), dtype=np.float32)
