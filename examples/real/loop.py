@@ -16,8 +16,12 @@ from examples.paper.steps import Result, Step
 from pvec import PvecError
 
 LAYER = 18
-_JUDGED = ("--judge-model", "contrast", "--temperature", "0.7")
-"""The model judges by likelihood; at temperature 1 a model of this size writes nonsense."""
+_JUDGED = (
+    *("--judge-model", "contrast", "--contrast-pairs", "2", "--contrast-tokens", "32"),
+    *("--temperature", "0.7"),
+)
+"""The model judges by likelihood, by as many pairs and tokens as ten minutes allow; at temperature 1
+a model of this size writes nonsense."""
 _PREVENTION = 2.0
 """Coefficient of the vector that is added during preventative training."""
 
