@@ -20,8 +20,7 @@ _JUDGED = (
     *("--judge-model", "contrast", "--contrast-pairs", "2", "--contrast-tokens", "32"),
     *("--temperature", "0.7"),
 )
-"""The model judges by likelihood, by as many pairs and tokens as ten minutes allow; at temperature 1
-a model of this size writes nonsense."""
+"""The model judges by likelihood; at temperature 1 a model of this size writes nonsense."""
 _PREVENTION = 2.0
 """Coefficient of the vector that is added during preventative training."""
 
