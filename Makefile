@@ -138,7 +138,7 @@ test-vllm: $(VLLM_STAMP) ## Run the tests of the vLLM backend in a vLLM of their
 
 # The report's pages in a headless Chromium, which is the system's (Playwright's own would have to
 # be downloaded). Where there is none, a root user of Debian or Ubuntu gets its package; anybody else
-# is told, and CI fails.
+# is told.
 BROWSER_VENV  ?= .venv-browser
 BROWSER_STAMP := $(BROWSER_VENV)/.pvec-installed
 BROWSER_PAGES := build/browser-pages
@@ -151,12 +151,15 @@ $(BROWSER_STAMP): constraints.txt
 	  playwright axe-playwright-python pytest pytest-timeout
 	@touch $@
 
-.PHONY: test-browser
-test-browser: $(STAMP) $(BROWSER_STAMP) ## Open the report's pages in a headless Chromium and use them
+.PHONY: chromium
+chromium:
 	@{ $(FIND_CHROMIUM); } >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	  && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } || true
 	@if ! { $(FIND_CHROMIUM); } >/dev/null; then echo "test-browser needs Chromium: install it \
 	(apt-get install chromium) and run this again" >&2; exit 2; fi
+
+.PHONY: test-browser
+test-browser: chromium $(STAMP) $(BROWSER_STAMP) ## Open the report's pages in a headless Chromium and use them
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tests/browser/make_pages.py $(BROWSER_PAGES)
 	PVEC_BROWSER_PAGES=$(BROWSER_PAGES) $(BROWSER_VENV)/bin/python -m pytest \
 	  --confcutdir tests/browser tests/browser
