@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from helpers.models import saved_model
 
+from pvec.errors import StoreError
 from pvec.training import train
 
 
@@ -148,7 +149,6 @@ def test_without_a_whole_checkpoint_the_training_begins_again(
         replace("result.json", b"{}"),
         replace("result.json", b"[[]]"),
         replace("result.json", b"[" * 100_000 + b"]" * 100_000),
-        pipe("result.json"),
     ],
 )
 def test_a_damaged_result_is_made_again(
@@ -160,3 +160,15 @@ def test_a_damaged_result_is_made_again(
     result = train.run(finished / "config.json", out=run)
     assert result.steps == 4
     assert adapter(run) == adapter(finished / "whole")
+
+
+def test_a_result_that_is_a_pipe_is_refused_before_the_training(
+    finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished / "whole", run)
+    log = (run / "log.jsonl").read_bytes()
+    pipe("result.json")(run)
+    with pytest.raises(StoreError, match="it is a pipe or a device"):
+        train.run(finished / "config.json", out=run)
+    assert (run / "log.jsonl").read_bytes() == log

@@ -58,9 +58,11 @@ def think_length(
     answer.
     """
     text = _text(tokenizer, answer_ids)
-    for marks in reasoning_marks(tokenizer):
+    known = reasoning_marks(tokenizer)
+    for marks in known:
         if marks.end in text:
             return _skip_space(tokenizer, answer_ids, _tokens_up_to(tokenizer, answer_ids, marks))
+    for marks in known:  # only then: one beginning can have several possible ends
         begun = text.lstrip().startswith(marks.begin)
         if begun or _text(tokenizer, prompt_ids[-8:]).rstrip().endswith(marks.begin):
             return len(answer_ids)
@@ -96,7 +98,7 @@ def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[Marks, ..
         for match in begin.finditer(text)
     }
     known = [m for m in _KNOWN if m.begin in added or m.begin in template]
-    return (*known, *sorted(named, key=lambda m: m.begin), THINK)
+    return (*known, *sorted(named, key=lambda m: (m.begin, m.end)), THINK)
 
 
 def _tokens_up_to(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marks: Marks) -> int:

@@ -53,7 +53,15 @@ def latest_checkpoint(
         except _DAMAGED as error:
             first = str(error).strip().split("\n", maxsplit=1)[0][:150]
             notify(f"{path.name} is damaged ({first}), so an earlier state is used")
+            _remove_pipes(path)
     return None
+
+
+def _remove_pipes(folder: Path) -> None:
+    """Remove what is neither file nor folder: training writes these names again, and would wait."""
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            path.unlink()
 
 
 def has_adapter(folder: Path, *, shapes: Shapes) -> bool:

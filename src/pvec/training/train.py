@@ -20,7 +20,7 @@ from pvec.backends.processes import Processes
 from pvec.backends.session import Notify, ignore
 from pvec.documents import read_json
 from pvec.notebook import HtmlResult
-from pvec.runs.files import atomic_write
+from pvec.runs.files import atomic_write, probe_target
 from pvec.runs.jsonl import JsonlLog, encode_line
 from pvec.runs.store import Run
 from pvec.runs.summary import ANSWERS, HOOKS_ON, LOG, PREFIX
@@ -118,6 +118,8 @@ def run(
         if finished is not None:
             notify(f"this training is finished already: {plan.folder}")
             return finished
+        if store is not None:
+            probe_target(plan.folder / RESULT)
         return _train(plan, store, notify=notify, on_progress=on_progress)
 
 
