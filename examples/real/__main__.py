@@ -65,7 +65,7 @@ def _run(step: Step, title: str) -> None:
 def _report(out: Path) -> Path:
     """Write one page about all runs with ``pvec report``."""
     page = out / "report.html"
-    runs = sorted(str(path.parent) for path in out.glob("*/*/*/run/manifest.json"))
+    runs = sorted(str(path.parent) for path in out.glob("*/*/*/*/manifest.json"))
     command = [sys.executable, "-m", "pvec", "report", *runs, "--out", str(page), "--quiet"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
     return page

@@ -61,6 +61,11 @@ class CommandError(PvecError):
     """A command of the loop failed; it has said why."""
 
 
+def run_folder(step: Path) -> Path:
+    """Return where the run of a step is: it has the step's name, which one report tells apart."""
+    return step / step.name
+
+
 def verify(model: Path, out: Path) -> Step:
     """Return the step that proves steering on this model."""
     return _step(out / "verify", ["verify", "--model", str(model)])
@@ -70,7 +75,7 @@ def loop(trait: str, model: Path, out: Path, size: Size) -> dict[str, Step]:
     """Return the steps of one trait by name, in their order."""
     place = out / trait
     common = ["--trait", trait, "--model", str(model), *_JUDGED, "--max-tokens", str(size.tokens)]
-    vector = str(place / "extract" / "run" / "vectors" / f"{trait}.safetensors")
+    vector = str(run_folder(place / "extract") / "vectors" / f"{trait}.safetensors")
     at_layer = ["--vector", vector, "--layer", str(LAYER)]
     unprompted = ["--no-prompt-baseline", "--calibration", vector]
     coefs = ",".join(f"{coef:g}" for coef in size.coefs)
@@ -109,7 +114,7 @@ def loop(trait: str, model: Path, out: Path, size: Size) -> dict[str, Step]:
     steps["data"] = data
     for arm in ("plain", "preventative"):
         folder = place / arm
-        adapter = str(folder / "run" / "adapter")
+        adapter = str(run_folder(folder) / "adapter")
         steps[f"train {arm}"] = _step(
             folder, ["train", str(data.folder / f"{arm}.yaml")], after=(data,)
         )
@@ -128,11 +133,12 @@ def _step(folder: Path, command: Sequence[str], *, after: tuple[Step, ...] = ())
 def run_command(folder: Path, *, command: Sequence[str]) -> Result:
     """Run one command of pvec and return what it prints with ``--json``; notes go to the terminal.
 
-    What it writes goes to ``run`` in the step's folder. Interrupted, it goes on the next time.
+    It writes to ``run_folder`` of the step's folder and, interrupted, goes on the next time.
     """
     arguments = [*command, "--json"]
     if command[0] != "verify":
-        arguments += ["--out", str(folder / ("run.csv" if command[0] == "project" else "run"))]
+        file = folder / "run.csv"
+        arguments += ["--out", str(file if command[0] == "project" else run_folder(folder))]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-m", "pvec", *arguments],
@@ -154,7 +160,7 @@ def write_held_out(folder: Path, *, trait: str) -> Result:
     """
     rows = []
     for sign, name in (("positive", "prompted-for"), ("negative", "prompted-against")):
-        path = folder.parent / "steer" / "run" / "answers" / f"{trait}_{name}.csv"
+        path = run_folder(folder.parent / "steer") / "answers" / f"{trait}_{name}.csv"
         with path.open(encoding="utf-8", newline="") as stream:
             rows += [{"sign": sign, **row} for row in csv.DictReader(stream)]
     with (folder / "answers.csv").open("w", encoding="utf-8", newline="") as stream:
@@ -171,7 +177,7 @@ def write_data(
 
     And two configurations: trained on them as they are, and with the vector added meanwhile.
     """
-    run = folder.parent / "extract" / "run"
+    run = run_folder(folder.parent / "extract")
     with (run / f"{trait}_pos.csv").open(encoding="utf-8", newline="") as stream:
         kept = [row for row in csv.DictReader(stream) if float(row[trait] or 0) >= 50]
     with (folder / "answers.jsonl").open("w", encoding="utf-8") as stream:

@@ -10,7 +10,7 @@ from typing import Any
 
 from examples.paper.numbers import format_interval
 from examples.paper.steps import Step
-from examples.real.loop import LAYER
+from examples.real.loop import LAYER, run_folder
 from pvec.stats import Interval, auc, grouped_mean, paired_difference
 
 SCORES = (0.0, 100.0)
@@ -69,7 +69,7 @@ def random_name(coef: float) -> str:
 
 def read(trait: str, steps: Mapping[str, Step]) -> Loop:
     """Read the numbers and answers of one trait from the files of its runs."""
-    steer, place = steps["steer"].folder / "run", steps["steer"].folder.parent
+    steer, place = run_folder(steps["steer"].folder), steps["steer"].folder.parent
     points = _result(steps["steer"])["numbers"]["points"]
     names = {point["name"]: point["role"] for point in points}
     coefs = tuple(point["coef"] for point in points if point["role"] == "steered")
@@ -82,7 +82,7 @@ def read(trait: str, steps: Mapping[str, Step]) -> Loop:
     answers["asked for the opposite"] = _answers(steer, trait, _only(names, "prompt_neg"))
     for arm in ("plain", "preventative"):
         answers[f"trained, {arm}"] = _answers(
-            place / f"evaluate-{arm}" / "run", trait, _only(names, "baseline")
+            run_folder(place / f"evaluate-{arm}"), trait, _only(names, "baseline")
         )
     base = answers["unsteered"]
     extracted = _result(steps["extract"])

@@ -19,7 +19,7 @@ from scipy.stats import mannwhitneyu
 
 from examples.real.__main__ import run
 from examples.real.fetch import FetchError, fetch
-from examples.real.loop import LAYER, SIZES, loop, run_command
+from examples.real.loop import LAYER, SIZES, loop, run_command, run_folder
 from examples.real.summary import Loop, difference, random_name, steered_name
 from pvec.models.files import ModelSpec
 from pvec.models.load import load_model
@@ -76,7 +76,7 @@ def test_projections_separate_positive_from_negative_answers_on_held_out_questio
     steps = loop(TRAIT, model, out / "ci", SIZES["ci"])
     with (steps["project"].folder / "run.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    trained_on = _questions(steps["extract"].folder / "run" / "responses.jsonl")
+    trained_on = _questions(run_folder(steps["extract"].folder) / "responses.jsonl")
     assert not trained_on & {row["question"] for row in rows}
     (column,) = (name for name in rows[0] if name.endswith(f"_proj_layer{LAYER}"))
     sides = ([float(r[column]) for r in rows if r["sign"] == s] for s in ("positive", "negative"))
@@ -104,7 +104,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     result: Loop, model: Path, out: Path, tmp_path: Path
 ) -> None:
     step = loop(TRAIT, model, out / "ci", SIZES["ci"])["extract"]
-    whole, half = step.folder / "run", tmp_path / "run"
+    whole, half = run_folder(step.folder), run_folder(tmp_path)
     shutil.copytree(whole, half)
     vector = Path("vectors") / f"{TRAIT}.safetensors"
     (half / vector).unlink()
