@@ -24,13 +24,13 @@ import numpy as np
 
 from pvec.errors import ModelError
 from pvec.judges.base import Judge
-from pvec.judges.local import Identified
+from pvec.judges.local import Identified, LocalModel
 from pvec.judges.prompts import COHERENCE, CONTRAST, Metric
 from pvec.models.chat import encode_pair, encode_prompt, prompt_ids
 from pvec.models.template import render_prompt
 from pvec.runs.responses import Json, ResponseRecord
 from pvec.traits.trait import Trait
-from pvec.types import JudgeQuery, Message, ModelInfo, Score
+from pvec.types import JudgeQuery, Message, Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,24 +45,13 @@ _FEWEST_WORDS = 8
 """A text of fewer words (or one without spaces) is shuffled by tokens."""
 
 
-class LikelihoodModel(Protocol):
-    """What is needed of a backend."""
-
-    @property
-    def info(self) -> ModelInfo:
-        """What is known about the model."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer, with a chat template."""
+class LikelihoodModel(LocalModel, Protocol):
+    """What is needed of a backend that scores by likelihood."""
 
     def answer_logprobs(
         self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
     ) -> Iterator[tuple[int, np.ndarray]]:
         """See ``Backend.answer_logprobs``."""
-
-    def close(self) -> None:
-        """Free the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,8 +35,8 @@ _CHUNK = 256
 _VERDICT_TOKENS = 512
 
 
-class JudgeModel(Protocol):
-    """What is needed of a backend."""
+class LocalModel(Protocol):
+    """What every local judge needs of a backend."""
 
     @property
     def info(self) -> ModelInfo:
@@ -46,6 +46,13 @@ class JudgeModel(Protocol):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer, with a chat template."""
 
+    def close(self) -> None:
+        """Free the model."""
+
+
+class JudgeModel(LocalModel, Protocol):
+    """What is needed of a backend that reads a rubric."""
+
     def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
         """See ``Backend.generate``."""
 
@@ -53,9 +60,6 @@ class JudgeModel(Protocol):
         self, prompts: Sequence[tuple[int, ...]], continuations: Sequence[tuple[int, ...]]
     ) -> Iterator[tuple[int, np.ndarray]]:
         """See ``Backend.continuation_logprobs``."""
-
-    def close(self) -> None:
-        """Free the model."""
 
 
 class Identified(Protocol):

@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from pvec.errors import ModelError
 
 Result = TypeVar("Result")
 
@@ -36,7 +40,7 @@ class BatchLimits:
     cached_tokens: int = 1 << 18
     prefill_tokens: int = _PREFILL_TOKENS
     logits: int = 1 << 26
-    """Float32 numbers that the logits of one pass may take (continuations only)."""
+    """Float32 numbers that the logits of one scoring pass may take."""
 
     def halve(self, rows: int) -> bool:
         """Allow half of the ``rows`` that did not fit; False when that was a single row."""
@@ -83,6 +87,37 @@ def unless_out_of_memory(run: Callable[[], Result]) -> tuple[Result] | None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
+
+
+def run_in_batches(
+    order: Iterable[int],
+    take: Callable[[deque[int]], list[int]],
+    run: Callable[[Sequence[int]], Sequence[Result]],
+    *,
+    limits: BatchLimits,
+    notify: Callable[[str], None],
+    unit: str,
+    describe: Callable[[int], str],
+) -> Iterator[tuple[int, Result]]:
+    """Yield ``(number, result)`` of all in ``order``, as many at once as ``take`` takes.
+
+    When memory runs out, the limits that ``take`` reads are halved and ``notify`` is told, in
+    ``unit``. Raises ``ModelError`` when a single one, which ``describe`` names, does not fit.
+    """
+    queue = deque(order)
+    while queue:
+        now = take(queue)
+        results = unless_out_of_memory(partial(run, now))
+        if results is not None:
+            yield from zip(now, results[0], strict=True)
+            continue
+        queue.extendleft(reversed(now))
+        if not limits.halve(len(now)):
+            raise ModelError(
+                f"There is not enough memory to score {describe(now[0])}: use a smaller model or "
+                f"dtype."
+            )
+        notify(f"out of memory with {len(now)} {unit}: continuing with at most {limits.rows}")
 
 
 def idle_cores() -> int:

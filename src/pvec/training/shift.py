@@ -202,12 +202,7 @@ class PersonaShiftCallback(TrainerCallback):
                 return {name: float(kept[f"{BASE}{name}"]) for name in names}
         return {}
 
-    def _note(
-        self,
-        step: int,
-        values: Rows,
-        control: TrainerControl,
-    ) -> None:
+    def _note(self, step: int, values: Rows, control: TrainerControl) -> None:
         shifts = {f"{PREFIX}{n}": _mean(rows) - self._base[n] for n, rows in values.items()}
         self._pending = {**shifts, **self._intervals(values), HOOKS_ON: float(self._hooks_on)}
         self.history.append({"step": float(step), **self._pending})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from pvec.backends.hf.forward import CausalModel, left_padded
 from pvec.backends.hf.kvcache import RowCache
 from pvec.backends.hf.rows import Notify
 from pvec.errors import ModelError
-from pvec.models.memory import BatchLimits, unless_out_of_memory
+from pvec.models.memory import BatchLimits, run_in_batches
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of an answer to it."""
@@ -32,21 +31,15 @@ def answer_logprobs(
     run = _run if model.row_cache else _run_alone
     # Equal prompts side by side; those of like length too, so that little is padding.
     order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), *pairs[i][0]))
-    queue = deque(order)
-    while queue:
-        now = _take(queue, pairs, model, limits)
-        chosen = [pairs[index] for index in now]
-        scores = unless_out_of_memory(partial(run, model, chosen))
-        if scores is not None:
-            yield from zip(now, scores[0], strict=True)
-            continue
-        queue.extendleft(reversed(now))
-        if not limits.halve(len(now)):
-            raise ModelError(
-                f"There is not enough memory to score an answer of {len(chosen[0][1])} tokens: "
-                f"use a smaller model or dtype."
-            )
-        notify(f"out of memory with {len(now)} answers: continuing with at most {limits.rows}")
+    yield from run_in_batches(
+        order,
+        lambda queue: _take(queue, pairs, model, limits),
+        lambda now: run(model, [pairs[index] for index in now]),
+        limits=limits,
+        notify=notify,
+        unit="answers",
+        describe=lambda index: f"an answer of {len(pairs[index][1])} tokens",
+    )
 
 
 def _check(

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -21,7 +20,7 @@ from pvec.backends.hf.forward import CausalModel
 from pvec.backends.hf.kvcache import RowCache
 from pvec.backends.hf.rows import Notify
 from pvec.errors import ModelError
-from pvec.models.memory import BatchLimits, unless_out_of_memory
+from pvec.models.memory import BatchLimits, run_in_batches
 
 _WORTH_SHARING = 16
 """Common prompt beginnings shorter than this are not worth a pass of their own."""
@@ -72,21 +71,15 @@ def continuation_logprobs(
         scorer = _Scorer(model, tree, len(continuations), _common_prefix(prompts))
     else:
         scorer = _PlainScorer(model, continuations)
-    queue = deque(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
-    while queue:
-        now = _take(queue, prompts, tree, model, limits)
-        chosen = [prompts[index] for index in now]
-        scores = unless_out_of_memory(partial(scorer.score, chosen))
-        if scores is not None:
-            yield from zip(now, scores[0], strict=True)
-            continue
-        queue.extendleft(reversed(now))
-        if not limits.halve(len(now)):
-            raise ModelError(
-                f"There is not enough memory to score a prompt of {len(prompts[now[0]])} tokens: "
-                f"use a smaller model or dtype."
-            )
-        notify(f"out of memory with {len(now)} prompts: continuing with at most {limits.rows}")
+    yield from run_in_batches(
+        sorted(range(len(prompts)), key=lambda index: -len(prompts[index])),
+        lambda queue: _take(queue, prompts, tree, model, limits),
+        lambda now: scorer.score([prompts[index] for index in now]),
+        limits=limits,
+        notify=notify,
+        unit="prompts",
+        describe=lambda index: f"a prompt of {len(prompts[index])} tokens",
+    )
 
 
 def _take(
