@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pvec.backends.session import ModelSession
-from pvec.projection.inputs import Samples, answer_text
+from pvec.projection.inputs import Samples
 from pvec.runs.files import atomic_write
 from pvec.runs.jsonl import encode_line
 from pvec.runs.summary import BROWSED
@@ -48,25 +47,23 @@ def choose_samples(
 def write_browsed(
     folder: Path,
     samples: Samples,
-    session: ModelSession,
+    responses: Mapping[int, str],
     *,
-    differences: np.ndarray,
-    thresholds: np.ndarray,
     natural: Mapping[str, str],
 ) -> None:
-    """Write the chosen samples: ``number`` (the row of ``samples.csv``), ``line``, ``question``,
-    ``response``, and ``natural``, the model's own answer (null where none was generated).
+    """Write the samples whose ``responses`` are given by number (the row of ``samples.csv``).
+
+    Each with its ``line``, ``question``, ``response``, and ``natural``, the model's own answer by
+    prompt (null where none was generated).
     """
-    chosen = set(choose_samples(differences, thresholds))
     with atomic_write(folder / BROWSED) as stream:
-        for number, conversation in enumerate(samples.conversations()):
-            if number in chosen:
-                key = samples.prompts[number]
-                line = {
-                    "number": number,
-                    "line": samples.lines[number],
-                    "question": samples.distinct[key].question,
-                    "response": answer_text(conversation, session),
-                    "natural": natural.get(key),
-                }
-                stream.write(encode_line(line))
+        for number, response in responses.items():
+            key = samples.prompts[number]
+            line = {
+                "number": number,
+                "line": samples.lines[number],
+                "question": samples.distinct[key].question,
+                "response": response,
+                "natural": natural.get(key),
+            }
+            stream.write(encode_line(line))

@@ -1,17 +1,19 @@
-"""Where a projected file goes, and what is kept beside it until it is whole."""
+"""Where projected and filtered files go, and what is kept beside them until they are whole."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
+
+import numpy as np
 
 from pvec.errors import InputError, PvecError
 from pvec.projection.inputs import Source, is_same_file
 from pvec.projection.token_output import token_folder
-from pvec.runs.files import WriterLock, probe_target
+from pvec.runs.files import WriterLock, atomic_write, probe_target
 from pvec.runs.jsonl import read_jsonl
 from pvec.types import OutputOptions
 
@@ -54,6 +56,34 @@ def require_free(target: Path, output: OutputOptions) -> None:
             f"{target} is there already: give --overwrite to replace it, --out for another place, "
             f"or add columns to it with `pvec project {target} --in-place`."
         )
+
+
+def filtered_paths(source: Source, *, overwrite: bool) -> tuple[Path, Path]:
+    """Return where the kept rows and the removed ones go, beside the input.
+
+    Raises ``InputError`` where something is there already that ``overwrite`` does not replace.
+    """
+    output = source.table.output
+    stem, suffix = Path(output.name.replace(".projected", "")).stem, output.suffix
+    kept, removed = (output.with_name(f"{stem}.{name}{suffix}") for name in ("kept", "removed"))
+    for target in (kept, removed):
+        if is_same_file(target, source.path):
+            raise InputError(f"{target} is the input itself: rename the input.")
+        if target.exists() and not overwrite:
+            raise InputError(f"{target} is there already: give --overwrite to replace it.")
+        probe_target(target)
+    return kept, removed
+
+
+def write_filtered(paths: tuple[Path, Path], source: Source, *, removed: np.ndarray) -> None:
+    """Write the rows of ``source`` as they are to the first path, the removed to the second."""
+    with ExitStack() as stack:
+        writers = []
+        for path in paths:
+            stream = stack.enter_context(atomic_write(path))
+            writers.append(stack.enter_context(source.table.writer(stream, columns=())))
+        for (row, _), gone in zip(source.rows(), removed.tolist(), strict=True):
+            writers[gone].write(row, {})
 
 
 @contextmanager

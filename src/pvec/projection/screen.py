@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,26 +18,25 @@ import numpy as np
 from pvec.backends.planned import OnProgress
 from pvec.backends.run_session import RunSession, use_run_date
 from pvec.backends.session import ModelSession, Notify, ignore
-from pvec.errors import InputError
 from pvec.judges.plan import RunPlan, plan_run
 from pvec.notebook import HtmlResult
 from pvec.projection import base_responses
 from pvec.projection.base_responses import BaseResponses
-from pvec.projection.browsed import write_browsed
+from pvec.projection.browsed import choose_samples, write_browsed
 from pvec.projection.inputs import (
     Prompt,
     Samples,
     Source,
     answer_text,
-    is_same_file,
     open_samples,
     open_source,
     open_study,
     study_folder,
     study_identity,
 )
+from pvec.projection.output import filtered_paths, write_filtered
 from pvec.projection.projector import LoadedVectors, open_vectors, project_table
-from pvec.runs.files import atomic_write, probe_target
+from pvec.runs.files import atomic_write
 from pvec.runs.summary import DIFF_KIND, write_summary
 from pvec.settings import Settings
 from pvec.stats import Correlation, Interval, auc, grouped_mean
@@ -181,7 +179,7 @@ def _checked(
     """Return where filtered rows go, and the samples; raises what is wrong with either."""
     targets, data = None, sources["data"]
     if "reference" in sources:
-        targets = _filtered_paths(data, overwrite=output.overwrite)
+        targets = filtered_paths(data, overwrite=output.overwrite)
     use_run_date(session, study_folder(session, "screen", path=data.path, out=output.out))
     return targets, {
         name: open_samples(source, session, skip_bad=output.skip_bad)
@@ -221,21 +219,13 @@ class _Screening:
         base, agreements = self.base.projections(list(self.frame["prompt"]), responses, at_prompt)
         differences = responses - base
         scores = self._scores(differences)
-        suspicious = self._suspicious(differences[self.screened])
         data, removed = self.sets["data"], None
         limits = np.array([np.inf if s.threshold is None else s.threshold for s in scores])
+        suspicious = self._shown(differences[self.screened], limits)
         if targets is not None:
             removed = np.any(differences[self.screened] > limits, axis=1)  # not unknown ones
-            _write_filtered(targets, data.source, removed=removed)
+            write_filtered(targets, data.source, removed=removed)
         self._write_samples(responses, base, removed)
-        write_browsed(
-            self.folder,
-            data,
-            self.session,
-            differences=differences[self.screened],
-            thresholds=limits,
-            natural={r.question_id: r.answer for r in reversed(list(self.store.responses()))},
-        )
         return ScreenResult(
             run=self.folder,
             data=data.source.path,
@@ -287,21 +277,25 @@ class _Screening:
             for column in differences.T
         ]
 
-    def _suspicious(self, differences: np.ndarray) -> tuple[SuspiciousSample, ...]:
+    def _shown(self, differences: np.ndarray, limits: np.ndarray) -> tuple[SuspiciousSample, ...]:
         """Return the samples furthest out, in units of each column's spread, with the base model's
-        answers: the cheap modes generate those few now.
+        answers (the cheap modes generate those few now), and write those that are kept for reading.
         """
         spread = np.ma.masked_invalid(differences).std(axis=0).filled(0.0)
         furthest = np.max(np.nan_to_num(differences / np.where(spread, spread, 1), nan=-np.inf), 1)
         numbers = [int(n) for n in np.argsort(-furthest)[:SHOWN] if np.isfinite(furthest[n])]
         samples, prompts = self.sets["data"], self.base.prompts
-        records = self.base.generate(list(dict.fromkeys(samples.prompts[n] for n in numbers)))
+        shown = self.base.generate(list(dict.fromkeys(samples.prompts[n] for n in numbers)))
+        records = [*shown, *self.store.responses()]  # of several to one prompt, the first
         answers = {record.question_id: record.answer for record in reversed(records)}
+        browsed = choose_samples(differences, limits)
+        needed = {*numbers, *browsed}
         texts = {
             n: answer_text(conversation, self.session)
             for n, conversation in enumerate(samples.conversations())
-            if n in set(numbers)
+            if n in needed
         }
+        write_browsed(self.folder, samples, {n: texts[n] for n in browsed}, natural=answers)
         return tuple(
             SuspiciousSample(
                 line=samples.lines[n],
@@ -357,31 +351,3 @@ def score_dataset(
         threshold=threshold,
         above=int((differences > threshold).sum()),
     )
-
-
-def _filtered_paths(source: Source, *, overwrite: bool) -> tuple[Path, Path]:
-    """Return where the kept rows and the removed ones go, beside the input.
-
-    Raises ``InputError`` where something is there already that ``overwrite`` does not replace.
-    """
-    output = source.table.output
-    stem, suffix = Path(output.name.replace(".projected", "")).stem, output.suffix
-    kept, removed = (output.with_name(f"{stem}.{name}{suffix}") for name in ("kept", "removed"))
-    for target in (kept, removed):
-        if is_same_file(target, source.path):
-            raise InputError(f"{target} is the input itself: rename the input.")
-        if target.exists() and not overwrite:
-            raise InputError(f"{target} is there already: give --overwrite to replace it.")
-        probe_target(target)
-    return kept, removed
-
-
-def _write_filtered(paths: tuple[Path, Path], source: Source, *, removed: np.ndarray) -> None:
-    """Write the rows of ``source`` as they are to the first path, the removed to the second."""
-    with ExitStack() as stack:
-        writers = []
-        for path in paths:
-            stream = stack.enter_context(atomic_write(path))
-            writers.append(stack.enter_context(source.table.writer(stream, columns=())))
-        for (row, _), gone in zip(source.rows(), removed.tolist(), strict=True):
-            writers[gone].write(row, {})
