@@ -160,6 +160,10 @@ def test_tokens_that_are_there_are_not_replaced_unasked(project: Call, tmp_path:
     done = project(path, "--in-place")
     assert (done.code, "--overwrite" in done.err) == (2, True)
     assert project(path, "--in-place", "--overwrite").code == 0
+    (tmp_path / "answers.tokens" / "manifest.json").unlink()  # now it could be anybody's folder
+    done = project(path, "--in-place", "--overwrite")
+    assert (done.code, "holds no tokens of pvec" in done.err) == (2, True)
+    assert list((tmp_path / "answers.tokens").glob("part-*.npz"))
 
 
 def test_texts_of_tokens_are_the_decoded_text_even_inside_characters() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def test_steering_is_scored_by_the_vectors_calibration(folder: Path) -> None:
     assert "positive rather than a negative instruction" in " ".join(done.out.split())
     fits = calibration()["fits"]
     scores = latest("runs/steer-evil-tiny")
+    statuses = Counter(line["status"] for line in scores.values())
+    assert f"{statuses['ok']} ok, {statuses['unparsable']} unparsable" in done.out
     assert {line["status"] for line in scores.values()} == {"ok", "unparsable"}
     for line in scores.values():
         raw, fit = line["raw"], fits[line["metric"]]

@@ -217,6 +217,11 @@ def damaged(file: Path, fault: str) -> None:
         content[4:8] = struct.pack("<I", 9)
     elif fault == "huge count":
         content[8:16] = struct.pack("<Q", 1 << 60)
+    elif fault == "alignment":
+        key = b"general.alignment"
+        entry = struct.pack("<Q", len(key)) + key + struct.pack("<II", 4, 0)
+        content[16:24] = struct.pack("<Q", struct.unpack("<Q", content[16:24])[0] + 1)
+        content[24:24] = entry
     elif fault == "letters":
         content[:4] = b"GGML"
     file.write_bytes(content)
@@ -231,6 +236,7 @@ def damaged(file: Path, fault: str) -> None:
         ("cut in the weights", "its last 40 bytes are missing"),
         ("version", "version 9 of the format is not supported"),
         ("huge count", "is not a complete GGUF file"),
+        ("alignment", "its alignment is 0"),
     ],
 )
 def test_a_damaged_file_is_one_sentence_before_anything_is_loaded(

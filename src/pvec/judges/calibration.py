@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from pvec.documents import read_record
+from pvec.documents import parse_record, read_record
 from pvec.errors import InputError, JudgeError
 from pvec.judges.prompts import COHERENCE
 from pvec.stats import auc
@@ -109,8 +109,8 @@ class Calibration:
     @classmethod
     def from_json(cls, text: str) -> Calibration:
         """Read what ``to_json`` wrote. Raises ``ValueError`` for anything else."""
-        data: Any = json.loads(text)
-        if not isinstance(data, dict) or not isinstance(data.get("fits"), dict):
+        data = parse_record(text)
+        if data is None or not isinstance(data.get("fits"), dict):
             raise ValueError("it is no calibration")
         return cls(
             judge=str(data.get("judge")),

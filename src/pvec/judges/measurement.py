@@ -7,7 +7,6 @@ that have changed, because more answers have joined the fit.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -104,19 +103,20 @@ def vector_calibration(vector: PersonaVector) -> Calibration | None:
     text = vector.metadata.get(METADATA_KEY)
     if text is None:
         return None
-    try:
-        return Calibration.from_json(text)
-    except ValueError as error:
-        raise InputError(
-            f"The calibration in the vector of {vector.trait!r} is damaged ({error}): extract the "
-            f"vector again."
-        ) from None
+    return _read(text, f"the vector of {vector.trait!r}", remedy="extract the vector again")
 
 
 def run_calibration(manifest: Mapping[str, Any], judge: str) -> Calibration | None:
     """Return the calibration that a run's manifest keeps for ``judge``, if any."""
     text = manifest.get(METADATA_KEY, {}).get(judge)
-    return None if text is None else Calibration.from_json(text)
+    return None if text is None else _read(text, "the manifest", remedy="judge into another run")
+
+
+def _read(text: str, where: str, *, remedy: str) -> Calibration:
+    try:
+        return Calibration.from_json(text)
+    except ValueError as error:
+        raise InputError(f"The calibration in {where} is damaged ({error}): {remedy}.") from None
 
 
 def measure(
@@ -126,8 +126,8 @@ def measure(
     metrics: Sequence[Metric],
     *,
     on_progress: Callable[[Progress], None],
-) -> Counter[str]:
-    """Measure what ``judge`` has not measured yet; return how many scores by status.
+) -> set[str]:
+    """Measure what ``judge`` has not measured yet; return the ids of those scores.
 
     Measured in portions that depend on what is asked alone, so that a run which was killed and
     resumed holds the same numbers to the last digit: floating-point sums differ by portion.
@@ -135,10 +135,10 @@ def measure(
     queries = portions_of(records, metrics, judge=judge)
     known = run.scored_ids()
     left = sum(query.id not in known for portion in queries for query in portion)
-    counts: Counter[str] = Counter()
+    measured: set[str] = set()
 
     def show() -> None:
-        on_progress(Progress(stage="judging", done=counts.total(), total=left, unit="scores"))
+        on_progress(Progress(stage="judging", done=len(measured), total=left, unit="scores"))
 
     show()
     for portion in queries:
@@ -147,9 +147,9 @@ def measure(
         for score in judge.score(portion):
             if score.id not in known:
                 run.append_score(score)
-                counts[score.status] += 1
+                measured.add(score.id)
         show()
-    return counts
+    return measured
 
 
 def portions_of(

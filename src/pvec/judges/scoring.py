@@ -219,15 +219,16 @@ class ResponseScorer(Closing):
         on_progress: Callable[[Progress], None],
     ) -> JudgeReport:
         answers = [record for record in records if record.finish_reason != "failed"]
-        counts = measure(run, judge, answers, metrics, on_progress=on_progress)
+        measured = measure(run, judge, answers, metrics, on_progress=on_progress)
         final = calibrate(run, judge.name, answers, metrics, calibration=self._calibration)
         for note in final.notes:
             self._notify(note)
-        measured = counts.pop("uncalibrated", 0)
+        table = run.scores_by_response(judge=judge.name)
+        scores = (score for row in table.values() for score in row.values())
         return JudgeReport(
             judge=judge.name,
-            counts={**({"ok": measured} if measured else {}), **counts},
-            skipped=len(answers) * len(metrics) - measured - counts.total(),
+            counts=Counter(score.status for score in scores if score.id in measured),
+            skipped=len(answers) * len(metrics) - len(measured),
             unasked=0,
             stopped=None,
             spent=0.0,

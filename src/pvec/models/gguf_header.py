@@ -130,7 +130,9 @@ class _Reader:
             raise ValueError(f"version {version} of the format is not supported")
         metadata = {self.text(): self.value(*self.numbers("I")) for _ in range(values)}
         entries = [self.entry() for _ in range(tensors)]
-        alignment = int(metadata.get("general.alignment", 32))
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError(f"its alignment is {alignment!r}")
         start = -(-self.position // alignment) * alignment
         return GGUFHeader(
             path=self.path,

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pvec.errors import InputError, PvecError
+from pvec.errors import InputError, PvecError, StoreError
 from pvec.projection.inputs import Source, is_same_file
 from pvec.projection.token_output import token_folder
 from pvec.runs.files import WriterLock, atomic_write, probe_target
 from pvec.runs.jsonl import read_jsonl
+from pvec.runs.manifest import read_manifest
+from pvec.runs.summary import TOKENS_KIND
 from pvec.types import OutputOptions
 
 
@@ -49,8 +51,11 @@ def require_free(target: Path, output: OutputOptions) -> None:
     """Raise ``InputError`` or ``StoreError`` where the output cannot be written."""
     probe_target(target)
     tokens = token_folder(target)
-    if output.tokens and tokens.exists() and not output.overwrite:
-        raise InputError(f"{tokens} is there already: give --overwrite to replace it.")
+    if output.tokens and tokens.exists():
+        if not output.overwrite:
+            raise InputError(f"{tokens} is there already: give --overwrite to replace it.")
+        if not _holds_tokens(tokens):
+            raise InputError(f"{tokens} holds no tokens of pvec and is not replaced: rename it.")
     if target.exists() and not (output.in_place or output.overwrite):
         raise InputError(
             f"{target} is there already: give --overwrite to replace it, --out for another place, "
@@ -84,6 +89,13 @@ def write_filtered(paths: tuple[Path, Path], source: Source, *, removed: np.ndar
             writers.append(stack.enter_context(source.table.writer(stream, columns=())))
         for (row, _), gone in zip(source.rows(), removed.tolist(), strict=True):
             writers[gone].write(row, {})
+
+
+def _holds_tokens(folder: Path) -> bool:
+    try:
+        return bool(read_manifest(folder)["kind"] == TOKENS_KIND)
+    except StoreError:
+        return False
 
 
 @contextmanager

@@ -81,6 +81,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if wrong is None:
         timings = [session.get("timings") or {} for session in manifest["sessions"]]
         wrong = misfit(timings, [{...: float}], "timings")
+        wrong = wrong or misfit(manifest.get("calibration", {}), {...: str}, "calibration")
     if wrong is not None:
         raise _damaged(path, f"it has no {wrong!r}, or another kind of value there")
     safe: dict[str, Any] = without_secrets(manifest)
