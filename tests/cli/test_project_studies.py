@@ -115,6 +115,18 @@ def test_a_difference_is_the_response_minus_the_models_own(
         assert float(row["evil_layer2_difference"]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
+def test_thinking_that_is_left_out_of_training_answers_is_told(
+    model: Path, vector: Path, tmp_path: Path
+) -> None:
+    data = write_samples(tmp_path / "data.jsonl", answers="<think>plan</think> start", count=3)
+    options = ("--model", model, "--vector", vector, "--layer", LAYER, "--max-tokens", 8)
+    done = pvec("screen", data, *options, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    told = " ".join(done.err.split())
+    assert "responses: 3 answers think: their" in told
+    assert "tokens of thinking are left out" in told
+
+
 def test_the_filter_takes_what_lies_above_the_clean_percentile(
     project: Call, tmp_path: Path
 ) -> None:

@@ -156,6 +156,12 @@ def test_the_layer_beside_a_vector_counts_from_0_or_1_and_no_other_is_taken(
         assert loaded(path, layer=layer)[0].steering_layers == (layer,)
 
 
+def test_a_first_block_is_not_offered_as_layer_0(tmp_path: Path) -> None:
+    path = write(tmp_path / "v.pt", {"vector": torch.full((WIDTH,), 7.0), "layer": 0})
+    with pytest.raises(InputError, match=r"add --layer 1 if they do\.$"):
+        loaded(path, layer=None)
+
+
 def test_one_of_several_vectors_is_named(tmp_path: Path) -> None:
     content = {"calm": numbered(0, DEPTH), "evil": -numbered(0, DEPTH)}
     for path in (write(tmp_path / "v.pt", content), write(tmp_path / "w.npz", content)):

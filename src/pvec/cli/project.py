@@ -18,7 +18,6 @@ from pvec.cli.options import (
     options,
     settings_from,
 )
-from pvec.cli.render import thinking_note
 from pvec.errors import InputError
 from pvec.types import OutputOptions
 
@@ -92,22 +91,16 @@ def project(
 
 def _render(console: Console, result: ProjectResult) -> None:
     """Show what was added to a file, and what was odd about its rows."""
-    counts = result.counts
-    notes = [
-        (result.left_out, "rows left out that cannot be used"),
-        (counts.empty, "answers without a token (empty cells)"),
-        (counts.unanswered, "conversations that do not end with an answer"),
-        (counts.truncated, "rows longer than the context (their prompt's beginning was cut)"),
-        (counts.cut_answers, "of them with an answer that is longer by itself (it was cut too)"),
-        (counts.merged, "answers whose first token began in the prompt"),
-        (counts.thinking, thinking_note(counts.think_tokens)),
-        (len(result.kept), "columns kept as they were (--overwrite computes them again)"),
-        (result.resumed, "rows done before"),
-    ]
     console.print(f"{result.input}: {result.rows:,} rows on {result.model}")
-    for number, text in notes:
-        if number:
-            console.print(f"  {number:,} {text}")
+    if result.left_out:
+        console.print(f"  {result.left_out:,} rows left out that cannot be used")
+    for note in result.counts.notes:
+        console.print(f"  {note}")
+    if result.kept:
+        kept = len(result.kept)
+        console.print(f"  {kept:,} columns kept as they were (--overwrite computes them again)")
+    if result.resumed:
+        console.print(f"  {result.resumed:,} rows done before")
     if result.output is None:
         console.print("nothing to do: every column is there")
         return

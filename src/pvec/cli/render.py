@@ -233,15 +233,9 @@ def bar(value: float, longest: float) -> str:
     return "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
 
 
-def thinking_note(tokens: int) -> str:
-    """Return what is said, after their number, of answers whose thinking is left out."""
-    return (
-        f"answers think: their {tokens:,} tokens of thinking are left out, while the reference "
-        f"implementation counts them (--thinking on includes them)"
-    )
-
-
 def _render_thinking(console: Console, thinking: Thinking) -> None:
+    from pvec.data.spans import thinking_note
+
     if not thinking.answers:
         return
     if thinking.averaged:

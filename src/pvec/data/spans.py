@@ -49,6 +49,27 @@ class Counts:
         """Return the counts of both."""
         return Counts(**{k: v + getattr(other, k) for k, v in vars(self).items()})
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of them, each a line; nothing where all rows are ordinary."""
+        lines = (
+            (self.empty, "answers without a token (empty cells)"),
+            (self.unanswered, "conversations that do not end with an answer"),
+            (self.truncated, "rows longer than the context (their prompt's beginning was cut)"),
+            (self.cut_answers, "of them with an answer that is longer by itself (it was cut too)"),
+            (self.merged, "answers whose first token began in the prompt"),
+            (self.thinking, thinking_note(self.think_tokens)),
+        )
+        return tuple(f"{number:,} {text}" for number, text in lines if number)
+
+
+def thinking_note(tokens: int) -> str:
+    """Return what is said, after their number, of answers whose thinking is left out."""
+    return (
+        f"answers think: their {tokens:,} tokens of thinking are left out, while the reference "
+        f"implementation counts them (--thinking on includes them)"
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spans:

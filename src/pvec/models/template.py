@@ -67,7 +67,7 @@ class ChatFormat:
             )
         if self.thinking is not None:
             notes.append(
-                "the chat template has a thinking mode: thinking is off unless --thinking on"
+                "the chat template has a thinking mode: off by default, enabled by --thinking on"
             )
         return tuple(notes)
 

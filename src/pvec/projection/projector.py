@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -240,13 +240,19 @@ def project_table(
     stage: str,
 ) -> np.ndarray:
     """Return the last turns' projections ``[conversations, columns]`` in float64, NaN where there
-    is none. ``stage`` names the progress.
+    is none. ``stage`` names the progress; the user is told of rows that were cut or think.
     """
     project, remaining = projector(session, plan, turns="last"), iter(conversations)
     rows: list[Values] = []
+    counts = Counts()
     while chunk := list(islice(remaining, session.settings.project.chunk_rows)):
-        rows += [turns[0] for turns in project(chunk).require_all()]
+        projections = project(chunk)
+        rows += [turns[0] for turns in projections.require_all()]
+        counts += projections.counts
         session.on_progress(Progress(stage=stage, done=len(rows), total=total, unit="rows"))
+    # Rows without an answer are the caller's to tell: prompts alone have none.
+    for note in replace(counts, empty=0, unanswered=0).notes:
+        session.notify(f"{stage}: {note}")
     return np.array(rows, dtype=np.float64).reshape(len(rows), len(plan.columns()))
 
 

@@ -266,9 +266,10 @@ def _rows(
     if content.ndim != 1:
         return content, {ROW_0: "embedding"}, ()
     if own_layer.isdecimal() and layer not in {int(own_layer), int(own_layer) + 1}:
+        otherwise = f"; otherwise --layer {own_layer}" if int(own_layer) else ""
         raise InputError(
             f"{path} holds a vector of layer {own_layer} and does not say whether blocks count "
-            f"from 0: add --layer {int(own_layer) + 1} if they do; otherwise --layer {own_layer}."
+            f"from 0: add --layer {int(own_layer) + 1} if they do{otherwise}."
         )
     if layer is None or not 1 <= layer <= MOST_LAYERS:
         raise InputError(
