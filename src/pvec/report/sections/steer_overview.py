@@ -23,14 +23,17 @@ def overview_section(summaries: Sequence[tuple[RunData, SweepSummary]]) -> Secti
         for run, _, pick in picks
         if (difference := pick.point.differences.get(run.trait)) is not None
     )
+    steered = sum(bool(sweep.picks) for _, sweep in summaries)
     columns = ("run", "picked", "unsteered", "steered", "coherence", "random", "prompt")
     table = Table(columns=columns, rows=tuple(_overview_row(run, pick) for run, _, pick in picks))
     return Section(
         id="steering",
         title="Steering, run by run",
         summary=(
-            f"In {raised} of {len(summaries)} evaluations the picked steering raises the trait on "
+            f"In {raised} of {steered} evaluations the picked steering raises the trait on "
             f"held-out questions by more than chance (95 %)."
+            if steered
+            else f"None of {len(summaries)} evaluations has a picked steering."
         ),
         figures=(*_grid_figures(picks), _overview_figure(picks)) if picks else (),
         source=", ".join(dict.fromkeys(run.source for run, _ in summaries)),

@@ -108,7 +108,9 @@
       const heading = pvec.marked(element("h4"), `${data.questions[answer[1]]} `, words);
       if (several) heading.append(element("small", "", `answer ${answer[2] + 1}`));
       const columns = element("div", "columns");
-      columns.append(side(data, other(answer), Number(left.value), words));
+      if (left.value !== right.value) {
+        columns.append(side(data, other(answer), Number(left.value), words));
+      }
       columns.append(side(data, answer, Number(right.value), words));
       pair.append(heading, columns);
       return pair;
