@@ -57,7 +57,7 @@ def test_thinking_is_off_unless_asked_for_where_there_is_a_switch() -> None:
     tokenizer = tiny_tokenizer(THINKING)
     assert chat.render_prompt(tokenizer, [USER]).endswith("<think>\n\n</think>\n\n")
     assert chat.render_prompt(tokenizer, [USER], thinking=True).endswith("assistant\n")
-    assert any("thinking is off" in note for note in chat_format(tokenizer).notes)
+    assert any("thinking mode: off by default" in note for note in chat_format(tokenizer).notes)
     assert chat_format(tiny_tokenizer()).notes == ()
 
 
