@@ -1,7 +1,8 @@
 """Which sequences are computed together. Pure planning: no tensors, no model.
 
 Rows of one forward are padded to the longest, so they are taken by length. Several answers to one
-prompt need the prompt only once; prompts of one length stand side by side without any padding.
+prompt need the prompt only once, and prompts that begin alike their beginning; these stand side by
+side by length, without any padding.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from pvec.activations.beginnings import common_beginnings
 from pvec.types import TokenSpans
 
 _MIN_SHARED_TOKENS = 64
@@ -63,6 +65,8 @@ def plan_window(window: Sequence[TokenSpans], *, share: bool) -> list[Work]:
         prompt = sequence.token_ids[: prompt_length(sequence)]
         groups[(prompt, tuple(i.fingerprint for i in sequence.steering))].append(sequence)
     by_length: dict[int, list[list[TokenSpans]]] = defaultdict(list)
+    for length, group in _of_beginnings([g[0] for g in groups.values() if len(g) == 1]):
+        by_length[length].append(group)
     for group in groups.values():
         if len(group) > 1 and prompt_length(group[0]) > 0:
             by_length[prompt_length(group[0])].append(group)
@@ -73,6 +77,25 @@ def plan_window(window: Sequence[TokenSpans], *, share: bool) -> list[Work]:
     ]
     chosen = {id(s) for work in shared for group in work.groups for s in group}
     return [*shared, Work(length=0, groups=[[s] for s in ordered if id(s) not in chosen])]
+
+
+def _of_beginnings(sequences: Sequence[TokenSpans]) -> Iterator[tuple[int, list[TokenSpans]]]:
+    """Yield groups whose prompts begin alike, and the length of what they share.
+
+    What is shared ends before the last prompt token. Each of its tokens is in the same spans of all
+    sequences of a group: a span that begins there is the same one and reaches further.
+    """
+    alike: dict[tuple[object, ...], list[TokenSpans]] = defaultdict(list)
+    for sequence in sequences:
+        last = prompt_length(sequence) - 1
+        begun = {name: span for name, span in sequence.spans.items() if span[0] < last}
+        if all(stop >= last for _, stop in begun.values()):
+            starts = tuple(sorted((name, start) for name, (start, _) in begun.items()))
+            alike[(starts, tuple(i.fingerprint for i in sequence.steering))].append(sequence)
+    for group in alike.values():
+        bodies = [sequence.token_ids[: prompt_length(sequence) - 1] for sequence in group]
+        for beginning in common_beginnings(bodies):
+            yield beginning.length, [group[member] for member in beginning.members]
 
 
 def rows_that_fit(lengths: Sequence[int], *, token_budget: int) -> int:

@@ -2,7 +2,7 @@
 
 Only embedding and blocks run. The hooks compute the means on the device in float32, so that only
 ``[rows, layers, H]`` is kept of a batch; it is copied to the host while the next batch runs.
-Answers to the same prompt share its computation.
+Answers to the same prompt share its computation, and prompts that of their common beginning.
 """
 
 from __future__ import annotations
@@ -192,7 +192,9 @@ class CaptureRunner:
         def run(start: int, stop: int) -> Sums:
             if prefix is None:
                 return self._forward(rows[start:stop], start=0)
-            sums = prefix.sums.of_rows(owners[start:stop])
+            heads = [groups[owner][0] for _, owner in owned[start:stop]]
+            shares = self._shares(rows[start:stop], heads, length=shared)
+            sums = prefix.sums.of_rows(owners[start:stop], shares)
             if len(rows[start].token_ids) == shared:
                 return sums  # the longest answer is empty
             cache = continue_from(prefix.cache, owners[start:stop])
@@ -274,6 +276,22 @@ class CaptureRunner:
                     inside = slice(max(first - start, 0), max(last - start, 0))
                     weights[b, s, inside] = 1.0 / (last - first)
         return torch.from_numpy(weights).to(self._decoder.device)
+
+    def _shares(
+        self, rows: Sequence[TokenSpans], heads: Sequence[TokenSpans], *, length: int
+    ) -> torch.Tensor | None:
+        """Return the token counts of the spans of ``heads`` over those of ``rows``, ``[B, S]``.
+
+        Of spans that begin in the first ``length`` tokens, which both have; None where all of these
+        are equal, as they are in equal prompts.
+        """
+        shares = np.ones((len(rows), len(self._names)), dtype=np.float32)
+        for b, (row, head) in enumerate(zip(rows, heads, strict=True)):
+            for s, name in enumerate(self._names):
+                (first, last), (begin, end) = (x.spans.get(name, (0, 0)) for x in (row, head))
+                if first < length and last > first:
+                    shares[b, s] = (end - begin) / (last - first)
+        return None if (shares == 1).all() else torch.from_numpy(shares).to(self._decoder.device)
 
     def _steerer(
         self, rows: Sequence[TokenSpans], *, lengths: list[int], start: int

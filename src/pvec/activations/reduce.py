@@ -32,10 +32,17 @@ class Sums:
     norms: torch.Tensor
     along: torch.Tensor | None = None
 
-    def of_rows(self, rows: torch.Tensor) -> Sums:
-        """Return the parts of rows chosen by number, repeats allowed."""
+    def of_rows(self, rows: torch.Tensor, shares: torch.Tensor | None = None) -> Sums:
+        """Return the parts of rows chosen by number, repeats allowed.
+
+        ``shares`` ``[rows, S]`` multiply them: the spans' token counts in the row that was computed
+        over those in the row that the part is for, where they differ.
+        """
         along = None if self.along is None else self.along[rows]
-        return Sums(self.means[rows], self.norms[rows], along)
+        means, norms = self.means[rows], self.norms[rows]
+        if shares is not None:
+            means, norms = means * shares[..., None, None], norms * shares[..., None]
+        return Sums(means, norms, along)
 
     def plus(self, other: Sums) -> Sums:
         """Return the sum of two parts of the same rows; the tokens of ``other`` follow."""

@@ -20,6 +20,9 @@ Result = TypeVar("Result")
 
 _MOST_ROWS = 512
 _PREFILL_TOKENS = 16_384
+_CPU_PREFILL_TOKENS = 1024
+_CPU_LOGITS = 1 << 25
+"""A CPU is fastest while what one pass computes stays within its cache."""
 _SAMPLING_BYTES = 32
 """Working memory per row and vocabulary entry while sampling (float64 copies)."""
 _SAMPLES = 7
@@ -56,11 +59,13 @@ class BatchLimits:
 def limits_for(device: torch.device, *, bytes_per_token: int, vocab_size: int) -> BatchLimits:
     """Return limits under which at most three quarters of the free memory become cache."""
     free = _free_bytes(device)
+    on_cpu = device.type == "cpu"
     rows = min(_MOST_ROWS, int(free * 0.1) // (vocab_size * _SAMPLING_BYTES))
     return BatchLimits(
         rows=max(rows, 1),
         cached_tokens=max(int(free * 0.75) // bytes_per_token, 1),
-        logits=max(min(int(free * 0.05) // 4, 1 << 28), vocab_size),
+        prefill_tokens=_CPU_PREFILL_TOKENS if on_cpu else _PREFILL_TOKENS,
+        logits=max(min(int(free * 0.05) // 4, _CPU_LOGITS if on_cpu else 1 << 28), vocab_size),
     )
 
 

@@ -116,6 +116,11 @@ class Steerer:
             steering.touched = np.concatenate([self._counts(layer), other._counts(layer)])
         self._plans, self._rows, self._layers = joined._plans, joined._rows, joined._layers
 
+    def count_on(self, other: Steerer, rows: Sequence[int]) -> None:
+        """Count on from ``other``, which ran the tokens before: row ``k`` from its ``rows[k]``."""
+        for layer, steering in self._layers.items():
+            steering.touched = other._counts(layer)[list(rows)]
+
     def _counts(self, layer: int) -> np.ndarray:
         """Return the counts ``[B, roles]`` at a layer; zero where no row is steered there."""
         if layer in self._layers:

@@ -1,7 +1,8 @@
 """Exact log-probabilities of answers' tokens, many answers after the same prompt in one pass.
 
-Every prompt of a batch is run once, whatever the number of answers that are scored after it; the
-answers then run behind copies of its cache. Logits are computed for the answers' tokens alone.
+Every prompt of a batch is run once, whatever the number of answers that are scored after it, and so
+is what prompts begin with; the answers then run behind copies of its cache. Logits are computed for
+the answers' tokens alone.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from pvec.backends.hf.forward import CausalModel, left_padded
+from pvec.backends.hf.forward import CausalModel
 from pvec.backends.hf.kvcache import RowCache
+from pvec.backends.hf.prefill import Prompt, prefill
 from pvec.backends.hf.rows import Notify
 from pvec.errors import ModelError
 from pvec.models.memory import BatchLimits, run_in_batches
@@ -34,7 +36,7 @@ def answer_logprobs(
     yield from run_in_batches(
         order,
         lambda queue: _take(queue, pairs, model, limits),
-        lambda now: run(model, [pairs[index] for index in now]),
+        lambda now: run(model, [pairs[index] for index in now], limits),
         limits=limits,
         notify=notify,
         unit="answers",
@@ -58,56 +60,74 @@ def _check(
 def _take(
     queue: deque[int], pairs: Sequence[Pair], model: CausalModel, limits: BatchLimits
 ) -> list[int]:
-    """Take the pairs of one batch: what the cache, one pass and its logits have room for."""
+    """Take the pairs whose prompts are in the cache at once."""
     taken = [queue.popleft()]
     width = len(pairs[taken[0]][1])
     while queue and model.row_cache:
         prompt, answer = pairs[queue[0]]
         rows, width = len(taken) + 1, max(width, len(answer))
-        if (
-            rows > limits.rows
-            or rows * (len(prompt) + width) > min(limits.cached_tokens, limits.prefill_tokens)
-            or rows * width * model.vocab_size > limits.logits
-        ):
+        if rows > limits.rows or rows * (len(prompt) + width) > limits.cached_tokens:
             break
         taken.append(queue.popleft())
     return taken
 
 
 @torch.inference_mode()
-def _run(model: CausalModel, pairs: Sequence[Pair]) -> list[np.ndarray]:
+def _run(model: CausalModel, pairs: Sequence[Pair], limits: BatchLimits) -> list[np.ndarray]:
     """Return the log-probabilities of each answer's tokens, float32 ``[tokens]``."""
-    number = {prompt: row for row, prompt in enumerate(dict.fromkeys(p for p, _ in pairs))}
-    rows = [number[prompt] for prompt, _ in pairs]
-    cache = RowCache()
-    ids, real, positions = left_padded(list(number), pad_id=model.pad_id, device=model.device)
-    mask = None if bool(real.all()) else real
-    first = model.forward(ids, mask=mask, positions=positions, cache=cache).log_softmax(dim=-1)
-    scores = [[first[row, answer[0]]] for row, (_, answer) in zip(rows, pairs, strict=True)]
-    width = max(len(answer) for _, answer in pairs) - 1
-    if width:
-        cache.keep(rows)
-        # Fillers stand behind the answer, where none of its tokens sees them.
-        bodies = torch.full((len(pairs), width + 1), model.pad_id, dtype=torch.long)
-        for row, (_, answer) in enumerate(pairs):
-            bodies[row, : len(answer)] = torch.tensor(answer)
-        bodies = bodies.to(model.device)
-        lengths = torch.tensor([len(prompt) for prompt, _ in pairs], device=model.device)
-        logits = model.forward(
-            bodies[:, :-1],
-            mask=None if mask is None else torch.nn.functional.pad(real[rows], (0, width), value=1),
-            positions=lengths[:, None] + torch.arange(width, device=model.device),
-            cache=cache,
-            all_logits=True,
-        )  # [R, W, V]
-        chosen = logits.gather(2, bodies[:, 1:, None])[..., 0] - logits.logsumexp(dim=-1)
-        for row, (_, answer) in enumerate(pairs):
-            scores[row].extend(chosen[row, : len(answer) - 1])
-    return [torch.stack(row).float().cpu().numpy() for row in scores]
+    prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
+    done = prefill(
+        model,
+        [Prompt(token_ids=prompt, length=len(prompt)) for prompt in prompts],
+        most_tokens=limits.prefill_tokens,
+    )
+    assert isinstance(done.cache, RowCache), "rows of other caches run alone"
+    row_of = {prompts[number]: row for row, number in enumerate(done.order)}
+    rows = torch.tensor([row_of[prompt] for prompt, _ in pairs], device=done.logits.device)
+    first = torch.tensor([answer[0] for _, answer in pairs], device=done.logits.device)
+    sums = done.logits.logsumexp(dim=-1)
+    begun = (done.logits[rows, first] - sums[rows]).cpu().numpy()
+    scores: list[np.ndarray] = [begun[n : n + 1] for n in range(len(pairs))]
+    longest_first = sorted(range(len(pairs)), key=lambda n: -len(pairs[n][1]))
+    queue = deque(n for n in longest_first if len(pairs[n][1]) > 1)
+    while queue:
+        width = len(pairs[queue[0]][1]) - 1
+        most = min(limits.prefill_tokens, limits.logits // model.vocab_size) // width
+        now = [queue.popleft() for _ in range(min(max(most, 1), len(queue)))]
+        cache = done.cache.selected([row_of[pairs[n][0]] for n in now])
+        for n, rest in zip(now, _behind(model, [pairs[n] for n in now], cache), strict=True):
+            scores[n] = np.concatenate([scores[n], rest])
+    return scores
+
+
+def _behind(model: CausalModel, pairs: Sequence[Pair], cache: RowCache) -> list[np.ndarray]:
+    """Return the log-probabilities of all tokens but the first of answers behind their prompts."""
+    lengths = torch.tensor([len(prompt) for prompt, _ in pairs], device=model.device)
+    cache.drop_columns(cache.columns - int(lengths.max()))
+    width = max(len(answer) for _, answer in pairs)
+    # Fillers stand behind the answer, where none of its tokens sees them.
+    ids = torch.full((len(pairs), width), model.pad_id, dtype=torch.long)
+    for row, (_, answer) in enumerate(pairs):
+        ids[row, : len(answer)] = torch.tensor(answer)
+    ids = ids.to(model.device)
+    past = torch.arange(cache.columns, device=ids.device) >= cache.columns - lengths[:, None]
+    places = torch.arange(width - 1, device=ids.device)
+    logits = model.forward(
+        ids[:, :-1],
+        mask=None
+        if bool(past.all())
+        else torch.nn.functional.pad(past, (0, width - 1), value=True),
+        positions=lengths[:, None] + places,
+        cache=cache,
+        all_logits=True,
+    )  # [R, W - 1, V]
+    chosen = logits.gather(2, ids[:, 1:, None])[..., 0] - logits.logsumexp(dim=-1)
+    values = chosen.cpu().numpy()
+    return [values[row, : len(answer) - 1] for row, (_, answer) in enumerate(pairs)]
 
 
 @torch.inference_mode()
-def _run_alone(model: CausalModel, pairs: Sequence[Pair]) -> list[np.ndarray]:
+def _run_alone(model: CausalModel, pairs: Sequence[Pair], _limits: BatchLimits) -> list[np.ndarray]:
     """Run each pair as one sequence: for models whose layers keep other state than keys, values."""
     scores = []
     for prompt, answer in pairs:

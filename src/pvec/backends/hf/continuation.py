@@ -156,9 +156,7 @@ class _Scorer:
             positions = torch.arange(len(self._prefix), device=ids.device)[None]
             self._model.forward(ids, mask=None, positions=positions, cache=cache)
             self._prefix_cache = cache
-        copy = self._prefix_cache.copy()
-        copy.keep([0] * rows)
-        return copy
+        return self._prefix_cache.selected([0] * rows)
 
     def _run_tree(
         self, prompts: Sequence[tuple[int, ...]], lengths: torch.Tensor, cache: RowCache

@@ -1,8 +1,8 @@
 """The decode loop: many answers at once, each as if it ran alone.
 
 Requests wait in a queue, longest prompts first. Rows that finish leave the batch at once and the
-gap is filled from the queue, so the model always works on many rows. A prompt that several requests
-share is run once. Everything about a row (its draws, its steering, its counts) depends on its
+gap is filled from the queue, so the model always works on many rows. What several prompts begin
+with is run once. Everything about a row (its draws, its steering, its counts) depends on its
 request only.
 """
 
@@ -16,13 +16,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pvec.backends.base import NOT_FINITE
-from pvec.backends.hf.forward import CausalModel, left_padded
-from pvec.backends.hf.kvcache import RowCache, StateCache
+from pvec.backends.hf.forward import CausalModel
+from pvec.backends.hf.kvcache import RowCache
+from pvec.backends.hf.prefill import Prefilled, Prompt, prefill
 from pvec.backends.hf.rows import Notify, Row, admit, alike, shrink, take
 from pvec.backends.hf.sampling import sample_tokens
 from pvec.models.memory import BatchLimits, unless_out_of_memory
 from pvec.steering.hooks import Steerer
-from pvec.steering.positions import roles_by_length
 from pvec.types import FinishReason, Generation, Progress, Request, StreamChunk
 
 _REFILL_BELOW = 0.75
@@ -133,57 +133,44 @@ class _Batch:
         self._lengths: list[int] = []  # real tokens in the cache, per row
 
     def extend(self, rows: Sequence[Row], *, prefill_tokens: int) -> None:
-        """Add rows: run each distinct prompt once, a limited number of tokens at a time."""
+        """Add rows: run each distinct prompt once, and what prompts begin with once."""
+        if not rows:
+            return
         self.rows = [*self.rows, *rows]  # before anything can fail: no row gets lost
         shared: dict[object, list[Row]] = {}
         for row in rows:
             shared.setdefault(row.shared_key, []).append(row)
         groups = list(shared.values())
-        ready = self.rows[: len(self.rows) - len(rows)]
-        while groups:
-            width = max(len(group[0].sequence) for group in groups)
-            now = max(prefill_tokens // width, 1) if self._model.row_cache else len(groups)
-            ready += self._prefill(groups[:now])
-            groups = groups[now:]
-        self.rows = ready
+        prompts = [
+            Prompt(
+                token_ids=row.sequence,
+                length=len(row.request.prompt_ids),
+                steering=row.request.steering,
+            )
+            for row, *_ in groups
+        ]
+        done = prefill(self._model, prompts, most_tokens=prefill_tokens)
+        groups = [groups[number] for number in done.order]
+        if len(rows) > len(groups):
+            copies = [index for index, group in enumerate(groups) for _ in group]
+            with torch.inference_mode():
+                done.cache.keep(copies)
+                done.logits = done.logits[copies]
+            done.steerer.select(copies)
+        ready = [row for group in groups for row in group]
+        self._join(done, [len(row.sequence) for row in ready])
+        self.rows = [*self.rows[: len(self.rows) - len(rows)], *ready]
 
     @torch.inference_mode()
-    def _prefill(self, groups: Sequence[Sequence[Row]]) -> list[Row]:
-        firsts = [group[0] for group in groups]
-        ids, real, positions = left_padded(
-            [row.sequence for row in firsts], pad_id=self._model.pad_id, device=self._model.device
-        )
-        steerer = Steerer(self._model.decoder, [row.request.steering for row in firsts])
-        prompts = torch.tensor([len(row.request.prompt_ids) for row in firsts], device=ids.device)
-        steerer.set_roles(roles_by_length(real, prompts))
-        cache = self._model.new_cache()
-        logits = self._model.forward(
-            ids, mask=_mask(real), positions=positions, cache=cache, steerer=steerer
-        )
-        copies = [index for index, group in enumerate(groups) for _ in group]
-        if len(copies) > len(groups):
-            cache.keep(copies)
-            steerer.select(copies)
-            logits = logits[copies]
-        self._join(cache, steerer, logits, [len(firsts[index].sequence) for index in copies])
-        return [row for group in groups for row in group]
-
-    def _join(
-        self,
-        cache: RowCache | StateCache,
-        steerer: Steerer,
-        logits: torch.Tensor,
-        lengths: list[int],
-    ) -> None:
-        room = len(self.rows)
+    def _join(self, done: Prefilled, lengths: list[int]) -> None:
         if self._steerer is None or not self._lengths:
-            self._cache, self._steerer, self._logits = cache, steerer, logits
+            self._cache, self._steerer, self._logits = done.cache, done.steerer, done.logits
         else:
             assert isinstance(self._cache, RowCache), "rows join a row cache only"
-            assert isinstance(cache, RowCache), "rows join a row cache only"
-            self._cache.join(cache, room=room)
-            self._steerer.join(steerer)
-            self._logits = torch.cat([self._logits, logits])
+            assert isinstance(done.cache, RowCache), "rows join a row cache only"
+            self._cache.join(done.cache, room=len(self.rows))
+            self._steerer.join(done.steerer)
+            self._logits = torch.cat([self._logits, done.logits])
         self._lengths = self._lengths + lengths
 
     @torch.inference_mode()
@@ -268,7 +255,3 @@ def _with_holes_filled(kept: list[int]) -> list[int]:
     moving = [row for row in kept if row >= len(kept)]
     taken = set(staying)
     return [row if row in taken else moving.pop() for row in range(len(kept))]
-
-
-def _mask(real: torch.Tensor) -> torch.Tensor | None:
-    return None if bool(real.all()) else real

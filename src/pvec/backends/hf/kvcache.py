@@ -47,12 +47,24 @@ class RowCache(Cache):
         for layer, added in zip(self._growing(), other._growing(), strict=True):
             layer.join(added, room=room)
 
-    def copy(self) -> RowCache:
-        """Return a cache with its own storage and the same content."""
-        twin = RowCache()
-        for index, layer in enumerate(self._growing()):
-            twin.update(layer.keys, layer.values, index)
+    def selected(self, rows: Sequence[int]) -> RowCache:
+        """Return a cache with its own storage, whose row ``k`` is row ``rows[k]`` of this one."""
+        twin, index = RowCache(), torch.tensor(rows)
+        for number, layer in enumerate(self._growing()):
+            chosen = index.to(layer.keys.device)
+            twin.update(layer.keys[chosen], layer.values[chosen], number)
         return twin
+
+    def close_gaps(self, real: torch.Tensor) -> None:
+        """Move the columns that are ``real`` (bool ``[rows, columns]``) to the right end.
+
+        They keep their order; what is left of them is padding.
+        """
+        width = int(real.sum(dim=1).max())
+        # a stable sort: padding first, then the real columns in their order
+        order = real.long().argsort(dim=1, stable=True)[:, -width:]
+        for layer in self._growing():
+            layer.apply(lambda arena: arena.take_columns(order))
 
     def _growing(self) -> list[GrowingLayer]:
         return [layer for layer in self.layers if isinstance(layer, GrowingLayer)]
@@ -144,6 +156,13 @@ class _Arena:
     def drop_columns(self, count: int) -> None:
         """Forget the first ``count`` columns."""
         self._first += count
+
+    def take_columns(self, columns: torch.Tensor) -> None:
+        """Keep in row ``r`` the columns ``columns[r]``, in that order."""
+        view = self.view
+        index = columns.to(view.device)[:, None, :, None]
+        self._buffer = view.gather(2, index.expand(-1, view.shape[1], -1, view.shape[3]))
+        self._first, self._last = 0, columns.shape[1]
 
     def join(self, states: torch.Tensor, *, room: int) -> None:
         """Append rows; the shorter of the two is padded with zeros on the left."""
