@@ -6,6 +6,7 @@ are saved in its usual form once, and a GGUF model is a folder like any other fr
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 import tempfile
@@ -66,10 +67,24 @@ def dequantise_options(path: Path) -> dict[str, Any]:
     return options
 
 
+def _build_name_maps_once() -> None:
+    """Keep the table of tensor names, which transformers builds anew for every module of a model.
+
+    That took two thirds of the time in which a model of 30 layers is loaded.
+    """
+    import gguf
+
+    library: Any = gguf
+    if not hasattr(library.get_tensor_name_map, "cache_info"):
+        library.get_tensor_name_map = functools.cache(library.get_tensor_name_map)
+
+
 @contextmanager
 def dequantising(on_progress: Callable[[Progress], None]) -> Iterator[None]:
     """Report the tensors that transformers dequantises to ``on_progress``, in place of its bar."""
     from transformers import modeling_gguf_pytorch_utils as reader
+
+    _build_name_maps_once()
 
     def counted(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
         for done, tensor in enumerate(tensors):
