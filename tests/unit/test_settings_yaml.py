@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from pvec.documents import read_yaml
 from pvec.errors import InputError
-from pvec.settings import read_yaml
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,7 @@
 and command line. The types of the sections are in ``pvec.settings.sections``.
 """
 
-from pvec.documents import read_yaml
 from pvec.settings.resolve import Resolved, load_dotenv, resolve
 from pvec.settings.tree import Settings
 
-__all__ = ["Resolved", "Settings", "load_dotenv", "read_yaml", "resolve"]
+__all__ = ["Resolved", "Settings", "load_dotenv", "resolve"]

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from dotenv import dotenv_values
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from pvec.documents import read_yaml
 from pvec.errors import InputError, did_you_mean
 from pvec.settings.tree import ENV_PREFIX, RENAMED, Settings, env_name, fields, value_of
 
@@ -107,6 +105,8 @@ def load_dotenv(
     environ = os.environ if environ is None else environ
     if not path.is_file():
         return frozenset()
+    from dotenv import dotenv_values
+
     try:
         written = dotenv_values(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -176,6 +176,8 @@ def _from_file(config_file: Path | None) -> Iterator[tuple[str, Any, str]]:
     path = config_file or CONFIG_FILE
     if config_file is None and not path.is_file():
         return
+    from pvec.documents import read_yaml  # help needs neither YAML nor .env
+
     tree = read_yaml(path)
     if tree is None:
         return

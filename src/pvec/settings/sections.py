@@ -23,6 +23,7 @@ class Section(BaseModel):
         extra="forbid",
         use_attribute_docstrings=True,
         allow_inf_nan=False,
+        defer_build=True,  # of validators: help needs none
         coerce_numbers_to_str=True,  # `layer: 20` in a file means the text "20"
     )
 
@@ -136,7 +137,7 @@ automatically when memory runs out (default: 1024 on a CPU, 16384 on an accelera
     max_batch_rows: int = Field(default=512, ge=1)
     """Maximum number of sequences in one batch"""
 
-    vllm: VLLMSettings = VLLMSettings()
+    vllm: VLLMSettings = Field(default_factory=VLLMSettings)
 
 
 class GenerationSettings(Section):

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
 from pvec.settings.sections import (
@@ -63,16 +63,16 @@ apostrophe in front"""
 class Settings(Section):
     """The whole tree. ``Settings()`` is the defaults, ``resolve`` reads what the user set."""
 
-    model: ModelSettings = ModelSettings()
-    backend: BackendSettings = BackendSettings()
-    generation: GenerationSettings = GenerationSettings()
-    judge: JudgeSettings = JudgeSettings()
-    author: AuthorSettings = AuthorSettings()
-    filter: FilterSettings = FilterSettings()
-    extract: ExtractSettings = ExtractSettings()
-    steer: SteerSettings = SteerSettings()
-    project: ProjectSettings = ProjectSettings()
-    paths: PathSettings = PathSettings()
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    backend: BackendSettings = Field(default_factory=BackendSettings)
+    generation: GenerationSettings = Field(default_factory=GenerationSettings)
+    judge: JudgeSettings = Field(default_factory=JudgeSettings)
+    author: AuthorSettings = Field(default_factory=AuthorSettings)
+    filter: FilterSettings = Field(default_factory=FilterSettings)
+    extract: ExtractSettings = Field(default_factory=ExtractSettings)
+    steer: SteerSettings = Field(default_factory=SteerSettings)
+    project: ProjectSettings = Field(default_factory=ProjectSettings)
+    paths: PathSettings = Field(default_factory=PathSettings)
 
 
 @cache
