@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pvec.report.axes import XAxis
+from pvec.report.axes import XAxis, YAxis
 from pvec.report.dots import Dot, scatter
 from pvec.report.figure import Cell, Figure, Table
 from pvec.report.grids import Grid, heat_map
@@ -38,7 +38,7 @@ def dots(
         title=title,
         caption=caption,
         x=XAxis(label=x_label),
-        y_label=y_label,
+        y=YAxis(label=y_label),
         dots=points,
         style="joined" if joined else "plain",
         table=Table(columns=("group", "point", *sides), rows=rows),

@@ -13,7 +13,7 @@ from examples.paper.numbers import Check, mean_ci, over_seeds, overall
 from examples.paper.replication import Replication, Results, join_words, verdict_clause
 from examples.paper.sizes import Size
 from examples.paper.steps import Result
-from pvec.report.axes import XAxis, exact
+from pvec.report.axes import SCORE_AXIS, XAxis, YAxis, exact
 from pvec.report.dots import Dot, bars, scatter
 from pvec.report.figure import Figure, Table
 from pvec.report.figures import histogram
@@ -160,7 +160,7 @@ def _cloud(results: Results, trait: str, study: str) -> Figure:
         title=f"{trait}, {study}",
         caption="One point per prompt and seed.",
         x=XAxis(label=f"projection of the last prompt token, layer {LAST}"),
-        y_label=f"{trait} score",
+        y=YAxis(label=f"{trait} score", limits=SCORE_AXIS),
         dots=dots,
     )
 

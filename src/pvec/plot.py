@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pvec.errors import InputError
 from pvec.report.axes import XAxis, exact
-from pvec.report.figures import Line, Panel, line_chart
+from pvec.report.figures import Level, Line, Panel, line_chart
 from pvec.report.report import sections_of
 from pvec.report.vectors import cosine_figure, layer_figure
 from pvec.vectors.projection import cosine
@@ -78,10 +78,13 @@ def cosines(vectors: Vectors, *, layer: int, kind: VectorKind = DEFAULT_KIND) ->
     return cosine_figure(list(named), [[float(cosine(a, b)) for b in rows] for a in rows]).canvas()
 
 
-def tokens(readings: Iterable[tuple[str, Mapping[str, float]]]) -> Figure:
+def tokens(
+    readings: Iterable[tuple[str, Mapping[str, float]]], *, vectors: Vectors | None = None
+) -> Figure:
     """Return the projections of an answer token by token, as ``pvec.monitor`` yields them.
 
-    Raises ``InputError`` when there is no token.
+    With the ``vectors`` it was given, each has axes of its own with the mean projections of its
+    extraction's negative and positive answers. Raises ``InputError`` when there is no token.
 
     >>> drawn = pvec.plot.tokens([("Crush", {"evil_layer3": 2.5}), (" them", {"evil_layer3": 4})])
     >>> drawn.axes[0].get_xlabel()
@@ -95,13 +98,28 @@ def tokens(readings: Iterable[tuple[str, Mapping[str, float]]]) -> Figure:
         Line(label=name, x=places, points=[exact(values[name]) for _, values in read])
         for name in read[0][1]
     ]
+    known = {} if vectors is None else _named(vectors)
+    panels = [
+        Panel(label=one.label, lines=[one], levels=_levels(one.label, known)) for one in lines
+    ]
     return line_chart(
         name="tokens",
         title="Projections token by token",
         caption="".join(text for text, _ in read),
         x=XAxis(label="token of the answer"),
-        panels=[Panel(label="projection", lines=lines)],
+        panels=panels if known else [Panel(label="projection", lines=lines)],
     ).canvas()
+
+
+def _levels(column: str, vectors: Mapping[str, PersonaVector]) -> list[Level]:
+    """Return where the extraction's answers lie on the axis of ``NAME_layerL``, where known."""
+    name, _, layer = column.rpartition("_layer")
+    stats = vectors[name].stats if name in vectors else {}
+    return [
+        Level(label=f"{word} answers", value=exact(float(stats[key][int(layer)])))
+        for word, key in (("negative", "proj_response_neg"), ("positive", "proj_response_pos"))
+        if key in stats
+    ]
 
 
 def _named(vectors: Vectors) -> dict[str, PersonaVector]:

@@ -44,6 +44,9 @@ LEVEL = 0.95
 SCORES = (0.0, 100.0)
 """The scale of a judge's scores."""
 
+FEW_PAIRS = 8
+"""A correlation of fewer pairs is not shown: almost any order of so few is a high one."""
+
 _UNSEEN = 0.025
 """As many unseen questions at either end of the scale are reckoned with: ten questions that all
 scored 0 do not show that every question does."""

@@ -26,6 +26,7 @@ OLD_RUNS = Path(__file__).parents[1] / "data" / "runs-0.1"
 KINDS = ("extract", "steer", "train", "monitor", "shift", "screen")
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
 IDENTITY: dict[str, Any] = {"trait": "evil", "model": "tiny", "adapter": None}
+AXES = {"evil_layer3": {"proj_response_neg": 8.0, "proj_response_pos": 12.5}}
 RNG = np.random.default_rng(7)
 
 
@@ -36,15 +37,41 @@ def main(folder: Path) -> None:
     for kind in KINDS:
         report.run([OLD_RUNS / kind], out=folder / f"{kind}.html")
     report.run([OLD_RUNS / kind for kind in KINDS], out=folder / "all.html")
+    report.run(grid(folder), out=folder / "grid.html")
+    report.run(
+        [OLD_RUNS / "train", copied(folder, "train", "again")], out=folder / "trainings.html"
+    )
     facts = {
         "screening": screening(folder),
         "tokens": tokens(folder, "tokens", answers=60, length=40),
         "beside": tokens(folder, "beside", answers=200, length=60, beside=True),
-        "sampled": tokens(folder, "sampled", answers=10_000, length=200),
+        "sampled": tokens(folder, "sampled", answers=10_000, length=500),
         "turns": turns(folder),
         "answers": many_answers(folder),
     }
     (folder / "facts.json").write_text(json.dumps(facts))
+
+
+def grid(folder: Path) -> list[Path]:
+    """Return evaluations of two models on two traits: one run, renamed."""
+    names = [("evil", "tiny"), ("evil", "large"), ("kind", "tiny"), ("kind", "large")]
+    runs = []
+    for trait, model in names:
+        path = copied(folder, "steer", f"{trait}-{model}")
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["identity"] |= {"trait": trait, "model": model}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        scores = (path / "scores.jsonl").read_text()
+        (path / "scores.jsonl").write_text(
+            scores.replace('"metric": "evil"', f'"metric": "{trait}"')
+        )
+        runs.append(path)
+    return runs
+
+
+def copied(folder: Path, kind: str, name: str) -> Path:
+    """Return a copy of an old run."""
+    return Path(shutil.copytree(OLD_RUNS / kind, folder / "runs" / name))
 
 
 def screening(folder: Path) -> dict[str, Any]:
@@ -179,7 +206,7 @@ def _token_run(
     path: Path, records: list[TokenRecord], columns: list[tuple[str, int]], *, turns: str
 ) -> None:
     with Run.open_or_create(path, kind=TOKENS_KIND, identity=IDENTITY) as run:
-        run.begin_session(command=["pvec", "project"])
+        run.begin_session(command=["pvec", "project"], projection_axes=AXES)
         run.end_session()
     for number, start in enumerate(range(0, len(records), 500)):
         write_tokens(path, number, records[start : start + 500], columns=len(columns))

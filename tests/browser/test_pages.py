@@ -27,8 +27,8 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 WIDE, NARROW = 1440, 390
-KINDS = ("extract", "steer", "train", "monitor", "shift", "screen", "all", "screening", "tokens",
-         "beside", "sampled", "turns", "answers")  # fmt: skip
+KINDS = ("extract", "steer", "train", "monitor", "shift", "screen", "all", "grid", "trainings",
+         "screening", "tokens", "beside", "sampled", "turns", "answers")  # fmt: skip
 LIKE_OTHERS = ("all", "beside", "sampled")
 """Pages made of what other pages have, which axe need not read twice."""
 MINUS = "−"
@@ -108,15 +108,20 @@ def test_a_page_opens_without_an_error_and_is_accessible(
     assert hacked is None
 
 
-@pytest.mark.parametrize("kind", ["extract", "steer", "train", "monitor", "shift", "screen"])
+@pytest.mark.parametrize(
+    "kind", ["extract", "steer", "train", "monitor", "shift", "screen", "grid", "trainings"]
+)
 def test_every_mark_of_a_figure_says_what_it_is(wide: Opened, kind: str) -> None:
     page = wide.open(kind)
     for figure in page.locator("figure").all():
         assert figure.locator("svg title").count() > 0
 
 
-def test_a_series_is_switched_off_and_on_by_its_key(wide: Opened) -> None:
-    page = wide.open("steer")
+@pytest.mark.parametrize("kind", ["extract", "steer", "train", "monitor", "grid", "turns"])
+def test_a_series_is_switched_off_and_on_by_its_key(wide: Opened, kind: str) -> None:
+    page = wide.open(kind)
+    for summary in page.locator("details.still > summary").all():
+        summary.click()
     key = page.locator("figure .key[role=button]").first
     marks = page.locator(
         f"figure [data-series='{key.get_attribute('data-series')}']:not(.key)"
@@ -127,6 +132,36 @@ def test_a_series_is_switched_off_and_on_by_its_key(wide: Opened) -> None:
     assert marks.evaluate("node => getComputedStyle(node).display") == "none"
     key.click()
     assert marks.evaluate("node => getComputedStyle(node).display") != "none"
+
+
+@pytest.mark.parametrize("kind", ["extract", "monitor", "shift", "screening", "tokens", "turns"])
+def test_every_control_is_reached_by_keyboard_and_shows_where_the_focus_is(
+    wide: Opened, kind: str
+) -> None:
+    page = wide.open(kind)
+    page.wait_for_timeout(200)
+    every = page.evaluate(
+        """() => {
+          const controls = [...document.querySelectorAll(
+            "a[href], button, select, input, summary, [tabindex='0']")];
+          return controls.filter((node) => node.checkVisibility({ visibilityProperty: true }))
+            .map((node, i) => { node.dataset.place = i; return i; });
+        }"""
+    )
+    assert every
+    reached = set()
+    for _ in range(len(every) + 5):
+        page.keyboard.press("Tab")
+        place, outline = page.evaluate(
+            """() => [document.activeElement.dataset.place,
+                      getComputedStyle(document.activeElement).outlineStyle]"""
+        )
+        if place is None:
+            break
+        handle = page.locator(f"[data-place='{place}']")
+        assert outline != "none" or handle.get_attribute("role") == "slider"
+        reached.add(int(place))
+    assert reached == set(every)
 
 
 def test_a_wide_table_says_so_keeps_its_first_column_and_scrolls_by_keyboard(
@@ -196,7 +231,7 @@ def test_tokens_show_their_values_to_pointer_and_keyboard(wide: Opened, facts: A
     assert text.inner_text() == fact["text"]
     assert card.locator("h4").inner_text().startswith(f"line {fact['order'][0]} ")
     text.locator("span").nth(5).hover()
-    shown = f"evil, layer 3 {fact['first'][5][0]:.3g}"[:18]
+    shown = f"evil, layer 3 {fact['first'][5][0]:.1f}"
     assert shown in page.locator(".tip").inner_text()
     text.focus()
     for _ in range(3):
@@ -249,6 +284,25 @@ def test_a_page_that_holds_a_sample_says_so_and_lists_all(wide: Opened) -> None:
     expect(page.locator(".pair .tokens").first).to_be_visible()
     page.get_by_label("Order", exact=True).select_option(label="as in the file")
     expect(page.locator(".pair").filter(has_text="--beside").first).to_be_visible()
+
+
+def test_the_extractions_means_are_lines_of_the_chart_and_of_the_strips(wide: Opened) -> None:
+    page = wide.open("turns")
+    titles = page.locator(".chart .level title").all_inner_texts()
+    assert [title.split(": ")[1] for title in titles] == ["8.0", "12.5"]
+    expect(page.locator(".token-legend")).to_contain_text("extraction's positive answers: 12.5")
+    assert page.locator(".pair .strip").first.locator(".level").count() == 2
+    page.get_by_label("Projection on").select_option(label="kind, layer 3")
+    expect(page.locator(".chart .level")).to_have_count(0)
+
+
+def test_the_ticks_of_an_axis_have_the_same_decimals(wide: Opened) -> None:
+    for kind in ("turns", "screening"):
+        page = wide.open(kind)
+        texts = page.locator(".chart").first.locator("text[text-anchor=end]").all_inner_texts()
+        ticks = [text.removesuffix(" %") for text in texts if text[-1] in "0123456789%"]
+        assert len(ticks) > 2
+        assert len({len(tick.partition(".")[2]) for tick in ticks}) == 1, ticks
 
 
 def test_a_conversation_that_moved_can_be_read(wide: Opened, facts: Any) -> None:

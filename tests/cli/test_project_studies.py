@@ -372,6 +372,42 @@ def test_a_shift_is_the_difference_at_the_last_prompt_token(
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
+def test_trait_scores_of_runs_stand_beside_the_shifts_with_their_intervals(
+    project: Call, tmp_path: Path, model: Path, server: JudgeServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    adapters = [save_adapter(model, tmp_path / f"adapter{seed}", seed=seed) for seed in (1, 2)]
+    means = []
+    for number, adapter in enumerate((None, *adapters)):
+        out = tmp_path / "runs" / f"eval{number}"
+        own = ("--adapter", adapter) if adapter else ()
+        done = pvec("steer-eval", "--trait", "evil", "--model", model, *own, "--limit", 3,
+            "--rollouts", 2, "--max-tokens", 8, "--judge-url", server.url, "--out", out, "-q",
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        run = Run.read(out)
+        scores = run.scores_by_response()
+        plain = [r for r in run.responses() if r.system is None and not r.steering]
+        means.append(np.mean([scores[r.id]["evil"].score for r in plain]))
+    questions = write_prompts(tmp_path / "prompts.jsonl")
+    done = project("shift", model, *adapters, "--questions", questions, "--out", "run", base=False)
+    assert done.code == 0, done.err
+    assert "3 models are too few to state how shift and trait score correlate" in done.out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    found = [summary["trends"][0]["base_interval"]]
+    found += [shift["score_interval"] for shift in summary["shifts"]]
+    assert [interval["mean"] for interval in found] == pytest.approx(means)
+    for interval in found:
+        assert (interval["n"], interval["groups"]) == (6, 3)
+        assert 0 <= interval["low"] <= interval["mean"] <= interval["high"] <= 100
+    assert [shift["score"] for shift in summary["shifts"]] == pytest.approx(means[1:])
+    assert pvec("report", "run", "--out", "page.html").code == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "trait score (95 %)" in page
+    assert "not given (n = 3)" in page
+
+
 def test_a_second_shift_from_one_base_leaves_the_first_alone(
     project: Call, tmp_path: Path, model: Path
 ) -> None:

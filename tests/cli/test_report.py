@@ -196,7 +196,7 @@ def test_conditions_are_in_the_order_of_layers_and_coefficients_whoever_finished
     run = sweep_run(Path("steer"), coefs=(1, 0.25, -0.5, 1.5, -1))
     assert pvec("report", str(run)) == 0
     conditions = embedded((run / "report.html").read_text())["conditions"]
-    coefs = ("-1", "-0.5", "0.25", "1", "1.5")
+    coefs = ("\u22121", "\u22120.5", "0.25", "1", "1.5")
     assert conditions == [
         "unsteered", "prompted for", "prompted against",
         *(f"{label} · layer {layer} · coef {coef}"

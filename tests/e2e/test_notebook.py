@@ -42,7 +42,7 @@ def test_it_was_committed_as_one_run_from_top_to_bottom() -> None:
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [o for cell in cells for o in cell.outputs if o.output_type == "error"]
     assert not [o for cell in cells for o in cell.outputs if o.get("name") == "stderr"]
-    assert pictures(read()) == 2
+    assert pictures(read()) == 3
 
 
 def test_it_shows_nothing_of_the_machine_it_ran_on() -> None:
@@ -66,7 +66,7 @@ def test_it_runs_and_shows_what_it_says(tmp_path: Path, monkeypatch: pytest.Monk
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     )
     client.execute()
-    assert pictures(notebook) == 2
+    assert pictures(notebook) == 3
     for trait in ("evil", "optimistic"):
         found = means(notebook, trait)
         assert found["coef 1"] > found["unsteered"] + 30

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from pvec import __version__
-from pvec.report.axes import SCORE_AXIS, Reference, Scale, XAxis, exact
+from pvec.cli.render import r_interval
+from pvec.report.axes import SCORE_AXIS, Reference, Scale, XAxis, YAxis, exact
 from pvec.report.dots import Dot, bars, scatter
 from pvec.report.figure import Difference, Figure, Table
 from pvec.report.figures import Level, Line, Panel, histogram, line_chart
@@ -23,7 +24,7 @@ from pvec.report.sections.common import RunData
 from pvec.report.sections.projections import correlation_text
 from pvec.report.style import PALETTE, RAMP, SERIES, decimals, number, series_colours
 from pvec.runs.store import Run
-from pvec.stats import Interval
+from pvec.stats import Correlation, Interval
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -224,7 +225,8 @@ def every_kind() -> list[Figure]:
         ], **words),
         histogram(name="counts", x=XAxis(label="evil"), groups=[("a", [1.0, 2.0]), ("b", [5.0])],
                   **words),
-        scatter(name="dots", x=XAxis(label="projection"), y_label="evil", dots=dots, **words),
+        scatter(name="dots", x=XAxis(label="projection"), y=YAxis(label="evil"), dots=dots,
+                **words),
         bars(name="bars", label="shift", groups=["I", "II"],
              series={"evil": [point(-4.0), point(60.0)], "kind": [point(1.0), None]}, **words),
         heat_map(grid, name="cells", **words),
@@ -274,11 +276,11 @@ def test_an_exported_figure_says_what_it_is_and_where_it_is_from(figure: Figure)
 
 def test_a_bar_too_small_to_see_has_its_value_written() -> None:
     drawn = bars(
-        name="b", title="t", caption="c", label="shift", groups=["tiny", "large"],
-        series={"evil": [exact(0.01), exact(900.0)]},
+        name="b", title="t", caption="c", label="shift", groups=["tiny", "small", "large"],
+        series={"evil": [exact(0.01), exact(2.5), exact(900.0)]},
     )  # fmt: skip
     written = [text.get_text() for text in drawn.canvas().axes[0].texts]
-    assert written == ["0.0100", "900"]
+    assert written == ["0.0100", "2.5", "900.0"]
 
 
 def test_numbers_of_a_column_have_the_same_decimals_and_a_true_minus() -> None:
@@ -308,9 +310,22 @@ def test_decimals_follow_the_largest_number() -> None:
 def test_a_correlation_of_few_points_is_not_stated() -> None:
     known = {"r": 0.998, "low": 0.9, "high": 0.9999, "n": 4}
     assert correlation_text(known) == "not given (n = 4)"
+    assert correlation_text({**known, "n": 7}) == "not given (n = 7)"
+    assert r_interval(Correlation(**known, missing=0)) == "too few (4)"
+    assert r_interval(Correlation(**{**known, "n": 8}, missing=0)) == "1.00 [0.90, 1.00]"
     assert correlation_text({**known, "n": 40}) == "> 0.99 (0.90 to 1.00, n = 40)"
     low = {"r": -0.18, "low": -0.5, "high": 0.2, "n": 40}
     assert correlation_text(low) == "\u22120.18 (\u22120.50 to 0.20, n = 40)"
+
+
+def test_an_axis_of_scores_goes_from_0_to_100_whatever_was_scored() -> None:
+    dots = [Dot(group="a", x=exact(v), y=exact(50.0 + v)) for v in (0.0, 1.0)]
+    (axis,) = scatter(
+        name="d", title="t", caption="c", x=XAxis(label="x"), dots=dots,
+        y=YAxis(label="evil score", limits=SCORE_AXIS),
+    ).canvas().axes  # fmt: skip
+    assert list(axis.get_yticks()) == [0, 25, 50, 75, 100]
+    assert axis.get_ylim() == (-4, 104)
 
 
 def test_projections_are_drawn_beside_the_extractions_means_and_in_residual_norms(
@@ -330,7 +345,9 @@ def test_projections_are_drawn_beside_the_extractions_means_and_in_residual_norm
         unknown = data.projection_axis("projection", "evil", 4, of="prompt")
         assert unknown == XAxis(label="projection", references=[], top=None)
     dots = [Dot(group="a", x=exact(v), y=exact(50.0)) for v in (-100.0, 0.0, 100.0)]
-    drawn = scatter(name="d", title="t", caption="c", x=axis, y_label="evil", dots=dots).canvas()
+    drawn = scatter(
+        name="d", title="t", caption="c", x=axis, y=YAxis(label="evil"), dots=dots
+    ).canvas()
     (second,) = drawn.axes[0].child_axes
     drawn.draw_without_rendering()
     low, high = drawn.axes[0].get_xlim()

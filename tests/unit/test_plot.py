@@ -90,3 +90,14 @@ def test_a_layer_that_a_vector_does_not_have_is_refused() -> None:
         pvec.plot.cosines(vector("evil"), layer=9)
     with pytest.raises(InputError, match="no token"):
         pvec.plot.tokens([])
+
+
+def test_tokens_stand_beside_the_extractions_answers() -> None:
+    stats = {"proj_response_neg": np.arange(5.0), "proj_response_pos": np.arange(5.0) + 10}
+    evil = PersonaVector(trait="evil", kinds=vector("evil").kinds, stats=stats)
+    readings = [(" a", {"evil_layer3": 4.0, "kind_layer3": 1.0})] * 2
+    drawn = pvec.plot.tokens(readings, vectors={"evil": evil})
+    first, second = drawn.axes
+    assert {line.get_ydata()[0] for line in first.lines} == {3.0, 4.0, 13.0}
+    assert {line.get_ydata()[0] for line in second.lines} == {1.0}
+    assert len(pvec.plot.tokens(readings).axes) == 1

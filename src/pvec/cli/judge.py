@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -62,23 +63,28 @@ def _write_figures(result: CompareResult) -> list[Path]:
     """Write a confusion plot, and its numbers, for every metric into the run."""
     from pvec.report.confusion import confusion
     from pvec.report.figure import write_figures
+    from pvec.report.sections.common import RunData
+    from pvec.runs.store import Run
 
-    figures = [confusion(agreement) for agreement in result.agreements]
+    source = RunData(run=Run.read(result.run), judge=None).source
+    figures = [confusion(agreement, source=source) for agreement in result.agreements]
     return write_figures(figures, result.run / "figures", formats=("svg",))
 
 
 def _render_comparison(console: Console, result: CompareResult, *, files: Sequence[Path]) -> None:
     if result.report is not None:
         render_judge(console, result.report)
+    from pvec.stats import FEW_PAIRS
+
     console.print(f"first judge:  {result.first}")
     console.print(f"second judge: {result.second}")
     rows = [
         (
             found.metric,
             found.n,
-            f"{found.agreement:.0%}",
-            f"{found.kappa:.2f}",
-            f"{found.spearman.r:.2f}",
+            f"{found.agreement:.1%}",
+            "–" if math.isnan(found.kappa) else f"{found.kappa:.2f}",
+            f"{found.spearman.r:.2f}" if found.n >= FEW_PAIRS else "–",
             found.both,
             found.only_first,
             found.only_second,

@@ -43,7 +43,11 @@ def intervals(values: Sequence[Interval | None]) -> list[str]:
 
 
 def r_interval(value: Correlation) -> str:
-    """Return ``0.71 [0.60, 0.79]``."""
+    """Return ``0.71 [0.60, 0.79]``; ``too few (4)`` of pairs that are no evidence of one."""
+    from pvec.stats import FEW_PAIRS
+
+    if value.n < FEW_PAIRS:
+        return f"too few ({value.n})"
     return with_interval(value.r, value.low, value.high, digits=2)
 
 

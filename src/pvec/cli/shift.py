@@ -86,6 +86,8 @@ def shift(
 
 def _render(console: Console, result: ShiftResult) -> None:
     """Show shifts by checkpoint, and how they go with trait scores."""
+    from pvec.stats import FEW_PAIRS
+
     console.print(f"shift from {result.base} over {result.prompts:,} prompts")
     labels = {name: model_label(name) for name in result.checkpoints}
     if len(set(labels.values())) < len(labels):
@@ -95,17 +97,23 @@ def _render(console: Console, result: ShiftResult) -> None:
             labels[item.checkpoint],
             f"{item.vector} @ {item.layer}",
             shift,
-            "–" if item.score is None else f"{item.score:.1f}",
+            score,
         )
-        for item, shift in zip(
-            result.shifts, intervals([item.shift for item in result.shifts]), strict=True
+        for item, shift, score in zip(
+            result.shifts,
+            intervals([item.shift for item in result.shifts]),
+            intervals([item.score_interval for item in result.shifts]),
+            strict=True,
         )
     ]
-    console.print(table(("checkpoint", "vector", "shift [95 %]", "trait score"), rows))
+    console.print(table(("checkpoint", "vector", "shift [95 %]", "trait score [95 %]"), rows))
     for trend in result.trends:
         console.print(
             f"{trend.vector} @ {trend.layer}: shift and trait score correlate at "
             f"r {r_interval(trend.pearson)}, by rank {r_interval(trend.spearman)} "
-            f"({trend.pearson.n} models)",
+            f"({trend.pearson.n} models)"
+            if trend.pearson.n >= FEW_PAIRS
+            else f"{trend.vector} @ {trend.layer}: {trend.pearson.n} models are too few to state "
+            f"how shift and trait score correlate (from {FEW_PAIRS} on)",
         )
     render_next(console, result.next, model=result.base)

@@ -30,7 +30,7 @@ from pvec.runs.responses import stable_hash
 from pvec.runs.store import Run
 from pvec.runs.summary import SHIFT_KIND, SUMMARY, read_summary, write_summary
 from pvec.settings import Settings
-from pvec.stats import Correlation, Interval, correlation, grouped_mean
+from pvec.stats import SCORES, Correlation, Interval, correlation, grouped_mean
 from pvec.traits.trait import load_trait
 from pvec.types import DEFAULT_OUTPUT, OutputOptions, Progress
 
@@ -38,7 +38,8 @@ from pvec.types import DEFAULT_OUTPUT, OutputOptions, Progress
 @dataclass(frozen=True, kw_only=True)
 class Shift:
     """One checkpoint along one vector at one layer: its shift in units of the residual stream with
-    a 95 % interval over prompts, and the trait score of its answers where a run has it.
+    a 95 % interval over prompts, and the trait score of its answers where a run has it, alone and
+    with its interval over questions.
     """
 
     checkpoint: str
@@ -46,13 +47,14 @@ class Shift:
     layer: int
     shift: Interval
     score: float | None = None
+    score_interval: Interval | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftTrend:
     """How shifts go with trait scores over the checkpoints that have both, by value and by rank.
 
-    The base counts too, at shift 0, where a run holds its ``base_score``.
+    The base counts too, at shift 0, where a run holds its ``base_score`` (``base_interval``).
     """
 
     vector: str
@@ -60,6 +62,7 @@ class ShiftTrend:
     base_score: float | None
     pearson: Correlation
     spearman: Correlation
+    base_interval: Interval | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,10 +274,12 @@ def _result(
             vector=vector,
             layer=layer,
             shift=grouped_mean(table[:, column], groups=range(len(table))),
-            score=scores.get((name, vectors.vectors[vector].trait)),
+            score=score.mean if score is not None else None,
+            score_interval=score,
         )
         for name, table in ((n, t.reshape(len(t), -1)) for n, t in values.items())
         for column, (vector, layer) in enumerate(vectors.columns)
+        for score in [scores.get((name, vectors.vectors[vector].trait))]
     ]
     return ShiftResult(
         run=folder,
@@ -290,7 +295,7 @@ def _result(
 def _trends(
     shifts: Sequence[Shift],
     base: str,
-    scores: Mapping[tuple[str, str], float],
+    scores: Mapping[tuple[str, str], Interval],
     vectors: LoadedVectors,
 ) -> Iterator[ShiftTrend]:
     for vector, layer in vectors.columns:
@@ -301,13 +306,14 @@ def _trends(
         ]
         base_score = scores.get((base, vectors.vectors[vector].trait))
         if base_score is not None:
-            pairs.append((0.0, base_score))
+            pairs.append((0.0, base_score.mean))
         if len(pairs) >= 3:
             x, y = zip(*pairs, strict=True)
             yield ShiftTrend(
                 vector=vector,
                 layer=layer,
-                base_score=base_score,
+                base_score=base_score.mean if base_score is not None else None,
+                base_interval=base_score,
                 pearson=correlation(x, y),
                 spearman=correlation(x, y, method="spearman"),
             )
@@ -315,7 +321,7 @@ def _trends(
 
 def _scores(
     settings: Settings, models: Sequence[str], vectors: LoadedVectors
-) -> Iterator[tuple[tuple[str, str], float]]:
+) -> Iterator[tuple[tuple[str, str], Interval]]:
     """Yield the mean trait scores of unsteered, uninstructed answers that runs hold of a model."""
     traits = {vector.trait for vector in vectors.vectors.values()}
     places = {_place(name): name for name in models}
@@ -330,14 +336,15 @@ def _scores(
             continue
         scores = store.scores_by_response()
         for trait in traits:
-            values = [
-                score.score
+            scored = [
+                (record.question_id, score.score)
                 for record in store.responses()
                 if not record.steering and record.system is None
                 if (score := scores.get(record.id, {}).get(trait)) and score.score is not None
             ]
-            if values:
-                yield (name, trait), float(np.mean(values))
+            if scored:
+                questions, values = zip(*scored, strict=True)
+                yield (name, trait), grouped_mean(values, groups=questions, limits=SCORES)
 
 
 def _place(name: str) -> str:

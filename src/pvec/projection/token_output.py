@@ -105,7 +105,9 @@ def open_token_output(
     }  # fmt: skip
     with ExitStack() as stack:
         store = stack.enter_context(Run.open_or_create(folder, kind=TOKENS_KIND, identity=identity))
-        stack.enter_context(store.session(**manifest_sections(session)))
+        stack.enter_context(
+            store.session(projection_axes=vectors.axes(), **manifest_sections(session))
+        )
         output = TokenOutput(store, session, vectors)
         yield output
         output.finish(path)

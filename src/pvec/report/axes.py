@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pvec.report.figure import interval_text
-from pvec.report.style import INK, name_key, name_marks, printable, short_number
+from pvec.report.style import INK, PAPER, name_key, name_marks, printable, short_number
 from pvec.stats import Interval
 
 if TYPE_CHECKING:
@@ -42,6 +42,14 @@ class XAxis:
     label: str
     references: Sequence[Reference] = ()
     top: Scale | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class YAxis:
+    """What y means: its label, and what it covers at least (``SCORE_AXIS`` is covered exactly)."""
+
+    label: str
+    limits: tuple[float, float] | None = None
 
 
 def exact(value: float) -> Interval:
@@ -96,6 +104,7 @@ def draw_references(
                 xytext=(-2, -3) if inside else (0, 2), textcoords="offset points",
                 rotation=90 if inside else 0, ha="right" if inside else side,
                 va="top" if inside else "bottom", size=10, color=INK, annotation_clip=False,
+                bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1},
             )  # fmt: skip
 
 
@@ -165,8 +174,8 @@ def mark_x(axis: Axes, values: Sequence[float]) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def second_scale(axis: Axes, scale: Scale) -> None:
-    """Draw the second scale of x over the axes."""
+def second_scale(axis: Axes, scale: Scale, *, side: Literal["top", "right"] = "top") -> None:
+    """Draw the second scale of x over the axes, or that of y at their right."""
 
     def forth(x: Any) -> Any:
         return x * scale.factor
@@ -174,6 +183,10 @@ def second_scale(axis: Axes, scale: Scale) -> None:
     def back(x: Any) -> Any:
         return x / scale.factor
 
-    second = axis.secondary_xaxis("top", functions=(forth, back))
-    second.set_xlabel(printable(scale.label), size=10)
+    if side == "right":
+        second = axis.secondary_yaxis("right", functions=(forth, back))
+        second.set_ylabel(printable(scale.label), size=10)
+    else:
+        second = axis.secondary_xaxis("top", functions=(forth, back))
+        second.set_xlabel(printable(scale.label), size=10)
     second.tick_params(labelsize=10)

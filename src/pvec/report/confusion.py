@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pvec.judges.agreement import Agreement
 from pvec.report.figure import Figure
 from pvec.report.grids import Grid, heat_map
+from pvec.report.sections.projections import correlation_text
+from pvec.report.style import number
 
 
-def confusion(agreement: Agreement) -> Figure:
-    """Draw the four counts of a comparison in per cent of the answers that both judges scored."""
+def confusion(agreement: Agreement, *, source: str = "") -> Figure:
+    """Draw the four counts of a comparison in per cent of the answers that both judges scored.
+
+    ``source`` names model, run and date in the footer.
+    """
     found = agreement
     share = 100.0 / found.n
     high, low = f"≥ {found.threshold:g}", f"< {found.threshold:g}"
-    return heat_map(
+    figure = heat_map(
         Grid(
             columns=("second judge", (low, high)),
             rows=("first judge", (high, low)),
@@ -27,9 +34,10 @@ def confusion(agreement: Agreement) -> Figure:
         name=f"agreement_{found.metric}",
         title=f"Agreement on {found.metric}",
         caption=(
-            f"First judge: {found.first}; second judge: {found.second}. {found.n} answers that "
-            f"both scored; Cohen's kappa {found.kappa:.2f}, same "
-            f"side of {found.threshold:g}: {found.agreement:.0%}, rank correlation "
-            f"{found.spearman.r:.2f}."
+            f"First judge: {found.first}; second judge: {found.second}. {found.n:,} answers that "
+            f"both scored; Cohen's kappa {number(found.kappa, 2)}, same "
+            f"side of {found.threshold:g}: {found.agreement:.1%}, rank correlation "
+            f"{correlation_text(vars(found.spearman))}."
         ),
     )
+    return replace(figure, source=source)

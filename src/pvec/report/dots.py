@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pvec.report.axes import (
     XAxis,
+    YAxis,
+    cover,
     draw_legend,
     draw_x,
     interval_note,
@@ -18,7 +20,16 @@ from pvec.report.axes import (
     spans,
 )
 from pvec.report.figure import Cell, Figure, Table, interval_text
-from pvec.report.style import INK, MARKERS, MUTED, name_marks, number, printable, series_colours
+from pvec.report.style import (
+    INK,
+    MARKERS,
+    MUTED,
+    decimals,
+    name_marks,
+    number,
+    printable,
+    series_colours,
+)
 from pvec.stats import Interval
 
 if TYPE_CHECKING:
@@ -51,7 +62,7 @@ def scatter(
     title: str,
     caption: str,
     x: XAxis,
-    y_label: str,
+    y: YAxis,
     dots: Sequence[Dot],
     style: Literal["plain", "ordered", "joined"] = "plain",
     table: Table | None = None,
@@ -71,13 +82,15 @@ def scatter(
         ):
             own = [dot for dot in dots if dot.group == group]
             _draw_group(
-                axis, own, (x.label, y_label), i, colour,
+                axis, own, (x.label, y.label), i, colour,
                 joined=style == "joined", small=len(dots) > _FEW,
             )  # fmt: skip
         if style != "joined" and len(dots) <= _NAMED:
             _name_dots(axis, dots)
         draw_x([axis], x)
-        axis.set_ylabel(printable(y_label))
+        axis.set_ylabel(printable(y.label))
+        if y.limits is not None:
+            cover(axis, y.limits)
         if 1 < len(groups) <= _LEGEND:
             draw_legend(canvas, [axis], groups)
 
@@ -87,7 +100,7 @@ def scatter(
         name=name,
         title=title,
         caption=f"{caption}{interval_note(ends)}",
-        table=table or Table(columns=("group", x.label, y_label), rows=rows),
+        table=table or Table(columns=("group", x.label, y.label), rows=rows),
         draw=draw,
         size=(5.0, 3.5 + (legend_height(groups) if len(groups) <= _LEGEND else 0.0)),
     )
@@ -114,8 +127,10 @@ def bars(
         axis = canvas.subplots()
         colours = series_colours(len(series), ordered=ordered)
         for number_, (series_name, values) in enumerate(series.items()):
-            _draw_bars(axis, groups, values, label, name=series_name, series=number_,
-                       of=len(series), colour=colours[number_])  # fmt: skip
+            _draw_bars(
+                axis, list(zip(groups, values, strict=True)), label, name=series_name,
+                series=number_, of=len(series), colour=colours[number_], digits=digits,
+            )  # fmt: skip
         axis.set_yticks(range(len(groups)), [legible(group) for group in groups])
         axis.invert_yaxis()
         axis.grid(visible=False, axis="y")
@@ -126,6 +141,7 @@ def bars(
             draw_legend(canvas, [axis], list(series))
 
     drawn = [value for values in series.values() for value in values if value is not None]
+    digits = decimals([value.mean for value in drawn])
     rows_drawn = len(groups) * (1 + 0.45 * (len(series) - 1))
     height = min(9.0, 1.0 + 0.32 * rows_drawn + legend_height(list(series)))
     return Figure(
@@ -179,12 +195,16 @@ def _name_dots(axis: Axes, dots: Sequence[Dot]) -> None:
 
 
 def _draw_bars(
-    axis: Axes, groups: Sequence[str], values: Sequence[Interval | None], label: str, *, name: str,
-    series: int, of: int, colour: str,
+    axis: Axes, values: Sequence[tuple[str, Interval | None]], label: str, *, name: str,
+    series: int, of: int, colour: str, digits: int,
 ) -> None:  # fmt: skip
     thick = 0.8 / of
-    rows = [(row, v) for row, v in enumerate(values) if v is not None and math.isfinite(v.mean)]
-    for row, value in rows:
+    rows = [
+        (row, group, value)
+        for row, (group, value) in enumerate(values)
+        if value is not None and math.isfinite(value.mean)
+    ]
+    for row, group, value in rows:
         place = row + (series - (of - 1) / 2) * thick
         reach = spans([value])
         bar = axis.barh(
@@ -192,7 +212,7 @@ def _draw_bars(
             error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2},
             label=legible(name) if row == rows[0][0] else "_",
         )  # fmt: skip
-        own = groups[row] if of == 1 else f"{groups[row]}, {name}"
+        own = group if of == 1 else f"{group}, {name}"
         name_marks(bar.patches[0], [says(own, label, value)], series=series)
         if bar.errorbar is not None:
             for artist in (*bar.errorbar.lines[1], *bar.errorbar.lines[2]):
@@ -200,8 +220,9 @@ def _draw_bars(
         end = value.mean if reach is None else max(value.mean, value.high, key=abs)
         if value.mean < 0 and reach is not None:
             end = value.low
+        written = number(value.mean, digits if round(value.mean, digits) else None)
         text = axis.annotate(
-            number(value.mean), (end, place), xytext=(4 if value.mean >= 0 else -4, 0),
+            written, (end, place), xytext=(4 if value.mean >= 0 else -4, 0),
             textcoords="offset points", va="center", ha="left" if value.mean >= 0 else "right",
             size=9.5 if of < 3 else 8.5, color=INK,
         )  # fmt: skip

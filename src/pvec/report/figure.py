@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pvec import __version__
 from pvec.data.csv_table import defused
 from pvec.errors import InputError, StoreError
-from pvec.report.style import STYLE, decimals, number, printable, themed, with_titles
+from pvec.report.style import STYLE, decimals, number, printable, themed, true_minus, with_titles
 from pvec.stats import Interval
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _shown(cell: Cell, digits: int) -> str:
     if isinstance(cell, Interval):
         return interval_text(cell, digits, sign=isinstance(cell, Difference))
     if isinstance(cell, str):
-        return printable(cell)
+        return true_minus(printable(cell))
     return number(cell, 0 if isinstance(cell, int) else digits)
 
 

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pvec.report.axes import (
+    Scale,
     XAxis,
     cover,
     draw_legend,
@@ -24,6 +25,7 @@ from pvec.report.axes import (
     legible,
     mark_x,
     says,
+    second_scale,
     spans,
 )
 from pvec.report.figure import Cell, Figure, Table
@@ -75,13 +77,14 @@ class Panel:
     """One of a figure's stacked axes: a quantity with its lines and levels.
 
     ``limits`` are what the axis covers at least (``SCORE_AXIS``, 0 to 1 for a cosine), so that
-    noise is not drawn as structure.
+    noise is not drawn as structure. ``right`` is the second scale of the quantity.
     """
 
     label: str
     lines: Sequence[Line]
     levels: Sequence[Level] = ()
     limits: tuple[float, float] | None = None
+    right: Scale | None = None
 
 
 def line_chart(
@@ -220,6 +223,8 @@ def _draw_panel(
     axis.set_ylabel(printable(panel.label))
     if panel.limits is not None:
         cover(axis, panel.limits)
+    if panel.right is not None:
+        second_scale(axis, panel.right, side="right")
     if axis.get_xlim()[0] < 0 < axis.get_xlim()[1]:
         axis.axvline(0, color=GRID, linewidth=1.4, zorder=0.5)
 

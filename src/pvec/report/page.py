@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from pvec.report.figure import Figure, Table
-from pvec.report.style import css_variables, printable
+from pvec.report.style import css_variables, printable, true_minus
 
 if TYPE_CHECKING:
     import numpy as np
@@ -235,7 +235,7 @@ def _answers_json(section: Section, answers: Sequence[Answer]) -> str:
     left, right = section.compare or (conditions[0], conditions[-1])
     return embed_json(
         {
-            "conditions": conditions,
+            "conditions": list(map(true_minus, conditions)),
             "questions": questions,
             "metrics": metrics,
             "totals": [totals[condition] for condition in conditions],

@@ -169,6 +169,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub("\ufffd", text)
 
 
+def true_minus(name: str) -> str:
+    """Return a name as it is shown: ``coef -1`` of a condition with a true minus sign."""
+    return re.sub(r"(?<= )-(?=\d)", "\u2212", name)
+
+
 def decimals(values: Sequence[float]) -> int:
     """Return how many decimals show ``values`` alike: three digits of the largest, at least one.
 

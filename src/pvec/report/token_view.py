@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from pvec.report.style import decimals
 from pvec.runs.tokens import TokenRecord
 
 PASSAGE = 12
@@ -81,7 +82,10 @@ def token_view(
         part[list(group)] = number
     scales = [_scale(records, c) for c in range(len(columns))]
     data = {
-        "columns": [{"name": name, **scale} for name, scale in zip(columns, scales, strict=True)],
+        "columns": [
+            {"name": name, "digits": _digits(scale), **scale}
+            for name, scale in zip(columns, scales, strict=True)
+        ],
         "passage": PASSAGE,
         "line": [record.line for record in records],
         "turn": [record.turn for record in records],
@@ -152,6 +156,11 @@ def _scale(records: Sequence[TokenRecord], column: int) -> dict[str, float]:
     reach = float(np.percentile(np.abs(values - centre), 90)) or 1.0
     factor = max(1.0, float(np.abs(values).max()) / 60_000)  # half precision ends at 65,504
     return {"centre": centre, "reach": reach, "factor": factor}
+
+
+def _digits(scale: Mapping[str, float]) -> int:
+    """Return the decimals that show a column's numbers alike."""
+    return decimals([scale["centre"] - scale["reach"], scale["centre"] + scale["reach"]])
 
 
 def _top(records: Sequence[TokenRecord], passages: Passages, sign: int) -> list[dict[str, Any]]:

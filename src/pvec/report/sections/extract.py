@@ -105,15 +105,15 @@ class _Extraction:
             yield "There is no vector in this run yet."
 
     def _figures(self) -> Iterator[Figure]:
-        if self.scores:
-            yield self._histogram(self.trait, self._threshold("threshold"))
-            yield self._histogram(COHERENCE, self._threshold("min_coherence"))
         if self.vector is not None:
             yield layer_figure(
                 [(kind, self.vector, kind) for kind in self.vector.kinds],
                 name=f"{self.data.id}_by_layer",
                 title=f"{self.vector.trait}: vectors by layer",
             )
+        if self.scores:
+            yield self._histogram(self.trait, self._threshold("threshold"))
+            yield self._histogram(COHERENCE, self._threshold("min_coherence"))
 
     def _histogram(self, metric: str, threshold: float) -> Figure:
         groups = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pvec.report.axes import SCORE_AXIS, YAxis
 from pvec.report.dots import scatter
 from pvec.report.figure import Figure, Table
 from pvec.report.page import Chapter, Section
@@ -106,7 +107,7 @@ def _monitor_figures(run: RunData, stored: Summary) -> Iterator[Figure]:
             x=run.projection_axis(
                 "projection of the last prompt token", vector, layer, of="prompt"
             ),
-            y_label=f"{column['metric']} score",
+            y=YAxis(label=f"{column['metric']} score", limits=SCORE_AXIS),
             style="ordered"
             if len({p["condition"] for p in stored["points"][vector]}) > 2
             else "plain",

@@ -10,10 +10,7 @@ from typing import Any
 from pvec.report.axes import exact
 from pvec.report.dots import Dot
 from pvec.report.style import number
-from pvec.stats import Interval
-
-_FEW = 5
-"""Almost any order of fewer points is a high correlation."""
+from pvec.stats import FEW_PAIRS, Interval
 
 Summary = Mapping[str, Any]
 """What a command left in ``summary.json``, of a checked shape."""
@@ -39,10 +36,10 @@ def interval_of(value: Summary) -> Interval:
 
 
 def correlation_text(value: Summary) -> str:
-    """Return ``0.71 (0.60 to 0.79, n = 40)``; of fewer than ``_FEW`` pairs only their n."""
+    """Return ``0.71 (0.60 to 0.79, n = 40)``; of fewer than ``FEW_PAIRS`` only their n."""
     count = f"n = {value['n']:,}"
-    if value["r"] is None or value["n"] < _FEW:
+    r, low = (math.nan if value[part] is None else value[part] for part in ("r", "low"))
+    if math.isnan(r) or value["n"] < FEW_PAIRS:
         return f"not given ({count})"
-    r, known = value["r"], value["low"] is not None
-    ends = f"{number(value['low'], 2)} to {number(value['high'], 2)}, " if known else ""
+    ends = "" if math.isnan(low) else f"{number(low, 2)} to {number(value['high'], 2)}, "
     return f"{'> 0.99' if 0.995 <= r < 1 else number(r, 2)} ({ends}{count})"

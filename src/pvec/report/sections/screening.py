@@ -54,6 +54,9 @@ _SHAPE = {
 _SAMPLE = {"number": int, "question": str, "response": str, "natural": (str, NoneType),
            "line": int}  # fmt: skip
 
+_SETS = {"reference": "clean set", "data": "this data set"}
+"""Sets of ``samples.csv``, in the order and with the names of the page."""
+
 _PERCENTILES = (80.0, 90.0, 95.0, 97.5, 99.0, 99.5)
 
 
@@ -148,7 +151,9 @@ def _difference_figures(
             f"threshold is percentile {stored['percentile']:g} of the clean set.",
             x=_axis(run, column),
             y_label="samples",
-            groups=[(name, _known(table[:, c]).tolist()) for name, table in sets.items()],
+            groups=[
+                (_SETS[name], _known(sets[name][:, c]).tolist()) for name in _SETS if name in sets
+            ],
         )
 
 
@@ -237,7 +242,7 @@ def _cost_table(stored: Summary, sets: Mapping[str, np.ndarray]) -> Table:
                 (
                     column["vector"],
                     column["layer"],
-                    f"{percentile:g}",
+                    percentile,
                     limit,
                     int(gone.sum()),
                     100 * float(gone.mean()),

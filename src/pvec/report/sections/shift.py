@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from types import NoneType
+from typing import Any, Literal
 
-from pvec.report.axes import exact
+from pvec.report.axes import SCORE_AXIS, YAxis, exact
 from pvec.report.dots import Dot, bars, scatter
 from pvec.report.figure import Difference, Figure, Table, interval_text
 from pvec.report.page import Chapter, Section
@@ -23,10 +24,10 @@ from pvec.runs.names import model_label
 from pvec.runs.summary import read_summary
 from pvec.stats import Interval
 
-_SHAPE = {
+_SHAPE: Mapping[str, Any] = {
     "base": str,
-    "shifts": [{**PLACE, "checkpoint": str, "shift": MEAN, "score": NUMBER}],
-    "trends": [{**PLACE, "pearson": R, "spearman": R}],
+    "shifts": [{**PLACE, "checkpoint": str, "shift": MEAN, "score": NUMBER, ...: (MEAN, NoneType)}],
+    "trends": [{**PLACE, "pearson": R, "spearman": R, ...: (MEAN, *NUMBER)}],
 }  # fmt: skip
 """What this page reads of a summary."""
 
@@ -77,11 +78,11 @@ def _shift_table(shifts: Sequence[Summary]) -> Table:
             shift["layer"],
             Difference.of(interval_of(shift["shift"])),
             shift["shift"]["n"],
-            shift["score"],
+            _score(shift, "score"),
         )
         for shift in shifts
     )
-    columns = ("checkpoint", "vector", "layer", "shift (95 %)", "prompts", "trait score")
+    columns = ("checkpoint", "vector", "layer", "shift (95 %)", "prompts", "trait score (95 %)")
     return Table(columns=columns, rows=rows)
 
 
@@ -90,21 +91,21 @@ def _trend_figures(run: RunData, stored: Summary) -> Iterator[Figure]:
     for trend in stored["trends"]:
         vector, layer = trend["vector"], trend["layer"]
         points = [
-            (model_label(item["checkpoint"]), interval_of(item["shift"]), item["score"])
+            (model_label(item["checkpoint"]), interval_of(item["shift"]), score)
             for item in _at(stored["shifts"], trend)
-            if item["score"] is not None
+            if (score := _score(item, "score")) is not None
         ]
-        if trend.get("base_score") is not None:
+        if (base_score := _score(trend, "base")) is not None:
             base = f"{model_label(stored['base'])} (base)"
-            points.insert(0, (base, exact(0.0), trend["base_score"]))
+            points.insert(0, (base, exact(0.0), base_score))
         yield scatter(
             name=f"{run.id}_{vector}_layer{layer}_shift",
             title=f"Shift along {vector} at layer {layer} and trait score",
             caption=f"A point per model; r {correlation_text(trend['pearson'])}, by rank "
             f"{correlation_text(trend['spearman'])}.",
             x=run.projection_axis(f"shift along {vector}", vector, layer, of=None),
-            y_label="trait score",
-            dots=[Dot(group=name, label=name, x=x, y=exact(y)) for name, x, y in points],
+            y=YAxis(label="trait score", limits=SCORE_AXIS),
+            dots=[Dot(group=name, label=name, x=x, y=y) for name, x, y in points],
         )
 
 
@@ -129,6 +130,14 @@ def _bars_figure(run: RunData, stored: Summary) -> Figure:
         groups=[model_label(name) for name in names],
         series=by_place,
     )
+
+
+def _score(item: Summary, name: Literal["score", "base"]) -> Interval | None:
+    """Return a trait score, with its interval where the run is new enough to hold it."""
+    if item.get(f"{name}_interval") is not None:
+        return interval_of(item[f"{name}_interval"])
+    score = item.get("base_score" if name == "base" else name)
+    return None if score is None else exact(score)
 
 
 def _at(shifts: Sequence[Summary], place: Mapping[str, Any]) -> list[Summary]:

@@ -22,7 +22,7 @@ from pvec.report.page import Answer, Chapter, Section
 from pvec.report.sections.common import RunData, with_interval
 from pvec.report.sections.steer_overview import overview_section
 from pvec.report.sections.sweep_lines import control_line, sweep_line
-from pvec.report.style import number, short_number
+from pvec.report.style import number, short_number, true_minus
 
 _LINES = 6
 """More lines than this in one figure cannot be told apart; the heat map has them all."""
@@ -108,13 +108,14 @@ def _mean(point: Point, trait: str) -> float:
 
 def _notes(run: RunData, sweep: SweepSummary) -> Iterator[str]:
     for pick in sweep.picks:
+        name = true_minus(pick.point.name)
         if pick.held_out:
             yield (
-                f"{pick.point.name} is the {pick.reason}; the numbers above come from the other "
+                f"{name} is the {pick.reason}; the numbers above come from the other "
                 f"{pick.questions_for_reading}, which it was not chosen on."
             )
         else:
-            yield f"There is one question only, so {pick.point.name} was read where it was chosen."
+            yield f"There is one question only, so {name} was read where it was chosen."
     for vector in sweep.unpicked:
         yield f"No point was picked for {vector}."
     if sweep.missing:

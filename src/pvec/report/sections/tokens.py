@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pvec.report.axes import XAxis
+from pvec.report.axes import XAxis, exact
 from pvec.report.figure import Figure
-from pvec.report.figures import Line, Panel, line_chart
+from pvec.report.figures import Level, Line, Panel, line_chart
 from pvec.report.page import Chapter, Section, Widget
 from pvec.report.sections.common import RunData
+from pvec.report.style import number
 from pvec.report.token_view import PASSAGE, TokenView, token_view
 from pvec.runs.summary import read_summary
 from pvec.runs.tokens import TokenRecord, read_tokens
@@ -30,7 +31,10 @@ def _section(run: RunData) -> Section:
     stored = read_summary(run.path, shape=_SHAPE)
     records = list(read_tokens(run.path))
     columns = [f"{c['vector']}, layer {c['layer']}" for c in stored["columns"]]
+    axes = [_axis(run, c["vector"], c["layer"]) for c in stored["columns"]]
     view = token_view(records, columns, everything=run.everything)
+    for column, axis in zip(view.data["columns"], axes, strict=True):
+        column["means"] = [{"label": r.label, "value": _number(r.x)} for r in axis.references]
     data = Path(stored["data"]).name
     widgets = [_tokens(run, records, view)]
     figures: tuple[Figure, ...] = ()
@@ -38,7 +42,7 @@ def _section(run: RunData) -> Section:
         drift = [_drift(records, column) for column in range(len(columns))]
         view.data["turns"] = [_turns_json(points) for points in drift]
         widgets.insert(0, _turns(run))
-        figures = (_drift_figure(run, columns, drift),)
+        figures = (_drift_figure(run, axes, drift),)
     return Section(
         id=run.id,
         title=f"{data}: every token on {run.model}",
@@ -55,16 +59,21 @@ def _summary_sentence(
 ) -> str:
     tokens = sum(len(record.token_ids) for record in records)
     text = f"{data} has {len(records):,} answers with {tokens:,} tokens."
-    for number, name in enumerate(columns):
-        top = view.data["top"][number]["high"]
+    for place, name in enumerate(columns):
+        top = view.data["top"][place]["high"]
         if top:
-            record = records[top[0]["answer"]]
+            record, column = records[top[0]["answer"]], view.data["columns"][place]
             text += (
                 f" The highest passage along {name} is in line {record.line:,} "
-                f"({top[0]['value']:.4g}; median of all tokens "
-                f"{view.data['columns'][number]['centre']:.4g})."
+                f"({number(top[0]['value'], column['digits'])}; median of all tokens "
+                f"{number(column['centre'], column['digits'])})."
             )
     return text
+
+
+def _axis(run: RunData, vector: str, layer: int) -> XAxis:
+    """Return the axis of a column, with the extraction's negative and positive answers on it."""
+    return run.projection_axis(f"{vector}, layer {layer}", vector, layer, of="response")
 
 
 def _tokens(run: RunData, records: Sequence[TokenRecord], view: TokenView) -> Widget:
@@ -129,19 +138,29 @@ def _turns_json(points: Sequence[Interval]) -> list[dict[str, float | int | None
 
 
 def _drift_figure(
-    run: RunData, columns: Sequence[str], drift: Sequence[Sequence[Interval]]
+    run: RunData, axes: Sequence[XAxis], drift: Sequence[Sequence[Interval]]
 ) -> Figure:
-    lines = [
-        Line(label=name, x=range(1, len(points) + 1), points=points)
-        for name, points in zip(columns, drift, strict=True)
+    panels = [
+        Panel(
+            label=axis.label,
+            lines=[Line(label=axis.label, x=range(1, len(points) + 1), points=points)],
+            levels=[Level(label=f"{r.label} answers", value=exact(r.x)) for r in axis.references],
+            right=axis.top,
+        )
+        for axis, points in zip(axes, drift, strict=True)
     ]
     return line_chart(
         name=f"{run.id}_drift",
         title="Mean projection by turn",
         caption="Mean over the conversations that have the turn, with its 95 % interval; later "
-        "turns rest on fewer conversations (n is in the table).",
+        "turns rest on fewer conversations (n is in the table)."
+        + (
+            " Dotted: the mean answers of the extraction."
+            if any(axis.references for axis in axes)
+            else ""
+        ),
         x=XAxis(label="turn"),
-        panels=[Panel(label="projection", lines=lines)],
+        panels=panels,
     )
 
 

@@ -113,7 +113,10 @@ class _Finetuning:
         last = self.result.get("last_loss", self.loss.points[-1].mean)
         steps = self.result.get("steps", round(self.loss.x[-1]))
         loss = f"the loss went from {first:.3f} to {last:.3f}"
-        moved = [f"{interval_text(value, sign=True)} along {name}" for name, value in self.moved()]
+        shifts = [
+            item for item in self.moved() if not item[0].endswith("_response")
+        ] or self.moved()
+        moved = [f"{interval_text(value, sign=True)} along {name}" for name, value in shifts]
         if not moved:
             return f"In {steps} steps {loss}."
         return f"In {steps} steps the model moved {', '.join(moved)}; {loss}."
@@ -197,7 +200,8 @@ class _Finetuning:
         if self.result:
             shown = ("steps", "first_loss", "last_loss", "held_out_loss", "tokens_per_second")
             values = tuple(self.result[name] for name in shown)
-            yield "Result", Table(columns=shown, rows=(values,))
+            columns = tuple(name.replace("_", " ") for name in shown)
+            yield "Result", Table(columns=columns, rows=(values,))
 
 
 def _overview(runs: Sequence[_Finetuning]) -> Section:

@@ -89,13 +89,28 @@ const pvec = (() => {
 
   const count = (value) => value.toLocaleString("en");
 
-  /* Round steps of an axis that covers [low, high]. */
+  /* The numbers of a column with the same decimals, as in tables: three digits of the largest. */
+  const column = (values, { sign = false } = {}) => {
+    const known = values.filter(Number.isFinite).map(Math.abs);
+    const digits = known.every(Number.isInteger) ? 0
+      : Math.max(1, 2 - Math.floor(Math.log10(Math.max(...known))));
+    return values.map((value) => fixed(value, digits, sign));
+  };
+
+  const fixed = (value, digits, sign = false) => (!Number.isFinite(value) ? "–"
+    : value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits,
+      signDisplay: sign ? "exceptZero" : "negative" }).replace("-", "−"));
+
+  /* Round steps of an axis that covers [low, high], each with its text. */
   const ticks = (low, high, most = 6) => {
     const span = high - low || 1;
     const size = 10 ** Math.floor(Math.log10(span / most));
     const step = [1, 2, 5, 10].map((n) => n * size).find((n) => span / n <= most);
     const found = [];
-    for (let n = Math.ceil(low / step); n * step <= high + step * 1e-9; n += 1) found.push(n * step);
+    const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+    for (let n = Math.ceil(low / step); n * step <= high + step * 1e-9; n += 1) {
+      found.push([n * step, fixed(n * step, digits)]);
+    }
     return found;
   };
 
@@ -217,7 +232,7 @@ const pvec = (() => {
 
   return {
     starters, widgets, element, svg, button, labelled, choice, searchField, marked, bytes, half,
-    number, count, ticks, pager, tip, take, load, remember, recall, copyLink, begin,
+    number, fixed, column, count, ticks, pager, tip, take, load, remember, recall, copyLink, begin,
   };
 })();
 document.addEventListener("DOMContentLoaded", pvec.begin);

@@ -93,14 +93,13 @@ pvec.starters.screening = (root, data) => {
     const y = (share) => tall - edge.bottom - share / most * (tall - edge.top - edge.bottom);
     const picture = svg("svg", { viewBox: `0 0 ${wide} ${tall}`, class: "drag",
       role: "group", "aria-label": `Differences along ${names[c]}` });
-    pvec.ticks(low, high, 7).forEach((tick) => picture.append(
+    pvec.ticks(low, high, Math.min(7, wide / 75)).forEach(([tick, text]) => picture.append(
       svg("path", { d: `M${x(tick)} ${tall - edge.bottom}v4`, class: "grid" }),
-      svg("text", { x: x(tick), y: tall - 22, "text-anchor": "middle" }, number(tick))));
-    pvec.ticks(0, most, 3).forEach((tick) => picture.append(
-      svg("path", { d: `M${edge.left} ${y(tick)}H${wide - edge.right}`, class: "grid" }),
-      svg("text", { x: edge.left - 6, y: y(tick) + 4, "text-anchor": "end" },
-        `${number(100 * tick, 2)} %`)));
-    picture.append(svg("text", { x: wide / 2, y: tall - 5, "text-anchor": "middle" },
+      svg("text", { x: x(tick), y: tall - 22, "text-anchor": "middle" }, text)));
+    pvec.ticks(0, 100 * most, 3).forEach(([tick, text]) => picture.append(
+      svg("path", { d: `M${edge.left} ${y(tick / 100)}H${wide - edge.right}`, class: "grid" }),
+      svg("text", { x: edge.left - 6, y: y(tick / 100) + 4, "text-anchor": "end" }, `${text} %`)));
+    picture.append(svg("text", { x: (edge.left + wide) / 2, y: tall - 5, "text-anchor": "middle" },
       "projection difference"));
     groups.forEach(([name, bars]) => {
       let path = `M${x(low)} ${y(0)}`;
@@ -191,7 +190,7 @@ pvec.starters.screening = (root, data) => {
     const vertical = cloud.dataset.up === undefined ? up : Number(cloud.dataset.up);
     const v = vertical === across ? up : vertical;
     const [wide, tall] = [Math.max(320, Math.min(cloud.clientWidth || 720, 620)), 380];
-    const edge = { left: 56, right: 12, top: 12, bottom: 42 };
+    const edge = { left: 66, right: 12, top: 12, bottom: 42 };
     const range = (c) => [quantile(both[c], 0), both[c][both[c].length - 1]];
     const [[left, right], [bottom, top]] = [range(across), range(v)];
     const x = (value) => edge.left + (value - left) / (right - left || 1)
@@ -200,12 +199,12 @@ pvec.starters.screening = (root, data) => {
       * (tall - edge.top - edge.bottom);
     const picture = svg("svg", { viewBox: `0 0 ${wide} ${tall}`, role: "img",
       style: `max-width: ${wide}px`, "aria-label": `Samples by their differences along ${names[across]} and ${names[v]}` });
-    pvec.ticks(left, right, 6).forEach((tick) => picture.append(
+    pvec.ticks(left, right, Math.min(6, wide / 75)).forEach(([tick, text]) => picture.append(
       svg("path", { d: `M${x(tick)} ${edge.top}V${tall - edge.bottom}`, class: "grid" }),
-      svg("text", { x: x(tick), y: tall - 22, "text-anchor": "middle" }, number(tick))));
-    pvec.ticks(bottom, top, 6).forEach((tick) => picture.append(
+      svg("text", { x: x(tick), y: tall - 22, "text-anchor": "middle" }, text)));
+    pvec.ticks(bottom, top, 6).forEach(([tick, text]) => picture.append(
       svg("path", { d: `M${edge.left} ${y(tick)}H${wide - edge.right}`, class: "grid" }),
-      svg("text", { x: edge.left - 6, y: y(tick) + 4, "text-anchor": "end" }, number(tick))));
+      svg("text", { x: edge.left - 6, y: y(tick) + 4, "text-anchor": "end" }, text)));
     const points = [];
     [["clean", clean], ["data", values]].forEach(([name, group]) => {
       const stride = Math.max(1, Math.ceil(group[0].length / POINTS));
@@ -219,7 +218,8 @@ pvec.starters.screening = (root, data) => {
       }
       picture.append(svg("path", { d: path, class: `points ${name}` }));
     });
-    picture.append(svg("text", { x: wide / 2, y: tall - 5, "text-anchor": "middle" }, names[across]),
+    picture.append(svg("text", { x: (edge.left + wide) / 2, y: tall - 5, "text-anchor": "middle" },
+      names[across]),
       svg("text", { transform: `translate(13 ${tall / 2}) rotate(-90)`, "text-anchor": "middle" },
         names[v]));
     const cuts = svg("path", { class: "cuts" });

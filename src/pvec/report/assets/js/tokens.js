@@ -1,6 +1,7 @@
 /* Answers token by token: colour, value under the pointer or the arrow keys, a strip over each. */
 pvec.starters.tokens = (root, data) => {
-  const { element, svg, number, count } = pvec;
+  const { element, svg, count } = pvec;
+  const say = (value, c) => pvec.fixed(value, data.columns[c].digits);
   const PAGE = 10;
   const stage = root.querySelector(".stage");
   const form = element("form", "filters");
@@ -57,12 +58,12 @@ pvec.starters.tokens = (root, data) => {
   };
 
   const strip = (tokens, c, n) => {
-    const { centre, reach } = data.columns[c];
+    const { centre, reach, means } = data.columns[c];
     const high = 36;
     const width = tokens.length;
     const picture = svg("svg", { viewBox: `0 0 ${width} ${high}`, preserveAspectRatio: "none",
       class: "strip", role: "img", "aria-label": `Projection on ${names[c]} over ${width} tokens: `
-        + `mean ${number(data.mean[c][n])}, highest passage ${number(data.high[c].value[n])}` });
+        + `mean ${say(data.mean[c][n], c)}, highest passage ${say(data.high[c].value[n], c)}` });
     const paths = { low: "", high: "" };
     tokens.forEach(({ values }, t) => {
       const part = Math.max(-1.4, Math.min(1.4, (values[c] - centre) / reach)) / 1.4;
@@ -73,6 +74,9 @@ pvec.starters.tokens = (root, data) => {
     }
     picture.append(svg("path", { d: `M0 ${high / 2}h${width}`, stroke: "var(--muted)",
       "stroke-width": ".5", "vector-effect": "non-scaling-stroke" }));
+    means.map(({ value }) => (value - centre) / reach / 1.4).filter((part) => Math.abs(part) < 1)
+      .forEach((part) => picture.append(svg("path", { d: `M0 ${high / 2 * (1 - part)}h${width}`,
+        class: "level", "vector-effect": "non-scaling-stroke" })));
     return picture;
   };
 
@@ -101,7 +105,7 @@ pvec.starters.tokens = (root, data) => {
     readout.setAttribute("role", "status");
     const describe = (t) => `token ${t + 1} of ${tokens.length} `
       + `“${tokens[t].text.replace(/\s+/g, " ")}”: `
-      + names.map((name, i) => `${name} ${number(tokens[t].values[i])}`).join(" · ");
+      + names.map((name, i) => `${name} ${say(tokens[t].values[i], i)}`).join(" · ");
     let current = -1;
     const point = (t) => {
       text.querySelector(".current")?.classList.remove("current");
@@ -142,7 +146,7 @@ pvec.starters.tokens = (root, data) => {
     const c = Number(column.value);
     const card = element("article", "pair");
     const head = element("h4", "", `${place(n)} `);
-    const chip = (name, value) => head.append(element("span", "chip", `${name} ${number(value)}`));
+    const chip = (name, value) => head.append(element("span", "chip", `${name} ${say(value, c)}`));
     chip("mean", data.mean[c][n]);
     chip("highest passage", data.high[c].value[n]);
     chip("lowest passage", data.low[c].value[n]);
@@ -187,7 +191,7 @@ pvec.starters.tokens = (root, data) => {
       const ordered = element("ol", "passages");
       data.top[c][end].forEach(({ answer, value, text }) => {
         const item = element("li");
-        item.append(element("span", "chip", number(value)), pvec.button("passage-link", text, () => {
+        item.append(element("span", "chip", say(value, c)), pvec.button("passage-link", text, () => {
           line.value = data.line[answer];
           refresh();
           list.querySelector("h4").scrollIntoView();
@@ -196,10 +200,12 @@ pvec.starters.tokens = (root, data) => {
       });
       top.append(element("h4", "", title), ordered);
     }
-    const { centre, reach } = data.columns[c];
-    legend.replaceChildren(element("span", "", number(centre - reach)), element("span", "scale"),
-      element("span", "", number(centre + reach)),
-      element("span", "", `projection on ${names[c]}; middle: ${number(centre)}, the median`));
+    const { centre, reach, means } = data.columns[c];
+    legend.replaceChildren(element("span", "", say(centre - reach, c)), element("span", "scale"),
+      element("span", "", say(centre + reach, c)),
+      element("span", "", `projection on ${names[c]}; middle: ${say(centre, c)}, the median`
+        + means.map(({ label, value }) => `; mean of the extraction's ${label} answers: `
+          + say(value, c)).join("")));
   };
 
   const refresh = () => {

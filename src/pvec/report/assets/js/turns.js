@@ -1,9 +1,10 @@
 /* Drift over the turns of conversations: a line each, mean and interval, the turns that moved. */
 pvec.starters.turns = (root, { source }) => {
-  const { element, svg, number, count } = pvec;
+  const { element, svg, count } = pvec;
   const DRAWN = 300;
   const LISTED = 12;
   const { data } = pvec.widgets.get(source);
+  const say = (value, c) => pvec.fixed(value, data.columns[c].digits);
   const stage = root.querySelector(".stage");
   const form = element("form", "filters");
   const column = pvec.choice(form, "Projection on", data.columns.map(({ name }) => name), 0);
@@ -26,7 +27,9 @@ pvec.starters.turns = (root, { source }) => {
     const mean = data.turns[c];
     const [wide, high] = [Math.max(320, Math.min(picture.clientWidth || 720, 900)), 300];
     const edge = { left: 52, right: 12, top: 12, bottom: 40 };
-    const values = data.mean[c].filter((value) => value !== null);
+    const { means } = data.columns[c];
+    const values = data.mean[c].filter((value) => value !== null)
+      .concat(means.map(({ value }) => value));
     const low = Math.min(...values);
     const most = Math.max(...values);
     const last = Math.max(2, mean.length);
@@ -35,12 +38,18 @@ pvec.starters.turns = (root, { source }) => {
       - (value - low) / (most - low || 1) * (high - edge.top - edge.bottom);
     const chart = svg("svg", { viewBox: `0 0 ${wide} ${high}`, role: "img",
       "aria-label": `Projection on ${data.columns[c].name} by turn: mean `
-        + mean.map((point, t) => `turn ${t + 1} ${number(point.mean)}`).join(", ") });
-    pvec.ticks(low, most, 5).forEach((tick) => {
+        + mean.map((point, t) => `turn ${t + 1} ${say(point.mean, c)}`).join(", ") });
+    pvec.ticks(low, most, 5).forEach(([tick, text]) => {
       chart.append(svg("path", { d: `M${edge.left} ${y(tick)}H${wide - edge.right}`, class: "grid" }),
-        svg("text", { x: edge.left - 8, y: y(tick) + 4, "text-anchor": "end" }, number(tick)));
+        svg("text", { x: edge.left - 8, y: y(tick) + 4, "text-anchor": "end" }, text));
     });
-    pvec.ticks(1, last, Math.min(last, 12)).filter(Number.isInteger).forEach((turn) => {
+    means.forEach(({ label, value }) => {
+      const level = svg("path", { d: `M${edge.left} ${y(value)}H${wide - edge.right}`, class: "level" });
+      level.append(svg("title", {}, `mean of the extraction's ${label} answers: ${say(value, c)}`));
+      chart.append(level, svg("text", { x: wide - edge.right, y: y(value) + (y(value) < 30 ? 14 : -4),
+        "text-anchor": "end" }, `${label} answers`));
+    });
+    pvec.ticks(1, last, Math.min(last, 12)).filter(([turn]) => Number.isInteger(turn)).forEach(([turn]) => {
       chart.append(svg("text", { x: x(turn), y: high - 20, "text-anchor": "middle" }, turn));
     });
     chart.append(svg("text", { x: (edge.left + wide) / 2, y: high - 4, "text-anchor": "middle" },
@@ -65,8 +74,8 @@ pvec.starters.turns = (root, { source }) => {
       class: "mean" }));
     known.forEach((point) => {
       const dot = svg("circle", { cx: x(point.turn), cy: y(point.mean), r: 4.5, class: "dot" });
-      dot.append(svg("title", {}, `turn ${point.turn}: mean ${number(point.mean)}`
-        + (point.low === null ? "" : ` (95 %: ${number(point.low)} to ${number(point.high)})`)
+      dot.append(svg("title", {}, `turn ${point.turn}: mean ${say(point.mean, c)}`
+        + (point.low === null ? "" : ` (95 %: ${say(point.low, c)} to ${say(point.high, c)})`)
         + `, ${count(point.n)} conversations`));
       chart.append(dot);
     });
@@ -96,13 +105,15 @@ pvec.starters.turns = (root, { source }) => {
     const top = element("thead");
     top.append(head);
     const body = element("tbody");
-    moves.slice(0, LISTED).forEach(({ line, n, change }) => {
+    const listed = moves.slice(0, LISTED);
+    const changes = pvec.column(listed.map(({ change }) => change), { sign: true });
+    const reached = pvec.column(listed.map(({ n }) => data.mean[c][n]));
+    listed.forEach(({ line, n }, i) => {
       const row = element("tr");
       const first = element("td");
       first.append(pvec.button("text-button", `line ${line}`, () => open(line)));
       row.append(first, element("td", "number", data.turn[n]),
-        element("td", "number", `${change > 0 ? "+" : ""}${number(change)}`),
-        element("td", "number", number(data.mean[c][n])), element("td", "wide", data.question[n]));
+        element("td", "number", changes[i]), element("td", "number", reached[i]), element("td", "wide", data.question[n]));
       body.append(row);
     });
     table.append(top, body);
