@@ -405,7 +405,7 @@ def test_trait_scores_of_runs_stand_beside_the_shifts_with_their_intervals(
     assert pvec("report", "run", "--out", "page.html").code == 0
     page = (tmp_path / "page.html").read_text()
     assert "trait score (95 %)" in page
-    assert "not given (n = 3)" in page
+    assert "3 models are too few" in page
 
 
 def test_a_second_shift_from_one_base_leaves_the_first_alone(

@@ -126,7 +126,9 @@ def run(
             work.store.update_manifest(measured=measured, projection_axes=loaded.axes())
             with work.store.stage("capture"):
                 values = _measure_all(session, adapters, wholes, loaded, prompts)
-            result = _result(settings, base, values, loaded, folder)
+            places = {name: str(f.adapter_folder) if f else name for name, f in adapters.items()}
+            scores = dict(_scores(settings, {base: base, **places}, loaded))
+            result = _result(base, values, loaded, scores, folder)
             write_summary(folder, dataclasses.asdict(result))
     return result
 
@@ -261,13 +263,12 @@ def _prompts(
 
 
 def _result(
-    settings: Settings,
     base: str,
     values: Mapping[str, np.ndarray],
     vectors: LoadedVectors,
+    scores: Mapping[tuple[str, str], Interval],
     folder: Path,
 ) -> ShiftResult:
-    scores = dict(_scores(settings, [base, *values], vectors))
     shifts = [
         Shift(
             checkpoint=name,
@@ -320,11 +321,14 @@ def _trends(
 
 
 def _scores(
-    settings: Settings, models: Sequence[str], vectors: LoadedVectors
+    settings: Settings, models: Mapping[str, str], vectors: LoadedVectors
 ) -> Iterator[tuple[tuple[str, str], Interval]]:
-    """Yield the mean trait scores of unsteered, uninstructed answers that runs hold of a model."""
+    """Yield the mean trait scores of unsteered, uninstructed answers that runs hold of a model.
+
+    ``models`` has the place of each: of a training's folder that of its adapter.
+    """
     traits = {vector.trait for vector in vectors.vectors.values()}
-    places = {_place(name): name for name in models}
+    places = {_place(place): name for name, place in models.items()}
     for summary in list_runs(settings.paths.runs):
         if summary.problem or summary.kind != "steer-eval" or not summary.scores:
             continue

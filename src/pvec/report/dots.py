@@ -85,7 +85,7 @@ def scatter(
                 axis, own, (x.label, y.label), i, colour,
                 joined=style == "joined", small=len(dots) > _FEW,
             )  # fmt: skip
-        if style != "joined" and len(dots) <= _NAMED:
+        if style != "joined" and len(dots) <= _NAMED and any(d.label != d.group for d in dots):
             _name_dots(axis, dots)
         draw_x([axis], x)
         axis.set_ylabel(printable(y.label))
@@ -220,7 +220,8 @@ def _draw_bars(
         end = value.mean if reach is None else max(value.mean, value.high, key=abs)
         if value.mean < 0 and reach is not None:
             end = value.low
-        written = number(value.mean, digits if round(value.mean, digits) else None)
+        vanishes = reach is None and round(value.mean, digits) == 0
+        written = number(value.mean, None if vanishes else digits)
         text = axis.annotate(
             written, (end, place), xytext=(4 if value.mean >= 0 else -4, 0),
             textcoords="offset points", va="center", ha="left" if value.mean >= 0 else "right",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -73,7 +74,7 @@ def heat_map(
     cells = tuple(
         (y, x, grid.values[r][c]) for r, y in enumerate(rows) for c, x in enumerate(columns)
     )
-    height = min(9.0, 1.3 + 0.42 * len(rows) + 0.06 * _longest(columns))
+    height = min(9.0, 1.3 + 0.42 * len(rows) + 0.06 * _longest(columns) * _upright(columns))
     return Figure(
         name=name,
         title=title,
@@ -124,11 +125,21 @@ def _label_sides(axis: Axes, grid: Grid) -> None:
     names = [_tick(name) for name in columns]
     for setter, ticks in ((axis.set_xticks, names), (axis.set_yticks, list(rows))):
         places = range(0, len(ticks), math.ceil(len(ticks) / 40))
-        setter([i + 0.5 for i in places], [printable(ticks[i]) for i in places])
-    if _longest(columns) > 6:
+        setter([i + 0.5 for i in places], [_wrapped(ticks[i]) for i in places])
+    if _upright(columns):
         axis.tick_params(axis="x", rotation=90)
     axis.set_xlabel(printable(column_label))
     axis.set_ylabel(printable(row_label))
+
+
+def _wrapped(name: str) -> str:
+    """Break a long name into lines, so that it leaves room for the cells."""
+    return textwrap.fill(printable(name), 18) if len(name) > 18 else printable(name)
+
+
+def _upright(names: Sequence[str | float]) -> bool:
+    """Whether the names of columns have no room side by side."""
+    return _longest(names) * len(names) > 36
 
 
 def _longest(names: Sequence[str | float]) -> int:

@@ -15,7 +15,7 @@ from pvec.errors import InputError, StoreError
 from pvec.report.figure import Figure, write_figures
 from pvec.report.page import Chapter, Section, Widget, render_page, script_of_part
 from pvec.report.sections import build_chapters
-from pvec.report.sections.common import RunData
+from pvec.report.sections.common import RunData, listed
 from pvec.runs.files import atomic_write, probe_target
 from pvec.runs.manifest import FILE_NAME
 from pvec.runs.store import Run
@@ -108,14 +108,14 @@ def _read(paths: Sequence[Path], judge: str | None, *, beside: bool = False) -> 
 
 
 def _title(runs: Sequence[RunData], chapters: Sequence[Chapter]) -> str:
-    """Return the page's title: that of its only section, or what several are about."""
+    """Return the page's title: that of its only section or of the one that compares all runs, or
+    what runs of several kinds are about.
+    """
     sections = [section for chapter in chapters for section in chapter.sections]
-    if len(sections) == 1:
+    if len(sections) == 1 or (len(chapters) == 1 and len(sections) > len(runs)):
         return sections[0].title
-    traits = list(dict.fromkeys(run.trait for run in runs))
-    models = list(dict.fromkeys(run.model for run in runs))
-    named = ", ".join(traits[:-1]) + " and " + traits[-1] if len(traits) > 1 else traits[0]
-    return f"{named} in {', '.join(models)}"
+    about = [run for run in runs if run.kind in ("extract", "steer-eval")] or runs
+    return f"{listed(run.trait for run in about)} in {listed(run.model for run in runs)}"
 
 
 def _write_parts(chapters: Sequence[Chapter], folder: Path) -> list[Path]:

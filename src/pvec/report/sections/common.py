@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -102,6 +102,12 @@ class RunData:
             rows.append((f"session {number}", _session(session)))
         rows += _flat({"settings": manifest.get("settings", {})})
         return tuple(rows)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return ``evil, kind and optimistic``: every name once."""
+    known = list(dict.fromkeys(names))
+    return " and ".join(filter(None, (", ".join(known[:-1]), known[-1])))
 
 
 def with_interval(score: Interval) -> str:

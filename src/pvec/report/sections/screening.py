@@ -202,7 +202,7 @@ def _widget(
     if stored["kept"] is not None:
         notes.append(
             f"The files were split at percentile {stored['percentile']:g} of the clean set; for "
-            "another threshold run the command again with --percentile."
+            "another threshold run the command again with another percentile."
         )
     return Widget(
         id=f"{run.id}-screening",

@@ -22,7 +22,7 @@ from pvec.report.sections.projections import (
 )
 from pvec.runs.names import model_label
 from pvec.runs.summary import read_summary
-from pvec.stats import Interval
+from pvec.stats import FEW_PAIRS, Interval
 
 _SHAPE: Mapping[str, Any] = {
     "base": str,
@@ -44,15 +44,11 @@ def build(runs: Sequence[RunData]) -> Chapter:
 
 def _shift(run: RunData, stored: Summary) -> Section:
     furthest = max(stored["shifts"], key=lambda item: abs(item["shift"]["mean"]))
-    notes = [
-        f"Shift along {t['vector']} at layer {t['layer']} and trait score, rank correlation: "
-        f"{correlation_text(t['spearman'])}."
-        for t in stored["trends"]
-    ]
+    notes = [_trend_note(trend) for trend in stored["trends"]]
     if not stored["trends"]:
         notes.append(
-            "No trait scores of these models are known: after `pvec steer-eval` without a vector "
-            "on three or more of them, the same `pvec shift` compares shifts with scores."
+            "Trait scores of fewer than three of these models are known: after steer-eval without "
+            "a vector on three or more of them, the same command compares shifts with scores."
         )
     return Section(
         id=run.id,
@@ -67,6 +63,20 @@ def _shift(run: RunData, stored: Summary) -> Section:
         tables=(("Shifts", _shift_table(stored["shifts"])),),
         source=run.source,
         provenance=run.provenance(),
+    )
+
+
+def _trend_note(trend: Summary) -> str:
+    """Say how shift and score correlate, of models enough."""
+    place = f"along {trend['vector']} at layer {trend['layer']}"
+    if trend["pearson"]["n"] < FEW_PAIRS:
+        return (
+            f"{trend['pearson']['n']} models are too few to state how shift {place} and trait "
+            + (f"score correlate (from {FEW_PAIRS} on).")
+        )
+    return (
+        f"Shift {place} and trait score: r {correlation_text(trend['pearson'])}, by rank "
+        f"{correlation_text(trend['spearman'])}."
     )
 
 
@@ -101,8 +111,7 @@ def _trend_figures(run: RunData, stored: Summary) -> Iterator[Figure]:
         yield scatter(
             name=f"{run.id}_{vector}_layer{layer}_shift",
             title=f"Shift along {vector} at layer {layer} and trait score",
-            caption=f"A point per model; r {correlation_text(trend['pearson'])}, by rank "
-            f"{correlation_text(trend['spearman'])}.",
+            caption=f"A point per model. {_trend_note(trend)}",
             x=run.projection_axis(f"shift along {vector}", vector, layer, of=None),
             y=YAxis(label="trait score", limits=SCORE_AXIS),
             dots=[Dot(group=name, label=name, x=x, y=y) for name, x, y in points],

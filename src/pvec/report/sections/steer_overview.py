@@ -11,8 +11,11 @@ from pvec.report.figure import Cell, Figure, Table
 from pvec.report.figures import Line, Panel, line_chart
 from pvec.report.grids import Grid, heat_map
 from pvec.report.page import Section
-from pvec.report.sections.common import RunData
+from pvec.report.sections.common import RunData, listed
 from pvec.report.sections.sweep_lines import control_line, sweep_line
+
+_CONTROLS = 3
+"""Up to so many runs are drawn with their random vectors in one figure."""
 
 
 def overview_section(summaries: Sequence[tuple[RunData, SweepSummary]]) -> Section:
@@ -28,7 +31,7 @@ def overview_section(summaries: Sequence[tuple[RunData, SweepSummary]]) -> Secti
     table = Table(columns=columns, rows=tuple(_overview_row(run, pick) for run, _, pick in picks))
     return Section(
         id="steering",
-        title="Steering, run by run",
+        title=f"Steering with {listed([run.trait for run, _ in summaries])}, run by run",
         summary=(
             f"In {raised} of {steered} evaluations the picked steering raises the trait on "
             f"held-out questions by more than chance (95 %)."
@@ -79,19 +82,28 @@ def _overview_figure(picks: Sequence[tuple[RunData, SweepSummary, Pick]]) -> Fig
     """Draw each run's own trait over the coefficient, at the layer picked for it."""
     traits: list[Line] = []
     coherence: list[Line] = []
+    named = len({(pick.vector, pick.point.where) for _, _, pick in picks}) == len(picks)
+    controls = len(picks) <= _CONTROLS
     for run, sweep, pick in picks:
         points = [p for p in sweep.having("steered") if p.vector == pick.vector]
         layers = pick.point.layers
         label = f"{pick.vector}, {pick.point.where}"
+        label = label if named else run.path.resolve().name
         traits.append(sweep_line(points, layers, sweep, run.trait, label=label))
-        traits += control_line(points, layers, sweep, run.trait, control_of=label)
+        if controls:
+            traits += control_line(points, layers, sweep, run.trait, control_of=label)
         if COHERENCE in sweep.metrics:
             coherence.append(sweep_line(points, layers, sweep, COHERENCE, label=label))
     panels = {"trait": traits, COHERENCE: coherence}
     return line_chart(
         name="steering_overview",
         title="Every trait at its picked layer",
-        caption="Mean score of each run's own trait; dashed: random vectors of the same norm.",
+        caption="Mean score of each run's own trait; "
+        + (
+            "dashed: random vectors of the same norm."
+            if controls
+            else "random vectors are in each run's own figure."
+        ),
         x=XAxis(label="coefficient"),
         panels=[
             Panel(label=k, lines=lines, limits=SCORE_AXIS) for k, lines in panels.items() if lines

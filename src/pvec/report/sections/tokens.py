@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pvec.report.axes import XAxis, exact
-from pvec.report.figure import Figure
+from pvec.report.figure import Figure, interval_text
 from pvec.report.figures import Level, Line, Panel, line_chart
 from pvec.report.page import Chapter, Section, Widget
 from pvec.report.sections.common import RunData
@@ -38,6 +39,7 @@ def _section(run: RunData) -> Section:
     data = Path(stored["data"]).name
     widgets = [_tokens(run, records, view)]
     figures: tuple[Figure, ...] = ()
+    drift: list[list[Interval]] = []
     if stored["turns"] == "each":
         drift = [_drift(records, column) for column in range(len(columns))]
         view.data["turns"] = [_turns_json(points) for points in drift]
@@ -45,8 +47,9 @@ def _section(run: RunData) -> Section:
         figures = (_drift_figure(run, axes, drift),)
     return Section(
         id=run.id,
-        title=f"{data}: every token on {run.model}",
-        summary=_summary_sentence(data, records, columns, view),
+        title=f"{data}: {'drift over turns' if drift else 'every token'} on {run.model}",
+        summary=_drift_sentence(columns, drift)
+        + _summary_sentence(data, records, [] if drift else columns, view),
         figures=figures,
         widgets=tuple(widgets),
         source=run.source,
@@ -67,6 +70,19 @@ def _summary_sentence(
                 f" The highest passage along {name} is in line {record.line:,} "
                 f"({number(top[0]['value'], column['digits'])}; median of all tokens "
                 f"{number(column['centre'], column['digits'])})."
+            )
+    return text
+
+
+def _drift_sentence(columns: Sequence[str], drift: Sequence[Sequence[Interval]]) -> str:
+    """Say how the mean moves from the first turn to the last that several conversations have."""
+    text = ""
+    for name, points in zip(columns, drift, strict=False):
+        last = max((t for t, point in enumerate(points) if not math.isnan(point.low)), default=0)
+        if last:
+            text += (
+                f"From turn 1 to turn {last + 1} the mean projection along {name} goes from "
+                f"{interval_text(points[0])} to {interval_text(points[last])}. "
             )
     return text
 

@@ -13,7 +13,7 @@ from pvec.report.dots import bars
 from pvec.report.figure import Cell, Figure, Table, interval_text
 from pvec.report.figures import Level, Line, Panel, line_chart
 from pvec.report.page import Answer, Chapter, Section
-from pvec.report.sections.common import RunData
+from pvec.report.sections.common import RunData, listed
 from pvec.report.style import number
 from pvec.runs.jsonl import read_jsonl
 from pvec.runs.summary import ANSWERS, HIGH, HOOKS_ON, LOW, PREFIX, read_log
@@ -127,7 +127,7 @@ class _Finetuning:
         if self.result.get("stopped_early"):
             yield "The alarm on the persona shift stopped this training."
         if not self.shifts:
-            yield "Nothing was monitored: name vectors under `monitor` to see the persona shift."
+            yield "Nothing was monitored: name vectors under monitor to see the persona shift."
         else:
             on = sum(line.get(HOOKS_ON, 0.0) > 0 for line in self.log)
             yield f"Measurements of the persona made with steering on: {on}."
@@ -239,7 +239,7 @@ def _overview(runs: Sequence[_Finetuning]) -> Section:
     )
     return Section(
         id="finetunings",
-        title="Finetunings, run by run",
+        title=f"Finetunings of {listed(run.data.model for run in runs)}, run by run",
         summary=summary,
         figures=(figure,) if vectors else (),
         tables=(("At the end", Table(columns=("run", *vectors, "loss", "steering"), rows=rows)),),

@@ -219,20 +219,23 @@ const pvec = (() => {
     });
     const target = new URLSearchParams(location.hash.slice(1)).get("view");
     if (target) document.getElementById(target)?.scrollIntoView();
-    /* What scrolls sideways must be reachable by keyboard. */
-    document.querySelectorAll(".scroll").forEach((box) => {
-      const cue = () => {
-        box.classList.toggle("wide", box.clientWidth < box.scrollWidth - 2);
-        box.classList.toggle("more-right", box.scrollLeft + box.clientWidth < box.scrollWidth - 2);
-      };
-      box.addEventListener("scroll", cue, { passive: true });
-      new ResizeObserver(cue).observe(box);
-    });
+    document.querySelectorAll(".scroll").forEach(cue);
+  };
+
+  /* Tables that are wider than their box say so. */
+  const cue = (box) => {
+    const tell = () => {
+      box.classList.toggle("wide", box.clientWidth < box.scrollWidth - 2);
+      box.classList.toggle("more-right", box.scrollLeft + box.clientWidth < box.scrollWidth - 2);
+    };
+    box.addEventListener("scroll", tell, { passive: true });
+    new ResizeObserver(tell).observe(box);
   };
 
   return {
     starters, widgets, element, svg, button, labelled, choice, searchField, marked, bytes, half,
-    number, fixed, column, count, ticks, pager, tip, take, load, remember, recall, copyLink, begin,
+    number, fixed, column, count, ticks, pager, tip, take, load, remember, recall, copyLink, cue,
+    begin,
   };
 })();
 document.addEventListener("DOMContentLoaded", pvec.begin);

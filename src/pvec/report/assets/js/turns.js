@@ -118,6 +118,7 @@ pvec.starters.turns = (root, { source }) => {
     });
     table.append(top, body);
     box.append(table);
+    pvec.cue(box);
     list.replaceChildren(element("h4", "", "Turns that moved most from the turn before"), box);
   };
 
