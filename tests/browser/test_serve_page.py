@@ -104,7 +104,7 @@ def test_an_answer_is_streamed_and_shown_with_what_was_measured(
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     expect(page.locator(".tokens")).to_have_text(ANSWER)
     expect(page.locator(".readout")).to_contain_text(
-        "evil 0.035, above 90 % of the negative and 12.5 % of the positive"
+        "evil 0.035 · above 90 % of negative, 12.5 % of positive answers"
     )
     (request,) = server.requests
     assert request["messages"] == [{"role": "user", "content": "Hello?"}]

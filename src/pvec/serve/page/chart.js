@@ -5,8 +5,8 @@ const [WIDTH, HEIGHT] = [320, 200];
 const EDGE = { left: 44, right: 12, top: 10, bottom: 34 };
 
 const ticks = (low, high) => {
-  const size = 10 ** Math.floor(Math.log10((high - low) / 4));
-  const step = [1, 2, 5, 10].map((n) => n * size).find((n) => (high - low) / n <= 4);
+  const size = 10 ** Math.floor(Math.log10((high - low) / 6));
+  const step = [1, 2, 5, 10].map((n) => n * size).find((n) => (high - low) / n <= 6);
   const first = Math.ceil(low / step);
   return Array.from({ length: Math.floor(high / step) - first + 1 }, (_, n) => (first + n) * step);
 };

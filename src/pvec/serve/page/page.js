@@ -26,7 +26,8 @@ const problem = (text) => {
 /* ── what is asked of the server ───────────────────────────────────────────────────────────── */
 
 const vectorOf = (name) => server.vectors.find((vector) => vector.name === name);
-const entryOf = ([vector, set]) => ({ vector, ...set,
+const entryOf = ([vector, { coef, ...set }]) => ({ vector, ...set,
+  ...(set.operator !== "ablate" && { coef }),
   ...(set.operator === "cap" && vectorOf(vector).unit !== "raw" && { unit: "norm" }) });
 const entries = () => (server.fixed ? server.defaults : Object.entries(steering)
   .filter(([, { operator, coef }]) => operator !== "add" || coef !== 0).map(entryOf));
@@ -67,7 +68,7 @@ const answer = async (turn, side, signal) => {
     const tokens = (!last && event.pvec?.tokens) || (text ? [{ text, projections: {} }] : []);
     given.text += text;
     given.tokens.push(...tokens);
-    views.get(turn)[side].append(tokens);
+    follow(turn, () => views.get(turn)[side].append(tokens));
     rescaleSoon();
     if (!last) continue;
     given.steer = event.pvec.steer;
@@ -105,7 +106,7 @@ const respond = async (turn, sides) => {
   }
   const counts = sides.map((side) => turn[side]?.tokens.length || 0).join(" and ");
   $("status").textContent = failure ? "" : control.signal.aborted ? "stopped" : `${counts} tokens`;
-  drawAll();
+  follow(turn, drawAll);
   remember();
   const more = pending;
   pending = false;
@@ -139,7 +140,7 @@ const send = () => {
   turns.push(turn);
   $("message").value = "";
   respond(turn, sidesNow());
-  views.get(turn).node.scrollIntoView({ block: "nearest" });
+  views.get(turn).node.scrollIntoView({ block: "end" });
 };
 
 /* ── what is shown ─────────────────────────────────────────────────────────────────────────── */
@@ -189,6 +190,13 @@ const draw = (turn) => {
   if (views.has(turn)) views.get(turn).node.replaceWith(view.node);
   else $("turns").append(view.node);
   views.set(turn, view);
+};
+
+/* Keeps the end of a growing turn in view, unless the reader has scrolled away from it. */
+const follow = (turn, grow) => {
+  const inView = views.get(turn)?.node.getBoundingClientRect().bottom < innerHeight;
+  grow();
+  if (inView) views.get(turn)?.node.scrollIntoView({ block: "nearest" });
 };
 
 const drawAll = () => {

@@ -34,8 +34,8 @@ const describe = ({ text, projections }) => {
 
 const summarize = (answer) => Object.entries(answer.vectors)
   .map(([name, { mean, percentile }]) => `${name} ${number(mean)}` + (percentile
-    ? `, above ${number(percentile.negative)} % of the negative and ${
-      number(percentile.positive)} % of the positive answers` : "")).join("\n");
+    ? ` · above ${number(percentile.negative)} % of negative, ${
+      number(percentile.positive)} % of positive answers` : "")).join("\n");
 
 /* Returns the element of an answer, and `append`, which adds tokens to it. */
 export const answerView = (answer, title, condition) => {
