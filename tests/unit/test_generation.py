@@ -216,7 +216,7 @@ def failing(limit: int, monkeypatch: pytest.MonkeyPatch, *, after: int = 0) -> l
     return calls
 
 
-@pytest.mark.parametrize("after", [0, 5])
+@pytest.mark.parametrize("after", [0, 5, 9, 10])
 def test_out_of_memory_halves_the_batch_and_nothing_is_lost(
     qwen2: HFBackend, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:

@@ -112,6 +112,20 @@ def test_the_places_of_the_classes_along_the_vector_are_means_of_projections() -
                 assert found[f"proj_{name}_{sign}"][layer] == pytest.approx(expected, rel=1e-4)
 
 
+def test_quantiles_of_the_classes_are_those_of_their_projections() -> None:
+    rows = responses(each=5)  # as many as are sampled
+    accumulator = accumulated(rows)
+    found = accumulator.class_quantiles()
+    vector = accumulator.result().vectors["response_avg"].astype(np.float64)
+    unit = vector[2] / np.sqrt((vector[2] ** 2).sum())
+    for sign in ("pos", "neg"):
+        along = [r.means["response"][2] @ unit for r, s, _ in rows if s == sign]
+        for share in (0.0, 0.25, 0.5, 1.0):
+            expected = np.percentile(along, 100 * share)
+            key = f"proj_response_{sign}_q{round(100 * share):02}"
+            assert found[key][2] == pytest.approx(expected, rel=1e-4)
+
+
 def test_the_order_of_arrival_changes_no_quality_figure() -> None:
     rows = responses(each=12)
     shuffled = random.Random(0).sample(rows, len(rows))

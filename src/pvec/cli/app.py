@@ -64,6 +64,7 @@ COMMANDS = (
         "verify", "Verify independently that steering changes activations exactly as specified."
     ),
     Command("chat", "Chat with a model while steering it."),
+    Command("serve", "Serve a model to OpenAI clients, steered and measured by request."),
     Command("report", "Write a self-contained HTML report of one or more runs."),
     Command("trait", "List, show, check and write trait definitions."),
     Command("config", "Show every setting and where its value comes from."),

@@ -62,6 +62,9 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "project.same_model": ("--same-model/--any-model",),
     "project.rollouts": ("--rollouts", "-n"),
     "project.scale_out": ("--engine",),
+    "serve.api_key": (),
+    "serve.max_answer": ("--max-answer-tokens",),
+    "serve.served_name": ("--served-model-name",),
     "paths.runs": ("--runs",),
 }
 """Spelling of the options whose flag is not the setting's own name (``seed`` → ``--seed``)."""
@@ -74,6 +77,7 @@ PANELS = {
     "author": "Author",
     "filter": "Filter",
     "steer": "Steering",
+    "serve": "Server",
 }
 """Headings in help by section or setting; options of other sections stand under Options."""
 

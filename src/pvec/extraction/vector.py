@@ -174,7 +174,11 @@ def _finish(
         trait=trait,
         kinds=result.vectors,
         mean_norm=result.mean_norm,
-        stats={**dict(_stat_arrays(stats)), **whole.class_projections()},
+        stats={
+            **dict(_stat_arrays(stats)),
+            **whole.class_projections(),
+            **whole.class_quantiles(),
+        },
         metadata={**_provenance(session, result), **provenance},
     )
 

@@ -22,6 +22,7 @@ from pvec.settings.sections import (
     Section,
     SteerSettings,
 )
+from pvec.settings.serving import ServeSettings
 
 ENV_PREFIX = "PVEC_"
 
@@ -72,6 +73,7 @@ class Settings(Section):
     extract: ExtractSettings = Field(default_factory=ExtractSettings)
     steer: SteerSettings = Field(default_factory=SteerSettings)
     project: ProjectSettings = Field(default_factory=ProjectSettings)
+    serve: ServeSettings = Field(default_factory=ServeSettings)
     paths: PathSettings = Field(default_factory=PathSettings)
 
 

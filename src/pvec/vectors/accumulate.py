@@ -25,6 +25,9 @@ SPAN_OF_KIND: dict[VectorKind, SpanName] = {
     "prompt_last": "prompt_last",
 }
 
+QUANTILES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
+"""Shares of a class's answers below the projections that ``class_quantiles`` returns."""
+
 _MAX_QUESTIONS = 64
 """Sums are kept apart for this many questions; further ones share (only quality figures see it)."""
 
@@ -190,6 +193,27 @@ class VectorAccumulator:
                 places = np.full(len(lengths), np.nan)
                 np.divide(along, lengths, out=places, where=lengths > 0)
                 found[f"proj_{name}_{sign}"] = places.astype(np.float32)
+        return found
+
+    def class_quantiles(self) -> dict[str, np.ndarray]:
+        """Return how the two classes spread along ``response_avg``, per layer ``[L + 1]``.
+
+        ``proj_response_pos_q05`` is below all but 5 % of the sampled positive responses'
+        projections; NaN where the vector is zero.
+        """
+        vector = self._difference("response_avg")  # [L + 1, H]
+        lengths = np.linalg.norm(vector, axis=1)
+        found: dict[str, np.ndarray] = {}
+        for sign in SIGNS:
+            slots = sorted(self._cells["response_avg", sign])
+            _, samples = self._samples("response_avg", sign, slots)  # [N, L + 1, H]
+            along = np.einsum("nlh,lh->nl", samples, vector)
+            places = np.full_like(along, np.nan)
+            np.divide(along, lengths, out=places, where=lengths > 0)
+            for share, values in zip(
+                QUANTILES, np.quantile(places, QUANTILES, axis=0), strict=True
+            ):
+                found[f"proj_response_{sign}_q{round(100 * share):02}"] = values.astype(np.float32)
         return found
 
     def _slot(self, question: str) -> str:

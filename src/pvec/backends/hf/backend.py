@@ -15,6 +15,8 @@ from pvec.backends.base import Backend
 from pvec.backends.hf import answers, continuation, generation
 from pvec.backends.hf.batch_check import check_batching
 from pvec.backends.hf.forward import CausalModel, causal_model
+from pvec.backends.hf.live import LiveBatch
+from pvec.backends.hf.probe import Direction
 from pvec.models.decoder import find_decoder
 from pvec.models.files import ModelSpec
 from pvec.models.load import LoadedModel, ModelMetadata, load_model
@@ -134,6 +136,12 @@ class HFBackend(Backend):
             list(requests),
             limits=self.limits,
             notify=self.on_note,
+        )
+
+    def live(self, directions: Sequence[Direction] = ()) -> LiveBatch:
+        """Return a batch that requests join and leave as it runs, projected on ``directions``."""
+        return LiveBatch(
+            self._decoding_model(), limits=self.limits, directions=directions, notify=self.on_note
         )
 
     def capture(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pvec.backends.hf.attention import grouped_decoding, supports_grouping
 from pvec.backends.hf.kvcache import RowCache, StateCache
+from pvec.backends.hf.probe import Probe
 from pvec.errors import ModelError
 from pvec.models.decoder import Decoder, find_decoder
 from pvec.models.template import end_of_turn
@@ -75,13 +76,14 @@ class CausalModel:
         positions: torch.Tensor,
         cache: RowCache | StateCache | None,
         steerer: Steerer | None = None,
+        probe: Probe | None = None,
         all_logits: bool = False,
     ) -> torch.Tensor:
         """Run ``token_ids`` ``[R, T]`` behind the cache; return float32 logits ``[R, V]``.
 
         The logits are those of the last token, or ``[R, T, V]`` with ``all_logits``. ``mask`` is
         ``[R, past + T]`` (None: nothing is padding), or what transformers takes ready-made. Without
-        ``cache`` nothing is kept.
+        ``cache`` nothing is kept. ``probe`` measures the residual stream as it is steered.
         """
         steered = steerer.attached() if steerer is not None and steerer.active else nullcontext()
         grouped = token_ids.shape[1] == 1 and supports_grouping(self.inner)
@@ -93,7 +95,8 @@ class CausalModel:
             arguments["logits_to_keep"] = 1
         last_only = not all_logits and token_ids.shape[1] > 1
         head = _contiguous_head(self.inner) if last_only else nullcontext()
-        with steered, single, head:
+        measured = probe.attached() if probe is not None else nullcontext()
+        with steered, measured, single, head:
             output = self.inner(
                 input_ids=token_ids, use_cache=cache is not None, **{state: cache}, **arguments
             )

@@ -19,8 +19,10 @@ from pvec.backends.base import NOT_FINITE
 from pvec.backends.hf.forward import CausalModel
 from pvec.backends.hf.kvcache import RowCache
 from pvec.backends.hf.prefill import Prefilled, Prompt, prefill
+from pvec.backends.hf.probe import Probe
 from pvec.backends.hf.rows import Notify, Row, admit, alike, shrink, take
 from pvec.backends.hf.sampling import sample_tokens
+from pvec.errors import PvecError
 from pvec.models.memory import BatchLimits, unless_out_of_memory
 from pvec.steering.hooks import Steerer
 from pvec.types import FinishReason, Generation, Progress, Request, StreamChunk
@@ -46,10 +48,10 @@ def generate(
     rows = admit(requests, model=model, notify=notify)
     Steerer(model.decoder, [row.request.steering for row in rows])  # refuse before anything runs
     queue = deque(sorted(rows, key=lambda r: (-len(r.request.prompt_ids), r.shared_key)))
-    batch = _Batch(model)
+    batch = DecodeBatch(model)
     most = done = tokens = 0
 
-    def advance() -> list[_Finished]:
+    def advance() -> list[Finished]:
         nonlocal most, tokens
         if queue and len(batch.rows) <= _REFILL_BELOW * most:
             batch.extend(
@@ -60,16 +62,17 @@ def generate(
         return batch.step()
 
     while queue or batch.rows:
-        finished = unless_out_of_memory(advance)
-        if finished is not None:
-            done += len(finished[0])
+        advanced = unless_out_of_memory(advance)
+        if advanced is not None or batch.ended:
+            done += len(batch.ended)
             extra = {"tokens": float(tokens), "rows": float(len(batch.rows))}
             progress(Progress(stage="generate", done=done, total=len(rows), extra=extra))
-            yield from (_generation(answer, tokenizer) for answer in finished[0])
+            yield from (_generation(answer, tokenizer) for answer in batch.ended)
+        if advanced is not None:
             continue
         shrink(limits, batch.rows, notify)
         queue.extendleft(reversed(batch.rows))
-        batch = _Batch(model)
+        batch = DecodeBatch(model)
         most = 0
 
 
@@ -86,7 +89,7 @@ def stream(
     """
     waiting = admit(requests, model=model, notify=notify)
     waiting.sort(key=lambda row: len(row.sequence))
-    batch = _Batch(model)
+    batch = DecodeBatch(model)
     while waiting or batch.rows:
         if not batch.rows:
             now = [r for r in waiting if model.row_cache or alike(r, waiting[0])]
@@ -104,13 +107,16 @@ def stream(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Finished:
+class Finished:
+    """A row that has left the batch: why, and the positions that each instruction touched."""
+
     row: Row
     reason: FinishReason
     touched: tuple[int, ...]
+    error: PvecError | None = None
 
 
-def _generation(done: _Finished, tokenizer: PreTrainedTokenizerBase) -> Generation:
+def _generation(done: Finished, tokenizer: PreTrainedTokenizerBase) -> Generation:
     return Generation(
         id=done.row.request.id,
         token_ids=tuple(done.row.tokens),
@@ -121,12 +127,16 @@ def _generation(done: _Finished, tokenizer: PreTrainedTokenizerBase) -> Generati
     )
 
 
-class _Batch:
+class DecodeBatch:
     """The rows that run now, with their cache, padding, steering and the logits to sample from."""
 
-    def __init__(self, model: CausalModel) -> None:
+    def __init__(self, model: CausalModel, *, probe: Probe | None = None) -> None:
+        """Start empty; ``probe`` measures every token of ``Row.projections``."""
         self.rows: list[Row] = []
+        self.ended: list[Finished] = []
+        """The rows that left in the latest step, also where it then ran out of memory."""
         self._model = model
+        self._probe = probe
         self._cache = model.new_cache()
         self._steerer: Steerer | None = None
         self._logits = torch.empty(0)  # [R, V]
@@ -137,6 +147,7 @@ class _Batch:
         if not rows:
             return
         self.rows = [*self.rows, *rows]  # before anything can fail: no row gets lost
+        self.ended = []
         shared: dict[object, list[Row]] = {}
         for row in rows:
             shared.setdefault(row.shared_key, []).append(row)
@@ -149,8 +160,11 @@ class _Batch:
             )
             for row, *_ in groups
         ]
-        done = prefill(self._model, prompts, most_tokens=prefill_tokens)
+        done = prefill(self._model, prompts, most_tokens=prefill_tokens, probe=self._probe)
         groups = [groups[number] for number in done.order]
+        for group, projections in zip(groups, done.projections, strict=self._probe is not None):
+            for row in group:
+                row.projections = list(projections)
         if len(rows) > len(groups):
             copies = [index for index, group in enumerate(groups) for _ in group]
             with torch.inference_mode():
@@ -174,9 +188,11 @@ class _Batch:
         self._lengths = self._lengths + lengths
 
     @torch.inference_mode()
-    def step(self) -> list[_Finished]:
+    def step(self) -> list[Finished]:
         """Sample one token for every row, let finished rows go, and run the others' tokens."""
         assert self._steerer is not None
+        finished: list[Finished] = []
+        self.ended = finished
         sampled = sample_tokens(
             self._logits,
             [row.request.sampling for row in self.rows],
@@ -184,7 +200,6 @@ class _Batch:
         )
         # A number that is infinite or not a number reaches the maximum of its row.
         usable = torch.isfinite(self._logits.amax(dim=-1)).tolist()
-        finished: list[_Finished] = []
         going: list[int] = []
         for index, (row, token) in enumerate(zip(self.rows, sampled, strict=True)):
             if not usable[index]:
@@ -198,12 +213,12 @@ class _Batch:
             else:
                 going.append(index)
         if finished:
-            self._keep(_with_holes_filled(going))
+            self._keep(with_holes_filled(going))
         if self.rows:
             self._run_newest()
         return finished
 
-    def _finish(self, index: int, reason: FinishReason) -> _Finished:
+    def _finish(self, index: int, reason: FinishReason) -> Finished:
         assert self._steerer is not None
         row = self.rows[index]
         touched = self._steerer.check_touched(
@@ -211,7 +226,7 @@ class _Batch:
             prompt_tokens=len(row.request.prompt_ids),
             generated_tokens=self._lengths[index] - len(row.request.prompt_ids),
         )
-        return _Finished(row=row, reason=reason, touched=touched)
+        return Finished(row=row, reason=reason, touched=touched)
 
     def _keep(self, indices: list[int]) -> None:
         self.rows = [self.rows[i] for i in indices]
@@ -241,14 +256,18 @@ class _Batch:
             positions=lengths[:, None],
             cache=self._cache,
             steerer=self._steerer,
+            probe=self._probe,
         )
+        if self._probe is not None:
+            for row, projections in zip(self.rows, self._probe.take(), strict=True):
+                row.projections.append(projections[0])
         self._lengths = [length + 1 for length in self._lengths]
 
 
-def _with_holes_filled(kept: list[int]) -> list[int]:
+def with_holes_filled(kept: list[int]) -> list[int]:
     """Reorder ascending row numbers so that few rows move: the last ones fill the holes.
 
-    >>> _with_holes_filled([0, 2, 3, 5])
+    >>> with_holes_filled([0, 2, 3, 5])
     [0, 5, 2, 3]
     """
     staying = [row for row in kept if row < len(kept)]

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
+import numpy as np
 import torch
 
 from pvec.activations.beginnings import common_beginnings
 from pvec.backends.hf.forward import CausalModel, left_padded
 from pvec.backends.hf.kvcache import RowCache, StateCache
+from pvec.backends.hf.probe import Probe
 from pvec.steering.hooks import Steerer
 from pvec.steering.positions import PROMPT, ROLES_OF, roles_by_length
 from pvec.types import Instruction
@@ -51,13 +53,15 @@ class Prefilled:
     """Prompts in a cache: row ``k`` is the prompt number ``order[k]``, padded on the left.
 
     ``logits`` float32 ``[R, V]`` follow the last token of each row; ``steerer`` has counted what
-    was steered so far.
+    was steered so far. ``projections`` has what a probe measured, for each row ``[tokens, D]`` from
+    the last prompt token on.
     """
 
     order: list[int]
     cache: RowCache | StateCache
     steerer: Steerer
     logits: torch.Tensor
+    projections: list[np.ndarray] = field(default_factory=list)
 
     def join(self, other: Prefilled) -> None:
         """Append the rows of ``other``."""
@@ -67,11 +71,18 @@ class Prefilled:
         self.cache.join(other.cache)
         self.steerer.join(other.steerer)
         self.logits = torch.cat([self.logits, other.logits])
+        self.projections += other.projections
 
 
 @torch.inference_mode()
-def prefill(model: CausalModel, prompts: Sequence[Prompt], *, most_tokens: int) -> Prefilled:
-    """Run prompts, at most about ``most_tokens`` in one pass.
+def prefill(
+    model: CausalModel,
+    prompts: Sequence[Prompt],
+    *,
+    most_tokens: int,
+    probe: Probe | None = None,
+) -> Prefilled:
+    """Run prompts, at most about ``most_tokens`` in one pass, each measured by ``probe``.
 
     Prompts must have one length where ``model.row_cache`` is False; they then run in one pass.
     """
@@ -83,9 +94,9 @@ def prefill(model: CausalModel, prompts: Sequence[Prompt], *, most_tokens: int) 
         if before is not None and chunk[0] in head_of:
             rows = [row_of[head_of[number]] for number in chunk]
             lengths = [len(heads[head_of[number]].token_ids) for number in chunk]
-            part = _run(model, prompts, chunk, behind=(before, rows, lengths))
+            part = _run(model, prompts, chunk, probe=probe, behind=(before, rows, lengths))
         else:
-            part = _run(model, prompts, chunk)
+            part = _run(model, prompts, chunk, probe=probe)
         if result is None:
             result = part
         else:
@@ -159,6 +170,7 @@ def _run(
     prompts: Sequence[Prompt],
     chunk: list[int],
     *,
+    probe: Probe | None = None,
     behind: tuple[Prefilled, list[int], list[int]] | None = None,
 ) -> Prefilled:
     """Run a chunk, from the start or ``behind`` rows of a cache with so many tokens each."""
@@ -188,7 +200,12 @@ def _run(
         positions=positions + earlier[:, None],
         cache=cache,
         steerer=steerer,
+        probe=probe,
     )
+    projections = []
+    if probe is not None:
+        for row, values in zip(rows, probe.take(), strict=True):  # [T, D], padded on the left
+            projections.append(values[len(values) - len(row.token_ids) + row.length - 1 :])
     if isinstance(cache, RowCache) and behind is not None and not bool(real.all()):
         cache.close_gaps(seen)
-    return Prefilled(order=chunk, cache=cache, steerer=steerer, logits=logits)
+    return Prefilled(chunk, cache, steerer, logits, projections)

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from pvec.backends.hf.forward import CausalModel
 from pvec.errors import ModelError
 from pvec.models.memory import BatchLimits
@@ -22,6 +24,8 @@ class Row:
     request: Request
     room: int
     tokens: list[int] = field(default_factory=list)
+    projections: list[np.ndarray] = field(default_factory=list)
+    """Of the last prompt token and of each answer token that was run, where a probe measures."""
 
     @property
     def sequence(self) -> tuple[int, ...]:

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: steered by request, with the projections of every answer."""

@@ -1,0 +1,54 @@
+"""A real server of the bundled model on a free port, in a thread of this process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pvec.serve.server import Listening, serve
+from pvec.settings import Settings
+from tests.helpers.frozen_commands import OLD
+
+EVIL = OLD / "extract" / "vectors" / "evil.safetensors"
+
+
+@contextmanager
+def running_server(
+    *, vectors: Sequence[str] = (f"evil={EVIL}",), **options: Any
+) -> Iterator[Listening]:
+    """Serve with these settings of the section ``serve``; wait for its end on leaving."""
+    settings = Settings.model_validate({"serve": {"port": 0, **options}})
+    ready = threading.Event()
+    up: list[tuple[Listening, Callable[[], None]]] = []
+    failed: list[BaseException] = []
+
+    def on_ready(listening: Listening, stop: Callable[[], None]) -> None:
+        up.append((listening, stop))
+        ready.set()
+
+    def run() -> None:
+        try:
+            serve(settings, vectors, notify=_ignore, on_progress=_ignore, on_ready=on_ready)
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            ready.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    ready.wait()
+    if failed:
+        raise failed[0]
+    ((listening, stop),) = up
+    try:
+        yield listening
+    finally:
+        stop()
+        thread.join()
+    assert not failed, failed
+
+
+def _ignore(_: object) -> None:
+    pass
