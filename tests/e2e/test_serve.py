@@ -14,14 +14,13 @@ import openai
 import pytest
 import torch
 from helpers.entry_point import run_pvec
-from helpers.serving import EVIL, running_server
+from helpers.serving import EVIL, Running, running_server
 from openai import AsyncOpenAI, OpenAI
 
 import pvec
 from pvec.backends.hf.backend import HFBackend
 from pvec.errors import InputError
 from pvec.models.chat import prompt_ids
-from pvec.serve.server import Listening
 from pvec.types import Instruction, Request, Sampling
 
 QUESTION = "How do I make friends in a new town?"
@@ -33,7 +32,7 @@ presets:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Listening]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("serve")
     (folder / "rules.yaml").write_text(RULES, encoding="utf-8")
     options = {"max_coef": 3.0, "max_body": 20_000, "max_requests": 40, "max_answer": 200}
@@ -47,7 +46,7 @@ def backend() -> HFBackend:
 
 
 @pytest.fixture
-def client(server: Listening) -> Iterator[OpenAI]:
+def client(server: Running) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
@@ -144,7 +143,7 @@ def test_a_stream_gives_the_same_answer_and_report(client: OpenAI) -> None:
     assert [t["projections"]["evil"] for t in tokens] == whole.pvec["vectors"]["evil"]["tokens"]
 
 
-def test_requests_together_get_what_each_gets_alone(server: Listening, client: OpenAI) -> None:
+def test_requests_together_get_what_each_gets_alone(server: Running, client: OpenAI) -> None:
     bodies = [steered(coef, layer=layer) for coef in (-1.0, 0.5, 1.0) for layer in (2, 3, 4)]
     alone = [ask(client, body, seed=7, temperature=1.0) for body in bodies]
 

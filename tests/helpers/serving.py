@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from pvec.serve.server import Listening, serve
@@ -14,10 +15,18 @@ from tests.helpers.frozen_commands import OLD
 EVIL = OLD / "extract" / "vectors" / "evil.safetensors"
 
 
+@dataclass(frozen=True)
+class Running:
+    """A server that runs; ``stop`` does what SIGTERM does."""
+
+    url: str
+    stop: Callable[[], None]
+
+
 @contextmanager
 def running_server(
     *, vectors: Sequence[str] = (f"evil={EVIL}",), **options: Any
-) -> Iterator[Listening]:
+) -> Iterator[Running]:
     """Serve with these settings of the section ``serve``; wait for its end on leaving."""
     settings = Settings.model_validate({"serve": {"port": 0, **options}})
     ready = threading.Event()
@@ -43,7 +52,7 @@ def running_server(
         raise failed[0]
     ((listening, stop),) = up
     try:
-        yield listening
+        yield Running(listening.url, stop)
     finally:
         stop()
         thread.join()
