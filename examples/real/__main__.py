@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from examples.paper.steps import Step
-from examples.real import summary
+from examples.real import picture, summary
 from examples.real.fetch import fetch
 from examples.real.loop import SIZES, loop, verify
 from pvec import PvecError
@@ -37,6 +37,7 @@ def main() -> int:
         return 2
     for result in results:
         print("\n" + "\n".join([*summary.lines(result), "", *summary.side_by_side(result)]))
+    picture.write(results, options.out / options.size / "conditions.svg")
     print(f"\n{(time.monotonic() - started) / 60:.1f} minutes; report: {_report(options.out)}")
     return 0
 

@@ -15,12 +15,14 @@ from typing import Any
 from examples.paper.steps import Result, Step
 from pvec import PvecError
 
-LAYER = 18
+LAYER = 22
+"""Where the vector of *optimistic* separates best and is suggested; of 30 layers."""
 _JUDGED = (
     *("--judge-model", "contrast", "--contrast-pairs", "2", "--contrast-tokens", "32"),
     *("--temperature", "0.7"),
 )
 """The model judges by likelihood; at temperature 1 a model of this size writes nonsense."""
+_KINDS = ("--projection-type", "proj", "--projection-type", "prompt_last_proj")
 _PREVENTION = 2.0
 """Coefficient of the vector that is added during preventative training."""
 
@@ -35,26 +37,26 @@ class Size:
     eval_rollouts: int
     tokens: int
     steps: int
-    coefs: tuple[float, ...] = (1.0, 2.0)
+    coefs: tuple[float, ...] = (2.0,)
     rows: int = 4
     """Of a training step."""
 
 
 SIZES = {
-    "ci": Size(
-        questions=6,
-        rollouts=1,
-        eval_questions=20,
-        eval_rollouts=1,
-        tokens=40,
-        steps=20,
-        coefs=(2.0,),
-    ),
     "default": Size(
-        questions=8, rollouts=1, eval_questions=20, eval_rollouts=1, tokens=40, steps=24
+        questions=6, rollouts=1, eval_questions=20, eval_rollouts=1, tokens=32, steps=16
     ),
-    "full": Size(questions=20, rollouts=2, eval_questions=20, eval_rollouts=3, tokens=64, steps=40),
+    "full": Size(
+        questions=20,
+        rollouts=2,
+        eval_questions=20,
+        eval_rollouts=3,
+        tokens=64,
+        steps=40,
+        coefs=(1.0, 2.0),
+    ),
 }
+"""The default one is what the tests run, and done in ten minutes on two quiet cores."""
 
 
 class CommandError(PvecError):
@@ -96,7 +98,14 @@ def loop(trait: str, model: Path, out: Path, size: Size) -> dict[str, Step]:
     steps["held out"] = held_out
     steps["project"] = _step(
         place / "project",
-        ["project", str(held_out.folder / "answers.csv"), "--model", str(model), *at_layer],
+        [
+            "project",
+            str(held_out.folder / "answers.csv"),
+            "--model",
+            str(model),
+            *at_layer,
+            *_KINDS,
+        ],
         after=(held_out,),
     )
     data = Step(
@@ -154,15 +163,15 @@ def run_command(folder: Path, *, command: Sequence[str]) -> Result:
 
 
 def write_held_out(folder: Path, *, trait: str) -> Result:
-    """Write the answers to the evaluation questions under both kinds of instruction as one file.
+    """Write all answers to the evaluation questions, of every condition, as one file.
 
     The vector was made from answers to other questions.
     """
     rows = []
-    for sign, name in (("positive", "prompted-for"), ("negative", "prompted-against")):
-        path = run_folder(folder.parent / "steer") / "answers" / f"{trait}_{name}.csv"
+    for path in sorted((run_folder(folder.parent / "steer") / "answers").glob(f"{trait}_*.csv")):
+        condition = path.stem.removeprefix(f"{trait}_")
         with path.open(encoding="utf-8", newline="") as stream:
-            rows += [{"sign": sign, **row} for row in csv.DictReader(stream)]
+            rows += [{"condition": condition, **row} for row in csv.DictReader(stream)]
     with (folder / "answers.csv").open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
         writer.writeheader()

@@ -11,7 +11,7 @@ from typing import Any
 from examples.paper.numbers import format_interval
 from examples.paper.steps import Step
 from examples.real.loop import LAYER, run_folder
-from pvec.stats import Interval, auc, grouped_mean, paired_difference
+from pvec.stats import Correlation, Interval, auc, correlation, grouped_mean, paired_difference
 
 SCORES = (0.0, 100.0)
 
@@ -27,8 +27,21 @@ class Condition:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Projections:
+    """What the vector sees in the answers to held-out questions, and before them.
+
+    ``answers`` is the rank correlation of their mean projections with their scores;
+    ``prompts`` the AUC of projections of the prompt's last token, positive against negative
+    instructions (section 3.3 of the paper).
+    """
+
+    answers: Correlation
+    prompts: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Loop:
-    """The numbers of one trait. ``auc`` is that of projections on held-out questions."""
+    """The numbers of one trait."""
 
     trait: str
     coefs: tuple[float, ...]
@@ -36,7 +49,7 @@ class Loop:
     conditions: tuple[Condition, ...]
     prevented: Interval
     """Trait score after preventative training minus that after plain training."""
-    auc: float
+    projections: Projections
     answers: Mapping[str, list[dict[str, str]]]
     """By condition, each with its question."""
 
@@ -100,7 +113,7 @@ def read(trait: str, steps: Mapping[str, Step]) -> Loop:
             for name, rows in answers.items()
         ),
         prevented=difference(answers["trained, preventative"], answers["trained, plain"], trait),
-        auc=_auc(steps["project"].folder / "run.csv"),
+        projections=_projections(steps["project"].folder / "run.csv", trait),
         answers=answers,
     )
 
@@ -116,11 +129,15 @@ def lines(loop: Loop) -> list[str]:
             f"  {condition.name:{width}}  {format_interval(condition.trait, digits=1):22}  "
             f"{change:22}  {condition.coherence.mean:.0f}"
         )
-    text.append(
-        f"  preventative against plain training: {format_interval(loop.prevented, digits=1)}; "
-        f"projections of held-out answers: AUC {loop.auc:.2f}"
-    )
-    return text
+    seen = loop.projections.answers
+    return [
+        *text,
+        f"  preventative against plain training: {format_interval(loop.prevented, digits=1)}",
+        f"  projections of {seen.n} answers to held-out questions: rank correlation with their "
+        f"scores {seen.r:.2f} [{seen.low:.2f}, {seen.high:.2f}]",
+        "  projections of the last token of prompts that ask for it and for the opposite: "
+        f"AUC {loop.projections.prompts:.2f}",
+    ]
 
 
 def side_by_side(loop: Loop, *, question: int = 0) -> list[str]:
@@ -174,12 +191,18 @@ def _mean(rows: list[dict[str, str]], metric: str) -> Interval:
     return grouped_mean(_values(rows, metric), groups=groups, limits=SCORES)
 
 
-def _auc(path: Path) -> float:
+def _projections(path: Path, trait: str) -> Projections:
     with path.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    (column,) = (name for name in rows[0] if name.endswith(f"_proj_layer{LAYER}"))
-    values = {
-        sign: [float(row[column]) for row in rows if row["sign"] == sign and row[column]]
-        for sign in ("positive", "negative")
-    }
-    return auc(values["positive"], values["negative"])
+    answer, prompt = (
+        next(name for name in rows[0] if name.endswith(f"{trait}_{kind}_layer{LAYER}"))
+        for kind in ("proj", "prompt_last_proj")
+    )
+    sides = (
+        [float(row[prompt]) for row in rows if row["condition"] == f"prompted-{side}"]
+        for side in ("for", "against")
+    )
+    return Projections(
+        answers=correlation(_values(rows, answer), _values(rows, trait), method="spearman"),
+        prompts=auc(*sides),
+    )

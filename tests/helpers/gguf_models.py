@@ -18,6 +18,15 @@ from transformers import PreTrainedModel
 
 from helpers.models import CHATML, SPECIAL_TOKENS, tiny_model, tiny_tokenizer
 
+_SCALES = {
+    "Q2_K": slice(-4, None),
+    "Q3_K": slice(-2, None),
+    "Q4_K": slice(0, 4),
+    "Q5_K": slice(0, 4),
+    "Q6_K": slice(-2, None),
+}
+"""Where a block of 256 weights has its float16 scales; the gguf package reads these types only."""
+
 
 def write_gguf(
     path: Path,
@@ -108,10 +117,23 @@ def _add(writer: Any, name: str, weight: torch.Tensor, kind: str) -> torch.Tenso
     """Write one tensor and return what can be read of it."""
     quantisation = gguf.GGMLQuantizationType[kind]
     data = weight.numpy()
-    stored = quantize(np.ascontiguousarray(data), quantisation)
+    if kind in _SCALES:
+        stored = _random_blocks(data, kind)
+    else:
+        stored = quantize(np.ascontiguousarray(data), quantisation)
     writer.add_tensor(name, stored, raw_dtype=quantisation)
     read = dequantize(stored, quantisation).astype(np.float32)
     return torch.from_numpy(np.ascontiguousarray(read.reshape(data.shape)))
+
+
+def _random_blocks(weights: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
+    """Return rows of random blocks, with scales that give weights of an ordinary size."""
+    length, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    shape = (weights.shape[0], weights.shape[1] // length, size)
+    blocks = np.random.default_rng(weights.size).integers(0, 256, size=shape, dtype=np.uint8)
+    scales = blocks[..., _SCALES[kind]]
+    scales[:] = np.tile(np.float16([1e-4]).view(np.uint8), scales.shape[-1] // 2)
+    return blocks.reshape(weights.shape[0], -1)
 
 
 def _permuted(name: str, weight: torch.Tensor, config: Any, *, back: bool = False) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scipy.stats import mannwhitneyu
+from scipy.stats import mannwhitneyu, spearmanr
 
 from examples.real.__main__ import run
 from examples.real.fetch import FetchError, fetch
@@ -46,7 +46,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def result(model: Path, out: Path) -> Loop:
-    (result,) = run(model, (TRAIT,), out, size="ci")
+    (result,) = run(model, (TRAIT,), out, size="default")
     return result
 
 
@@ -73,13 +73,24 @@ def test_training_raises_the_trait_and_preventative_steering_lowers_that_rise(
 def test_projections_separate_positive_from_negative_answers_on_held_out_questions(
     result: Loop, model: Path, out: Path
 ) -> None:
-    steps = loop(TRAIT, model, out / "ci", SIZES["ci"])
+    steps = loop(TRAIT, model, out / "default", SIZES["default"])
     with (steps["project"].folder / "run.csv").open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+        rows = [row for row in csv.DictReader(stream) if row[TRAIT]]
     trained_on = _questions(run_folder(steps["extract"].folder) / "responses.jsonl")
     assert not trained_on & {row["question"] for row in rows}
-    (column,) = (name for name in rows[0] if name.endswith(f"_proj_layer{LAYER}"))
-    sides = ([float(r[column]) for r in rows if r["sign"] == s] for s in ("positive", "negative"))
+    answer, prompt = (
+        next(name for name in rows[0] if name.endswith(f"{TRAIT}_{kind}_layer{LAYER}"))
+        for kind in ("proj", "prompt_last_proj")
+    )
+    scores, projections = ([float(row[name]) for row in rows] for name in (TRAIT, answer))
+    positive = [p for p, score in zip(projections, scores, strict=True) if score >= 50]
+    negative = [p for p, score in zip(projections, scores, strict=True) if score < 50]
+    assert mannwhitneyu(positive, negative, alternative="greater").pvalue < 0.05
+    assert spearmanr(projections, scores, alternative="greater").pvalue < 0.01
+    sides = (
+        [float(r[prompt]) for r in rows if r["condition"] == f"prompted-{side}"]
+        for side in ("for", "against")
+    )
     assert mannwhitneyu(*sides, alternative="greater").pvalue < 0.01
 
 
@@ -103,7 +114,7 @@ def test_the_gguf_file_equals_its_weights_as_safetensors(model: Path, tmp_path: 
 def test_an_interrupted_run_ends_with_the_same_bytes(
     result: Loop, model: Path, out: Path, tmp_path: Path
 ) -> None:
-    step = loop(TRAIT, model, out / "ci", SIZES["ci"])["extract"]
+    step = loop(TRAIT, model, out / "default", SIZES["default"])["extract"]
     whole, half = run_folder(step.folder), run_folder(tmp_path)
     shutil.copytree(whole, half)
     vector = Path("vectors") / f"{TRAIT}.safetensors"
@@ -119,7 +130,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 
 def test_the_same_command_again_repeats_nothing(result: Loop, model: Path, out: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    (again,) = run(model, (TRAIT,), out, size="ci")
+    (again,) = run(model, (TRAIT,), out, size="default")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
     assert again == result
 

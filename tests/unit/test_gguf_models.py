@@ -65,12 +65,16 @@ def logits(model: Any) -> torch.Tensor:
         ("qwen2", "Q8_0"),
         ("qwen2", ("Q4_0", "F16")),
         ("qwen3", ("BF16", "Q5_1")),
+        ("llama", ("Q4_K", "Q6_K")),
+        ("qwen2", ("Q5_K", "Q3_K")),
+        ("qwen3", ("Q2_K", "Q4_K")),
     ],
 )
 def test_logits_are_those_of_the_same_weights_as_safetensors(
     architecture: str, types: str | tuple[str, str], tmp_path: Path
 ) -> None:
-    model = write_gguf(tmp_path / "model.gguf", architecture, types=types)
+    wide = {"hidden_size": 256, "intermediate_size": 256} if types[0].endswith("_K") else {}
+    model = write_gguf(tmp_path / "model.gguf", architecture, types=types, **wide)
     safetensors = loaded(save_model(model, tmp_path / "plain"))
     read = loaded(tmp_path / "model.gguf")
     assert torch.equal(logits(read.model), logits(safetensors.model))

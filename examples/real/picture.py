@@ -1,0 +1,29 @@
+"""One picture of several traits: which conditions move the score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.real.loop import LAYER
+from examples.real.summary import Loop
+from pvec.report.dots import bars
+from pvec.report.figure import Figure
+
+
+def scores(loops: Sequence[Loop]) -> Figure:
+    """Draw the trait score of each condition with its interval, a colour for each trait."""
+    conditions = [condition.name for condition in loops[0].conditions]
+    return bars(
+        name="conditions",
+        title="SmolLM2-135M-Instruct, judged by itself",
+        caption=f"Answers to the same evaluation questions in each condition, layer {LAYER}.",
+        label="trait score",
+        groups=conditions,
+        series={loop.trait: [c.trait for c in loop.conditions] for loop in loops},
+    )
+
+
+def write(loops: Sequence[Loop], path: Path) -> None:
+    """Write the picture as SVG."""
+    path.write_text(scores(loops).svg(), encoding="utf-8")
