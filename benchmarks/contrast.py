@@ -59,6 +59,7 @@ def main() -> None:
         command.add_argument("--tokens", type=int, default=64)
         command.add_argument("--data", type=Path, default=Path("data"))
         command.add_argument("--answers", type=int, default=0, help="0: all of them")
+        command.add_argument("--questions", type=int, default=1, help="for speed: answers are to")
         command.add_argument("--trait", default=None, help="instructions of this trait instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -324,16 +325,15 @@ def speed(options: argparse.Namespace) -> None:
     answers = list(
         read_judged_csv(options.data / "reference" / REFERENCE_FILES["pos"], trait="evil")
     )
-    question = trait.extract_questions[0]
+    questions = trait.extract_questions[: options.questions]
     backend = HFBackend(options.model)
     pairs = [
         pair
-        for answer in answers[: options.answers or 10]
-        for pair in prompts_and_answer(
-            backend, trait, question, answer.answer.rpartition("</think>")[2].strip(),
-            tokens=options.tokens,
-        )
-    ]  # fmt: skip
+        for number, answer in enumerate(answers[: options.answers or 10])
+        for text in [answer.answer.rpartition("</think>")[2].strip()]
+        for question in [questions[number % len(questions)]]
+        for pair in prompts_and_answer(backend, trait, question, text, tokens=options.tokens)
+    ]
     list(backend.answer_logprobs(pairs[:2]))
     started = time.process_time()
     ours = dict(backend.answer_logprobs(pairs))

@@ -6,9 +6,11 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pvec.backends.hf.attention import grouped_decoding, supports_grouping
@@ -18,6 +20,10 @@ from pvec.errors import ModelError
 from pvec.models.decoder import Decoder, find_decoder
 from pvec.models.template import end_of_turn
 from pvec.steering.hooks import Steerer
+
+_HEAD_BLOCK = 1536
+_FEW_ROWS, _MANY_ROWS = 8, 128
+"""Between these a block of the vocabulary's matrix is multiplied faster than all of it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,8 +99,7 @@ class CausalModel:
         state = "cache_params" if "cache_params" in self.parameters else "past_key_values"
         if not all_logits and "logits_to_keep" in self.parameters:
             arguments["logits_to_keep"] = 1
-        last_only = not all_logits and token_ids.shape[1] > 1
-        head = _contiguous_head(self.inner) if last_only else nullcontext()
+        head = nullcontext() if all_logits else _fast_head(self.inner)
         measured = probe.attached() if probe is not None else nullcontext()
         with steered, measured, single, head:
             output = self.inner(
@@ -105,23 +110,32 @@ class CausalModel:
 
 
 @contextmanager
-def _contiguous_head(model: PreTrainedModel) -> Iterator[None]:
-    """Give the LM head its rows side by side inside the context.
+def _fast_head(model: PreTrainedModel) -> Iterator[None]:
+    """Compute the logits of a batch's last tokens in a faster way inside the context.
 
-    The last tokens of a batch are a view with gaps, for which torch reads the whole matrix of the
-    vocabulary once for every row.
+    The last tokens are a view with gaps, for which torch reads the whole matrix of the vocabulary
+    once for every row; and a matrix of that size is multiplied by few rows at half the rate at
+    which blocks of it are.
     """
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if head is None:
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    plain = type(head) is torch.nn.Linear and "forward" not in vars(head)  # accelerate's is there
+    if not plain or head.weight.device.type != "cpu" or getattr(head, "bias", None) is not None:
         yield
         return
-    handle = head.register_forward_pre_hook(
-        lambda _head, args: (args[0].contiguous(), *args[1:]) if args else None
-    )
+    head.forward = partial(_by_blocks, head.weight)
     try:
         yield
     finally:
-        handle.remove()
+        del head.forward
+
+
+def _by_blocks(weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Return ``hidden`` ``[..., H]`` times the vocabulary's ``weight`` ``[V, H]``."""
+    rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    size = _HEAD_BLOCK if _FEW_ROWS <= len(rows) <= _MANY_ROWS else len(weight)
+    logits = [linear(rows, block) for block in torch.split(weight, size)]
+    joined = logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
+    return joined.reshape(*hidden.shape[:-1], len(weight))
 
 
 def causal_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> CausalModel:

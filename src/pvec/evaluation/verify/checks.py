@@ -112,8 +112,7 @@ def all_checks(bench: Bench) -> Iterator[Check]:
         yield from _change_checks(bench, positions)
     yield _zero_is_identity(bench)
     yield _plain_hook_agrees(bench)
-    yield _mixed_batch_equals_alone(bench, steered=False)
-    yield _mixed_batch_equals_alone(bench, steered=True)
+    yield from _mixed_batch_equals_alone(bench)
     yield _means_in_a_batch(bench)
     yield _nothing_is_left(bench, before)
 
@@ -255,22 +254,23 @@ def _generate_by_hand(bench: Bench, instruction: Instruction) -> tuple[int, ...]
     return tuple(int(token) for token in output[0, ids.shape[1] :])
 
 
-def _mixed_batch_equals_alone(bench: Bench, *, steered: bool) -> Check:
+def _mixed_batch_equals_alone(bench: Bench) -> Iterator[Check]:
     """In one batch every row carries other steering; each answer must be what it is alone."""
     requests = bench.mixed_requests()
     together = {answer.id: answer.token_ids for answer in bench.backend.generate(requests)}
-    chosen = [request for request in requests if bool(request.steering) is steered]
-    different = 0
-    for request in chosen:
-        (alone,) = bench.backend.generate([request])
-        different += alone.token_ids != together[request.id]
-    which = "steered" if steered else "unsteered"
-    return bench.check_texts(
-        f"{which} rows of a mixed batch answer as they do alone",
-        different=different,
-        total=len(chosen),
-        detail=f"{len(chosen)} answers in a batch of {len(requests)}",
-    )
+    for steered in (False, True):
+        chosen = [request for request in requests if bool(request.steering) is steered]
+        different = 0
+        for request in chosen:
+            (alone,) = bench.backend.generate([request])
+            different += alone.token_ids != together[request.id]
+        which = "steered" if steered else "unsteered"
+        yield bench.check_texts(
+            f"{which} rows of a mixed batch answer as they do alone",
+            different=different,
+            total=len(chosen),
+            detail=f"{len(chosen)} answers in a batch of {len(requests)}",
+        )
 
 
 def _means_in_a_batch(bench: Bench) -> Check:
