@@ -136,9 +136,9 @@ test-vllm: $(VLLM_STAMP) ## Run the tests of the vLLM backend in a vLLM of their
 	$(OFFLINE) OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false VLLM_ENABLE_V1_MULTIPROCESSING=0 \
 	  $(VLLM_VENV)/bin/python -m pytest tests/vllm_backend
 
-# The report's pages in a headless Chromium, which is the system's (Playwright's own would have to
-# be downloaded). Where there is none, a root user of Debian or Ubuntu gets its package; anybody else
-# is told.
+# The pages of the report and of the server in a headless Chromium, which is the system's
+# (Playwright's own would have to be downloaded). Where there is none, a root user of Debian or
+# Ubuntu gets its package; anybody else is told.
 BROWSER_VENV  ?= .venv-browser
 BROWSER_STAMP := $(BROWSER_VENV)/.pvec-installed
 BROWSER_PAGES := build/browser-pages
@@ -159,9 +159,9 @@ chromium:
 	(apt-get install chromium) and run this again" >&2; exit 2; fi
 
 .PHONY: test-browser
-test-browser: chromium $(STAMP) $(BROWSER_STAMP) ## Open the report's pages in a headless Chromium and use them
+test-browser: chromium $(STAMP) $(BROWSER_STAMP) ## Use the report's pages and the server's in a headless Chromium
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tests/browser/make_pages.py $(BROWSER_PAGES)
-	PVEC_BROWSER_PAGES=$(BROWSER_PAGES) $(BROWSER_VENV)/bin/python -m pytest \
+	PVEC_BROWSER_PAGES=$(BROWSER_PAGES) PVEC_PYTHON=$(BIN)/python $(BROWSER_VENV)/bin/python -m pytest \
 	  --confcutdir tests/browser tests/browser
 
 check: format-check lint types contracts docs-check test ## Everything that must hold before a push

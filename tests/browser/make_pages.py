@@ -21,6 +21,8 @@ from pvec.runs.jsonl import encode_line
 from pvec.runs.store import Run
 from pvec.runs.summary import BROWSED, DIFF_KIND, TOKENS_KIND, write_summary
 from pvec.runs.tokens import TokenRecord, write_tokens
+from pvec.vectors.formats import save_vector
+from pvec.vectors.vector import PersonaVector
 
 OLD_RUNS = Path(__file__).parents[1] / "data" / "runs-0.1"
 KINDS = ("extract", "steer", "train", "monitor", "shift", "screen")
@@ -49,6 +51,7 @@ def main(folder: Path) -> None:
         "turns": turns(folder),
         "answers": many_answers(folder),
     }
+    served_vector(folder)
     (folder / "facts.json").write_text(json.dumps(facts))
 
 
@@ -187,6 +190,17 @@ def many_answers(folder: Path) -> dict[str, Any]:
     )
     (folder / "answers.html").write_text(page)
     return {"per condition": 10_000}
+
+
+def served_vector(folder: Path) -> None:
+    """Write a vector of the bundled model, in no particular direction, for ``pvec serve``."""
+    layers, width = 5, 160
+    vector = PersonaVector(
+        trait="evil",
+        kinds={"response_avg": RNG.normal(0, 20, (layers + 1, width)).astype(np.float32)},
+        mean_norm=np.full(layers + 1, 200, np.float32),
+    )
+    save_vector(vector, folder / "evil.safetensors")
 
 
 def _record(line: int, turn: int, length: int) -> TokenRecord:

@@ -15,14 +15,8 @@ from pvec.backends.hf.backend import HFBackend
 from pvec.backends.session import ModelSession
 from pvec.cli.app import app
 from pvec.errors import InputError, ModelError
-from pvec.evaluation.chat import (
-    MAIN,
-    PLAIN,
-    AnswerProjection,
-    AnswerText,
-    Chat,
-    load_steering_vectors,
-)
+from pvec.evaluation.chat import Chat, load_steering_vectors
+from pvec.evaluation.conversation import MAIN, PLAIN, AnswerProjection, AnswerText
 from pvec.models.chat import prompt_ids
 from pvec.settings import Settings
 from pvec.settings.sections import GenerationSettings, ModelSettings

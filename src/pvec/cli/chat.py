@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -10,18 +9,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pvec.cli.chat_input import typed_lines
 from pvec.cli.console import Console, visible
-from pvec.cli.options import console_from, new_app, options, settings_from
-from pvec.errors import PvecError
+from pvec.cli.options import console_from, new_app, options, resolved_from, settings_from
+from pvec.errors import InputError, PvecError
 
 if TYPE_CHECKING:
-    from pvec.evaluation.chat import AnswerProjection, AnswerText, Chat
+    from pvec.evaluation.conversation import AnswerProjection, AnswerText, Conversation
 
 app = new_app()
 
 Vectors = Annotated[
     list[Path] | None,
     typer.Option("--vector", metavar="FILE", help="A vector file or a run with one; repeatable."),
+]
+
+Url = Annotated[
+    str | None,
+    typer.Option("--url", metavar="URL", help="Chat with a running pvec serve instead of a model."),
 ]
 
 
@@ -36,16 +41,20 @@ Vectors = Annotated[
     "steer.operator",
     "steer.coef_unit",
 )
-def chat(ctx: typer.Context, vector: Vectors = None) -> None:
+def chat(ctx: typer.Context, vector: Vectors = None, url: Url = None) -> None:
     """Chat with a model while steering it.
 
     Type a message, or a command: `/steer evil@20 2.0`, `/off`, `/compare`, `/help`, `/quit`.
-    Ctrl-C stops an answer, not the program. Lines may also be piped in.
+    Ctrl-C stops an answer, not the program. Lines may also be piped in. On a terminal the arrow
+    keys edit the line and recall earlier ones, and Tab completes commands and vectors.
     """
     from pvec.backends.session import ModelSession
     from pvec.evaluation.chat import Chat, load_steering_vectors
 
     settings, console = settings_from(ctx), console_from(ctx)
+    if url is not None:
+        _converse(console, _served(ctx, url, vector or []))
+        return
     with console.progress() as on_progress:
         session = ModelSession(settings, notify=console.note, on_progress=on_progress)
         vectors = load_steering_vectors(settings, session, vector or [])
@@ -54,10 +63,32 @@ def chat(ctx: typer.Context, vector: Vectors = None) -> None:
         _converse(console, Chat(settings, session, vectors))
 
 
-def _converse(console: Console, talk: Chat) -> None:
+def _served(ctx: typer.Context, url: str, vectors: list[Path]) -> Conversation:
+    """Return a conversation with a server, which has its own model and vectors."""
+    from pvec.evaluation.served import ServedChat
+    from pvec.judges.server import server_url
+
+    resolved = resolved_from(ctx)
+    origins = resolved.origins.items()
+    own = ("model.", "backend.", "steer.kind")
+    if vectors or any(
+        path.startswith(own) and "command line" in origin for path, origin in origins
+    ):
+        raise InputError(
+            "--vector and the options of the model and its engine do not go with --url: the server "
+            "has its own."
+        )
+    server_url(url, option="--url")
+    secret = resolved.settings.serve.api_key
+    return ServedChat(
+        resolved.settings, url, key=None if secret is None else secret.get_secret_value()
+    )
+
+
+def _converse(console: Console, talk: Conversation) -> None:
     console.note(talk.command("/status") or "")
     console.note("Type a message, or /help.")
-    for line in _lines(console):
+    for line in typed_lines(console, talk.completions):
         if not line.strip():
             continue
         try:
@@ -72,26 +103,10 @@ def _converse(console: Console, talk: Chat) -> None:
             console.err.print(f"Error: {error}", markup=False, soft_wrap=True)
 
 
-def _lines(console: Console) -> Iterator[str]:
-    """Yield what is typed or piped in, until it ends; Ctrl-C drops the line."""
-    typed = sys.stdin.isatty()
-    while True:
-        try:
-            if typed:
-                console.out.print("you> ", style="bold", end="")
-            line = sys.stdin.readline()
-        except KeyboardInterrupt:
-            console.out.print("\n(/quit leaves)", markup=False)
-            continue
-        if not line:
-            return
-        yield line
+def _answer(console: Console, talk: Conversation, text: str) -> None:
+    from pvec.evaluation.conversation import PLAIN
 
-
-def _answer(console: Console, talk: Chat, text: str) -> None:
-    from pvec.evaluation.chat import PLAIN
-
-    side_by_side = talk.compare and bool(talk.steering)
+    side_by_side = talk.compare and talk.is_steered
     projections: list[AnswerProjection] = []
     with closing(talk.answer(text)) as events:
         try:
@@ -103,8 +118,7 @@ def _answer(console: Console, talk: Chat, text: str) -> None:
     for projection in projections:
         side = " unsteered" if projection.side == PLAIN else ""
         console.out.print(
-            f"  {projection.vector}@{projection.layer}{side}: projection "
-            f"{projection.projection:+.3g} ({projection.relative:+.1%} of the residual norm)",
+            f"  {projection.vector}@{projection.layer}{side}: {projection.value}",
             style="dim",
             markup=False,
         )
@@ -114,7 +128,7 @@ def _show_plain(
     console: Console, events: Iterator[AnswerText | AnswerProjection]
 ) -> list[AnswerProjection]:
     """Write the answer as it grows; an unsteered one follows when both are done."""
-    from pvec.evaluation.chat import MAIN, PLAIN, AnswerText
+    from pvec.evaluation.conversation import MAIN, PLAIN, AnswerText
 
     written, other = "", ""
     projections: list[AnswerProjection] = []
@@ -143,7 +157,7 @@ def _show_columns(
     from rich.panel import Panel
     from rich.text import Text
 
-    from pvec.evaluation.chat import MAIN, PLAIN, AnswerText
+    from pvec.evaluation.conversation import MAIN, PLAIN, AnswerText
 
     texts = {MAIN: "", PLAIN: ""}
     titles = {MAIN: "steered", PLAIN: "unsteered"}
