@@ -107,7 +107,9 @@ class _Batch(DecodeBatch):
         ]
         going = [i for i, row in enumerate(self.rows) if id(row) not in leaving]
         if finished:
-            self._keep(with_holes_filled(going))
+            order = with_holes_filled(going)
+            self._logits = self._logits[order]  # the next tokens are drawn from them
+            self._keep(order)
         return finished
 
     def end_unsteered(self) -> None:
