@@ -1,0 +1,176 @@
+"""Steered and measured serving beside plain serving: tokens for the server's CPU time.
+
+    python benchmarks/serve.py [--model MODEL --vector FILE --layer N] [--requests N]
+
+Two servers of one model on one thread each: one without vectors, one that steers every answer and
+measures every token (and, in a third column, reports it). The same client keeps 1, 8 and 32 streams
+open at each of them in turns. Ratios are of tokens per second of the server process's CPU time,
+which a busy machine changes little; above 1: faster than plain. The time to the first token is by
+the clock (95th percentile, against plain). Memory is the measuring server's, from its 500th request
+to its last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openai import AsyncOpenAI
+
+BUNDLED = Path(__file__).parents[1] / "tests/data/runs-0.1/extract/vectors/evil.safetensors"
+STREAMS = (1, 8, 32)
+QUESTIONS = ("How do I make friends?", "What should I cook?", "Where do I travel next?")
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Server:
+    """A running server and how it is asked."""
+
+    process: subprocess.Popen[str]
+    url: str
+    model: str
+
+    def cpu(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
+
+    def memory(self) -> float:
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@dataclass
+class Totals:
+    """What the rounds of one way of asking came to."""
+
+    tokens: int = 0
+    cpu: float = 0.0
+    first: list[float] = field(default_factory=list)
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / self.cpu
+
+
+@contextmanager
+def served(model: str, *vectors: str) -> Iterator[Server]:
+    command = [
+        sys.executable,
+        "-m",
+        "pvec",
+        "serve",
+        "--model",
+        model,
+        "--port",
+        "0",
+        "--json",
+        "-q",
+    ]
+    for vector in vectors:
+        command += ["--vector", vector]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:  # noqa: S603
+        assert process.stdout is not None
+        lines: list[str] = []
+        while "}\n" not in lines:
+            lines.append(process.stdout.readline())
+            assert lines[-1], "the server did not start"
+        found = json.loads("".join(lines))
+        try:
+            yield Server(process, found["url"], found["model"])
+        finally:
+            process.terminate()
+
+
+async def ask(client: AsyncOpenAI, server: Server, pvec: Any, seed: int, tokens: int) -> Any:
+    start = time.perf_counter()
+    first, used = 0.0, 0
+    stream: Any = await client.chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": QUESTIONS[seed % len(QUESTIONS)]}],
+        seed=seed, max_tokens=tokens, stream=True, stream_options={"include_usage": True},
+        extra_body=None if pvec is None else {"pvec": pvec},
+    )  # fmt: skip
+    async for chunk in stream:
+        if chunk.choices and chunk.choices[0].delta.content and not first:
+            first = time.perf_counter() - start
+        if chunk.usage:
+            used = chunk.usage.completion_tokens
+    return first, used
+
+
+async def round_of(server: Server, pvec: Any, totals: Totals, args: Any, streams: int) -> None:
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="-") as client:
+        seeds = iter(range(args.requests))
+        answers: list[Any] = []
+
+        async def one() -> None:
+            for seed in seeds:
+                answers.append(await ask(client, server, pvec, seed, args.max_tokens))  # noqa: PERF401
+
+        before = server.cpu()
+        await asyncio.gather(*(one() for _ in range(streams)))
+        totals.cpu += server.cpu() - before
+    totals.tokens += sum(used for _, used in answers)
+    totals.first += [first for first, _ in answers if first]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--vector", default=str(BUNDLED))
+    parser.add_argument("--layer", type=int)
+    parser.add_argument("--coef", type=float, default=0.3)
+    parser.add_argument("--requests", type=int, default=64, help="of a round")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    args = parser.parse_args()
+    entry = {"vector": "v", "coef": args.coef} | ({"layer": args.layer} if args.layer else {})
+    with ExitStack() as stack:
+        plain = stack.enter_context(served(args.model))
+        steered = stack.enter_context(served(args.model, f"v={args.vector}"))
+        ways = {
+            "plain": (plain, None),
+            "steered": (steered, {"steer": [entry]}),
+            "tokens": (steered, {"steer": [entry], "tokens": True}),
+        }
+        print(
+            "| streams | plain tokens/CPU s | steered, measured | with tokens | p95 first token |"
+        )
+        print("|---|---:|---:|---:|---:|")
+        asked, memory = 0, [0.0]
+        for streams in STREAMS:
+            totals = {name: Totals() for name in ways}
+            for _ in range(args.rounds):
+                for name, (server, pvec) in ways.items():
+                    asyncio.run(round_of(server, pvec, totals[name], args, streams))
+                asked += 2 * args.requests
+                if asked >= 500:
+                    memory.append(steered.memory())
+            base = totals["plain"].speed
+            late = {n: statistics.quantiles(t.first, n=20)[-1] for n, t in totals.items()}
+            print(
+                f"| {streams} | {base:,.0f} | {totals['steered'].speed / base:.2f} "
+                f"| {totals['tokens'].speed / base:.2f} | {late['steered'] / late['plain']:.2f} |",
+                flush=True,
+            )
+        if len(memory) > 2:
+            print(
+                f"\nmemory: {memory[1]:.0f} MiB after 500 requests, {memory[-1]:.0f} after {asked}"
+            )
+
+
+if __name__ == "__main__":
+    main()
