@@ -2,6 +2,7 @@
 
     python benchmarks/project.py                      # the bundled model and 100m, on the CPU
     python benchmarks/project.py --memory             # resident memory from 10,000 to 200,000 rows
+    python benchmarks/project.py --memory --tokens    # the same of --tokens, answers of 200 tokens
     python benchmarks/project.py --size 7b --device cuda --dtype bfloat16
 
 The usual loop tokenises each row twice, runs it alone with all hidden states and all logits, and
@@ -142,14 +143,17 @@ def compare(size: str, args: argparse.Namespace) -> None:
     )
 
 
-def memory(counts: Sequence[int]) -> None:
-    """Run the command on files of growing length and print its highest resident memory."""
+def memory(counts: Sequence[int], *, tokens: bool = False) -> None:
+    """Run the command on files of growing length and print its highest resident memory.
+
+    With ``tokens`` it also keeps every token, of answers of about 200.
+    """
     print("| rows | peak resident MiB | seconds |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         vector = _random_vector(Path(folder))
         for count in counts:
             path = Path(folder) / f"{count}.jsonl"
-            _write_rows(path, count)
+            _write_rows(path, count, answer="Yes, of course. " * (50 if tokens else 1))
             code = (
                 "import resource, sys; from pvec.cli.app import main\n"
                 "try: main(sys.argv[1:])\n"
@@ -158,6 +162,7 @@ def memory(counts: Sequence[int]) -> None:
             command = [
                 sys.executable, "-c", code, "project", str(path), "--vector", str(vector),
                 "--layer", "1", "-q", "--any-model",
+                *(["--tokens", "--chunk-rows", "250"] if tokens else []),
             ]  # fmt: skip
             began = time.perf_counter()
             done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
@@ -177,12 +182,12 @@ def _random_vector(folder: Path) -> Path:
     return save_vector(vector, folder / "random.safetensors")
 
 
-def _write_rows(path: Path, count: int) -> None:
+def _write_rows(path: Path, count: int, *, answer: str) -> None:
     with path.open("w") as stream:
         for i in range(count):
             turns = [
                 {"role": "user", "content": f"Question {i}?"},
-                {"role": "assistant", "content": "Yes, of course."},
+                {"role": "assistant", "content": answer.strip()},
             ]
             stream.write(json.dumps({"messages": turns}) + "\n")
 
@@ -203,12 +208,13 @@ def main() -> None:
         help="cpu: this process's own time, for machines that others use too",
     )
     parser.add_argument("--memory", action="store_true", help="measure resident memory instead")
+    parser.add_argument("--tokens", action="store_true", help="with --memory: of --tokens")
     args = parser.parse_args()
     print(
         f"{args.device}, {torch.get_num_threads()} threads, {args.dtype}, torch {torch.__version__}"
     )
     if args.memory:
-        memory((10_000, 50_000, 200_000))
+        memory((500, 2000) if args.tokens else (10_000, 50_000, 200_000), tokens=args.tokens)
         return
     print(
         "| size | rows | usual rows/s | pvec rows/s | ratio | usual peak MiB | pvec peak MiB "

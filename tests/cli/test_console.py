@@ -157,10 +157,11 @@ def test_durations_read_as_people_say_them(seconds: float, said: str) -> None:
 def test_tables_align_numbers_and_show_a_dash_for_what_is_missing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    rows = [("evil", 71.25, 1000), ("[bold]", float("nan"), None)]
+    rows = [("evil", 71.26, 1000), ("kind", 8.0, 2), ("[bold]", float("nan"), None)]
     Console().print(table(("trait", "mean", "n"), rows))
     shown = capsys.readouterr().out
-    assert "71.25" in shown
+    lines = shown.rstrip().splitlines()[-3:]
+    assert [line.split()[1] for line in lines] == ["71.3", "8.0", "–"]
     assert "1,000" in shown
     assert "[bold]" in shown  # data are never markup
     assert shown.rstrip().splitlines()[-1].split() == ["[bold]", "–", "–"]

@@ -7,6 +7,7 @@ import itertools
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -231,6 +232,21 @@ def every_kind() -> list[Figure]:
              series={"evil": [point(-4.0), point(60.0)], "kind": [point(1.0), None]}, **words),
         heat_map(grid, name="cells", **words),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("figure", every_kind(), ids=lambda figure: figure.name)
+def test_nothing_of_an_exported_figure_lies_over_another_part(figure: Figure) -> None:
+    canvas = replace(figure, caption="What it shows. " * 20, source="model").canvas()
+    canvas.draw_without_rendering()
+    title, below = (text.get_window_extent() for text in canvas.texts)
+    axes = [axis.get_tightbbox() for axis in canvas.axes]
+    legends = [legend.get_window_extent() for legend in canvas.legends]
+    lowest = min(box.y0 for box in axes if box is not None)
+    assert all(box.y1 <= lowest + 1 and box.y0 >= below.y1 - 1 for box in legends)
+    assert below.y0 >= 0
+    assert below.y1 <= lowest
+    assert max(box.y1 for box in axes if box is not None) <= title.y0 + 1
+    assert title.y1 <= canvas.bbox.y1
 
 
 @pytest.mark.parametrize("figure", every_kind(), ids=lambda figure: figure.name)

@@ -51,6 +51,11 @@ class Console:
             text = all(isinstance(item, str) for item in renderables)
             self.out.print(*renderables, soft_wrap=text)  # a path or command stays in one piece
 
+    def sentence(self, text: str) -> None:
+        """Show a sentence of a result; on a terminal it is wrapped between words."""
+        if not self.json:
+            self.out.print(text, soft_wrap=not self.out.is_terminal)
+
     def note(self, text: str) -> None:
         """Show on stderr what was chosen or happened; nothing with ``--quiet``."""
         if not self.quiet:
@@ -154,12 +159,16 @@ def _terminal(*, stderr: bool) -> Any:
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None
 ) -> Table:
-    """Return a table whose columns of numbers are right-aligned; a missing number is a dash."""
+    """Return a table whose columns of numbers are right-aligned, each with the same decimals; a
+    missing number is a dash.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    cells = [[_cell(value) for value in row] for row in rows]
+    rows = [list(row) for row in rows]
+    digits = [_digits(column) for column in zip(*rows, strict=True)]
+    cells = [[_cell(v, n) for v, n in zip(row, digits, strict=True)] for row in rows]
     built = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
         numeric = bool(cells) and all(row[index].isnumber for row in cells)
@@ -175,7 +184,14 @@ class _Cell:
     isnumber: bool
 
 
-def _cell(value: Any) -> _Cell:
+def _digits(column: Iterable[Any]) -> int:
+    """Return the decimals of a column's numbers with a fraction."""
+    from pvec.report.style import decimals
+
+    return decimals([value for value in column if isinstance(value, float)])
+
+
+def _cell(value: Any, digits: int) -> _Cell:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return _Cell("–", isnumber=True)
     if isinstance(value, bool):
@@ -183,7 +199,8 @@ def _cell(value: Any) -> _Cell:
     if isinstance(value, int):
         return _Cell(f"{value:,}", isnumber=True)
     if isinstance(value, float):
-        return _Cell(f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}", isnumber=True)
+        shown = f"{value:,.{digits}f}" if round(value, digits) or not value else f"{value:.2g}"
+        return _Cell(shown, isnumber=True)
     return _Cell(str(value), isnumber=False)
 
 

@@ -79,7 +79,7 @@ def render_judge(console: Console, report: JudgeReport) -> None:
     if report.spent:
         parts.append(f"${report.spent:.2f}")
     console.print(f"judge {report.judge}: {', '.join(parts)}")
-    console.print(score_meaning(report.judge))
+    console.sentence(score_meaning(report.judge))
 
 
 def render_means(console: Console, means: Sequence[MetricMean]) -> None:
@@ -132,7 +132,7 @@ def render_layers(console: Console, summary: VectorSummary) -> None:
             columns[word] = [_spread(spread) for spread in spreads]
     console.print(table(list(columns), list(zip(*columns.values(), strict=True))))
     if summary.suggested_layer is not None:
-        console.print(f"* suggested layer {summary.suggested_layer}: {summary.reason}")
+        console.sentence(f"* suggested layer {summary.suggested_layer}: {summary.reason}")
 
 
 def render_computed(console: Console, result: ComputeResult) -> None:
@@ -140,11 +140,11 @@ def render_computed(console: Console, result: ComputeResult) -> None:
     render_filter(console, result.filtered)
     _render_thinking(console, result.thinking)
     if result.empty:
-        console.print(
+        console.sentence(
             f"{result.empty:,} kept answers are empty and do not count towards response_avg"
         )
     if result.merged:
-        console.print(
+        console.sentence(
             f"{result.merged:,} answers share their first token with the prompt's end; it counts "
             f"as theirs"
         )
@@ -165,7 +165,7 @@ def _render_description(console: Console, vector: VectorDescription) -> None:
     )
     console.print(f"  {vector.path}")
     for line in _provenance(vector.metadata):
-        console.print(f"  {line}")
+        console.sentence(f"  {line}")
     render_layers(console, vector.summary)
     others = [kind for kind in vector.norms if kind != vector.kind]
     if others:
@@ -178,7 +178,7 @@ def _render_description(console: Console, vector: VectorDescription) -> None:
 def render_notes(console: Console, notes: Sequence[str]) -> None:
     """Show what the user should know about a result."""
     for note in notes:
-        console.print(f"note: {note}")
+        console.sentence(f"note: {note}")
 
 
 _LONGEST_HEADING = 8
@@ -258,8 +258,9 @@ def _provenance(metadata: Mapping[str, str]) -> list[str]:
     lines = []
     if metadata.get("kept_pos"):
         dropped = [metadata.get(f"dropped_{sign}", "?") for sign in ("pos", "neg")]
+        kept = [int(metadata[f"kept_{sign}"]) for sign in ("pos", "neg")]
         lines.append(
-            f"{metadata['kept_pos']} positive, {metadata['kept_neg']} negative answers "
+            f"{kept[0]:,} positive, {kept[1]:,} negative answers "
             f"({dropped[0]} and {dropped[1]} dropped)"
         )
     named = [f"{word} {metadata[key]}" for key, word in PROVENANCE.items() if metadata.get(key)]

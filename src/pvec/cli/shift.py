@@ -108,7 +108,7 @@ def _render(console: Console, result: ShiftResult) -> None:
     ]
     console.print(table(("checkpoint", "vector", "shift [95 %]", "trait score [95 %]"), rows))
     for trend in result.trends:
-        console.print(
+        console.sentence(
             f"{trend.vector} @ {trend.layer}: shift and trait score correlate at "
             f"r {r_interval(trend.pearson)}, by rank {r_interval(trend.spearman)} "
             f"({trend.pearson.n} models)"

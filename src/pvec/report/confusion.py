@@ -29,6 +29,7 @@ def confusion(agreement: Agreement, *, source: str = "") -> Figure:
             ),
             value_label="% of answers",
             scale="quality",
+            digits=1,
             first_row="top",
         ),
         name=f"agreement_{found.metric}",

@@ -114,10 +114,21 @@ class Figure:
             *textwrap.wrap(printable(self.caption), 84),
             *textwrap.wrap(self._footer(), 84),
         ]
-        canvas.suptitle(title, x=0.02, ha="left", size=12.5, weight="bold")
-        canvas.supxlabel("\n".join(below), x=0.02, ha="left", size=7.5, linespacing=1.35)
-        more = 0.25 * (title.count("\n") + 1) + 0.145 * (len(below) + 1)
-        canvas.set_size_inches(self.size[0], self.size[1] + more)
+        above, under = 0.1 + 0.22 * (title.count("\n") + 1), 0.1 + 0.145 * len(below)
+        whole = above + self.size[1] + under
+        canvas.draw_without_rendering()  # the layout of the axes, which then move up as they are
+        canvas.set_layout_engine("none")
+        canvas.set_size_inches(self.size[0], whole)
+        canvas.text(0.02, 1 - 0.07 / whole, title, va="top", size=12.5, weight="bold")
+        canvas.text(0.02, 0.05 / whole, "\n".join(below), va="bottom", size=7.5, linespacing=1.35)
+        rest = (0, under / whole, 1, self.size[1] / whole)
+        for axis in canvas.axes:
+            place = axis.get_position()
+            axis.set_position(
+                (place.x0, rest[1] + place.y0 * rest[3], place.width, place.height * rest[3])
+            )
+        for legend in canvas.legends:
+            legend.set_bbox_to_anchor(rest, transform=canvas.transFigure)
 
     def _footer(self) -> str:
         return printable(f"{self.source} · pvec {__version__}".removeprefix(" · "))

@@ -171,7 +171,7 @@ def _drift_figure(
         caption="Mean over the conversations that have the turn, with its 95 % interval; later "
         "turns rest on fewer conversations (n is in the table)."
         + (
-            " Dotted: the mean answers of the extraction."
+            " Horizontal lines: the extraction's mean answers."
             if any(axis.references for axis in axes)
             else ""
         ),
