@@ -64,7 +64,9 @@ class FakeServer:
         self._http.server_close()
 
     def words(self, steer: list[dict[str, Any]]) -> list[str]:
-        return [f"{word} " for word in self.answer.split()] + [f"<{e['coef']:g}>" for e in steer]
+        return [f"{word} " for word in self.answer.split()] + [
+            f"<{e.get('coef', 1):g}>" for e in steer
+        ]
 
     def _get(self, http: BaseHTTPRequestHandler) -> None:
         path = http.path.partition("?")[0]
@@ -85,7 +87,7 @@ class FakeServer:
             return
         self.requests.append(body)
         steer = body["pvec"].get("steer", [])
-        too_strong = [e for e in steer if abs(e["coef"]) > 3]
+        too_strong = [e for e in steer if abs(e.get("coef", 0)) > 3]
         if too_strong:
             self._error(http, 400, f"The coefficient {too_strong[0]['coef']} is above 3.")
             return
@@ -102,7 +104,7 @@ class FakeServer:
 
     def _events(self, steer: list[dict[str, Any]]) -> Iterator[str]:
         names = [v["name"] for v in self.facts["vectors"]]
-        coefs = {e["vector"]: e["coef"] for e in steer}
+        coefs = {e["vector"]: e.get("coef", 0.0) for e in steer}
         yield _chunk({"role": "assistant", "content": ""})
         words = self.words(steer)
         for i, word in enumerate(words):
@@ -121,7 +123,7 @@ class FakeServer:
                 }
                 for name in names
             },
-            steer=[{"layer": 3, "positions": "response", "operator": "add", **e} for e in steer],
+            steer=[_applied(entry) for entry in steer],
             touched=len(words),
         )  # fmt: skip
         yield "[DONE]"
@@ -143,6 +145,13 @@ class FakeServer:
         http.send_header("Content-Security-Policy", "default-src 'self'")
         http.end_headers()
         http.wfile.write(body)
+
+
+def _applied(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry as the server reports it: complete, a ceiling in raw units."""
+    full = {"layer": 3, "positions": "response", "operator": "add", "coef": 1.0, **entry}
+    norm = 200 if full.pop("unit", "raw") == "norm" else 1
+    return {**full, "coef": full["coef"] * norm}
 
 
 def _chunk(delta: dict[str, str], *, finish: str | None = None, **pvec: object) -> str:

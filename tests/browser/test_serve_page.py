@@ -180,6 +180,11 @@ def test_layer_positions_and_operator_are_behind_a_fold(
         {"vector": "evil", "coef": 0.25, "layer": 2, "positions": "all", "operator": "cap",
          "unit": "norm"}
     ]  # fmt: skip
+    condition = page.locator("[data-side=steered] .condition")
+    expect(condition).to_have_text("steered, evil cap 0.25 at layer 2")
+    box.get_by_label("Operator").select_option("ablate")
+    expect(condition).to_have_text("steered, evil ablate at layer 2")
+    assert "coef" not in server.requests[-1]["pvec"]["steer"][0]
 
 
 def test_tokens_show_their_values_to_pointer_and_keyboard(open_page: Opener) -> None:

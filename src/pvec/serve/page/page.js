@@ -71,7 +71,10 @@ const answer = async (turn, side, signal) => {
     follow(turn, () => views.get(turn)[side].append(tokens));
     rescaleSoon();
     if (!last) continue;
-    given.steer = event.pvec.steer;
+    const asked = given.steer;
+    given.steer = event.pvec.steer.map((entry) => asked.find(({ vector, layer, operator }) =>
+      operator === "cap" && entry.operator === "cap" // said in raw units, asked in residual norms
+      && vector === entry.vector && layer === entry.layer) ?? entry);
     for (const [name, { answer: mean, percentile }] of Object.entries(last)) {
       given.vectors[name] = { mean, percentile };
     }

@@ -17,7 +17,8 @@ export const request = async (path, body, signal) => {
     cache: "no-store", body: body && JSON.stringify(body) }).catch(lost);
   if (response.ok) return response;
   const reply = await response.json().catch(() => null);
-  const message = reply?.error?.message || `The server answered with status ${response.status}.`;
+  const message = response.status === 401 ? "This server needs its API key."
+    : reply?.error?.message || `The server answered with status ${response.status}.`;
   throw Object.assign(new Error(message), { status: response.status });
 };
 
