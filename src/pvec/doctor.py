@@ -40,6 +40,7 @@ EXTRAS = {
     "data": "Parquet files",
     "gguf": "GGUF control vectors",
     "eval": "capability tasks of lm-eval (steer-eval --tasks)",
+    "serve": "the server (`pvec serve`)",
     "ray": "projection on a Ray cluster (project --engine ray)",
 }
 """The optional parts of pvec by the extra that installs them, and what each is for."""

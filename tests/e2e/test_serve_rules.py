@@ -13,6 +13,7 @@ import httpx2
 import openai
 import pytest
 import torch
+from helpers.entry_point import run_pvec
 from helpers.serving import EVIL, running_server
 from openai import OpenAI
 
@@ -145,6 +146,19 @@ def test_steering_that_does_not_apply_is_an_error_without_text(
 def test_steering_that_breaks_the_model_is_the_requests_fault() -> None:
     with asked() as ask, pytest.raises(openai.BadRequestError, match="not finite numbers"):
         ask([{"vector": "evil", "coef": 1e38}])
+
+
+def test_what_is_missing_or_cannot_be_served_yet_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done = run_pvec(f"serve --backend vllm --vector {EVIL}")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "runs on the hf backend for now: use --backend hf" in done.err
+    monkeypatch.setattr("pvec.serve.server.find_spec", lambda name: name == "uvicorn" or None)
+    done = run_pvec(f"serve --vector {EVIL}")
+    assert done.code == 2
+    assert "needs fastapi and prometheus_client" in done.err
+    assert "pip install '.[serve]'" in done.err
 
 
 def test_other_sites_and_other_names_are_kept_out() -> None:

@@ -93,6 +93,11 @@ class Service(Closing):
             )
         plan, report = self.rules.plan(body.pvec), self.rules.report(body.pvec)
         prompts = self._prompts(body)
+        if len(prompts) * body.n > limits.max_requests:
+            raise InputError(
+                f"The request asks for {len(prompts) * body.n} answers and this server runs at "
+                f"most {limits.max_requests} at once: ask for fewer."
+            )
         if self.active + len(prompts) * body.n > limits.max_requests:
             raise ApiError(
                 429,

@@ -54,7 +54,7 @@ class LiveBatch:
         Raises ``ModelError`` when prompt or steering do not fit the model. Any thread may call it.
         """
         Steerer(self._model.decoder, [request.steering])
-        (row,) = admit([request], model=self._model, notify=self._notify)
+        (row,) = admit([request], model=self._model, notify=lambda _: None)  # its end tells
         return row
 
     def step(self) -> list[Finished]:
