@@ -101,6 +101,19 @@ def test_a_server_that_is_not_there_or_asks_for_a_key_is_one_sentence(
     assert f"The server at {server.url} does not answer: is pvec serve running there?" in err
 
 
+def test_no_library_of_models_is_loaded(server: FakeServer) -> None:
+    code = (
+        "import sys\nfrom pvec.cli.app import main\n"
+        f"try: main(['chat', '--url', '{server.url}'])\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input="Hello?\n", capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith(WORDS), done.stderr
+    assert done.stdout.endswith("False\n")
+
+
 TYPING = """
 from pvec.cli.chat_input import typed_lines
 from pvec.cli.console import Console

@@ -48,13 +48,13 @@ def chat(ctx: typer.Context, vector: Vectors = None, url: Url = None) -> None:
     Ctrl-C stops an answer, not the program. Lines may also be piped in. On a terminal the arrow
     keys edit the line and recall earlier ones, and Tab completes commands and vectors.
     """
-    from pvec.backends.session import ModelSession
-    from pvec.evaluation.chat import Chat, load_steering_vectors
-
     settings, console = settings_from(ctx), console_from(ctx)
     if url is not None:
         _converse(console, _served(ctx, url, vector or []))
         return
+    from pvec.backends.session import ModelSession
+    from pvec.evaluation.chat import Chat, load_steering_vectors
+
     with console.progress() as on_progress:
         session = ModelSession(settings, notify=console.note, on_progress=on_progress)
         vectors = load_steering_vectors(settings, session, vector or [])
