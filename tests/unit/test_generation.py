@@ -200,6 +200,28 @@ def test_a_shared_prompt_is_run_once(qwen2: HFBackend, monkeypatch: pytest.Monke
     assert all(width == 1 for _, width in shapes[1:])
 
 
+def test_logits_computed_in_blocks_of_the_vocabulary_give_the_same_texts() -> None:
+    model = tiny_model("llama", vocab_size=4000)
+    large = HFBackend.wrap(model, tiny_tokenizer())
+    asked = [
+        Request(id=str(i), prompt_ids=p, sampling=Sampling(temperature=0, max_tokens=6))
+        for i, p in enumerate(prompts(12))
+    ]
+    blocks: list[int] = []
+    head = model.get_output_embeddings()
+    watch = head.register_forward_hook(lambda _m, args, _o: blocks.append(len(args[0])))
+    together = texts(large.generate(asked))
+    assert max(blocks) >= 8  # rows enough
+    watch.remove()
+    for request in asked:
+        ids = torch.tensor([request.prompt_ids])
+        alone = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
+        )[0, ids.shape[1] :].tolist()
+        assert together[request.id] == tuple(t for t in alone if t != tiny_tokenizer().eos_token_id)
+    assert "forward" not in vars(head), "the head is as it was"
+
+
 def failing(limit: int, monkeypatch: pytest.MonkeyPatch, *, after: int = 0) -> list[int]:
     """Make passes of more than ``limit`` rows run out of memory half-way through the cache."""
     calls: list[int] = []
