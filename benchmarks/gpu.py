@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,6 +216,8 @@ def run(title: str, command: list[str]) -> str:
             timeout=PART_SECONDS,
         )
         text = done.stdout.strip()
+        if not re.search(r"^\|", text, re.MULTILINE):
+            text = textwrap.indent(text, "    ")  # no table: as it is
         if done.returncode:
             reason = (done.stderr.strip() or "nothing said why").splitlines()[-1]
             text += f"\n\nFAILED with exit code {done.returncode}: {reason}"
