@@ -28,11 +28,14 @@ def work(args: argparse.Namespace) -> None:
     """Print the tokens per second of this process, and its threads."""
     import torch
 
-    from pvec.backends.hf.backend import HFBackend
+    from pvec.backends.session import ModelSession
+    from pvec.settings import Settings
+    from pvec.settings.sections import ModelSettings
     from pvec.types import Request, Sampling
 
-    backend = HFBackend(args.model)
-    vocabulary = backend.model.config.vocab_size if backend.model else 0
+    session = ModelSession(Settings(model=ModelSettings(id=args.model)))
+    backend = session.backend  # loading chooses the threads
+    vocabulary = len(backend.tokenizer)
     requests = [
         Request(
             id=str(n),
