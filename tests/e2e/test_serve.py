@@ -212,6 +212,8 @@ def test_completions_take_texts_and_token_ids(client: OpenAI, backend: HFBackend
         ({"extra_body": {"pvec": {"steer": [{"vector": "evil"}]}}}, 400, "needs a coef"),
         ({"extra_body": {"pvec": {"preset": "kind"}}}, 400, "Did you mean 'kinder'"),
         ({"extra_body": {"pvec": {"report": ["good"]}}}, 400, "no vector 'good'"),
+        ({"stream_options": {"include_usage": True}}, 400, "goes with 'stream'"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, 400, "are one limit"),
         ({"n": 41}, 400, "at most 40 at once"),
     ],
 )  # fmt: skip

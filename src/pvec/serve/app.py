@@ -42,7 +42,7 @@ def make_app(service: Service) -> FastAPI:
     """Return the application that serves ``service``."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     limits = service.rules.limits
-    if _is_loopback(limits.host):  # no page of another site is let in under a name of its own
+    if is_loopback(limits.host):  # no page of another site is let in under a name of its own
         app.add_middleware(
             TrustedHostMiddleware, allowed_hosts=[limits.host, "127.0.0.1", "localhost"],
             www_redirect=False,
@@ -225,7 +225,8 @@ def _checked(service: Service, event: Delta | Outcome | None) -> Delta | Outcome
     raise api_error(error, hide=service.hidden)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -150,6 +150,10 @@ def read_body(content: bytes, kind: type[Body]) -> Any:
     except ValidationError as error:
         text = sentence(error)
         raise ApiError(400, text[0].upper() + text[1:]) from None
+    if "stream_options" in given and not body.stream:
+        raise ApiError(400, "'stream_options' goes with 'stream': leave it out, or stream.")
+    if {"max_tokens", "max_completion_tokens"} <= given.keys():
+        raise ApiError(400, "'max_tokens' and 'max_completion_tokens' are one limit: send one.")
     if len(body.stops) > 16 or not all(body.stops):
         raise ApiError(400, "'stop' takes up to 16 texts, none of them empty: correct it.")
     return body

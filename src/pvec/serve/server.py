@@ -63,10 +63,13 @@ def serve(
         raise InputError("pvec serve runs on the hf backend for now: use --backend hf.")
     backend = settings.backend.model_copy(update={"name": "hf"})
     settings = settings.model_copy(update={"backend": backend})
+    from pvec.serve.app import is_loopback
     from pvec.serve.log import AnswerLog
     from pvec.serve.rules import make_rules
     from pvec.serve.vectors import load_served_vectors
 
+    if not is_loopback(settings.serve.host) and settings.serve.api_key is None:
+        notify("anyone who can reach this machine can use the server: set PVEC_SERVE__API_KEY")
     with contextlib.ExitStack() as stack:
         session = ModelSession(settings, notify=notify, on_progress=on_progress)
         stack.enter_context(session)
