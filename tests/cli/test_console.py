@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from rich.console import Console as RichConsole
 
 from pvec.cli.console import Console, jsonable, table, with_interval
-from pvec.cli.progress import PlainProgress, bars, duration
+from pvec.cli.progress import Pace, PlainProgress, bars, describe, duration
 from pvec.settings import Settings
 from pvec.types import Progress
 
@@ -145,6 +145,11 @@ def test_a_finished_bar_says_what_was_done() -> None:
     ]
     last = next(line for line in reversed(bar_lines(work)) if line.strip())
     assert last.rstrip().endswith("2,000/2,000 answers, 500 answers/s")
+
+
+def test_a_stage_without_work_says_so() -> None:
+    nothing = Progress(stage="judging", done=0, total=0, unit="scores")
+    assert describe(nothing, Pace(began=(0.0, 0)), 1.0) == "no scores left to do"
 
 
 @pytest.mark.parametrize(

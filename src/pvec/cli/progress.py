@@ -56,6 +56,8 @@ def describe(progress: Progress, pace: Pace, now: float, *, room: int = 200) -> 
     The stage's own detail follows where there is ``room``, in characters.
     ``1,200/2,000 answers, 12.3 answers/s, 1m 05s left, 410 tokens/s``.
     """
+    if progress.total == 0:
+        return f"no {progress.unit} left to do"
     total = "" if progress.total is None else f"/{progress.total:,}"
     text = f"{progress.done:,}{total} {progress.unit}"
     finished = progress.total is not None and progress.done >= progress.total

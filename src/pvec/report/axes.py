@@ -80,18 +80,21 @@ def spans(values: Sequence[Interval]) -> list[list[float]] | None:
 
 def draw_x(axes: Sequence[Axes], x: XAxis) -> None:
     """Label the x axis that ``axes`` share, from top to bottom, and draw what is known of it."""
+    inside = x.top is not None
+    named = axes[-1] if inside else axes[0]
     for axis in axes:
-        draw_references(axis, x.references, named=axis is axes[0], inside=x.top is not None)
+        low = inside and len(axes) > 1  # where doses that work leave room
+        draw_references(axis, x.references, named=axis is named, inside=inside, low=low)
     axes[-1].set_xlabel(printable(x.label))
     if x.top is not None:
         second_scale(axes[0], x.top)
 
 
 def draw_references(
-    axis: Axes, references: Sequence[Reference], *, named: bool, inside: bool
+    axis: Axes, references: Sequence[Reference], *, named: bool, inside: bool, low: bool
 ) -> None:
-    """Draw vertical lines of values with a meaning, named at their upper end; names stand upright
-    ``inside`` the axes where a second scale is above them.
+    """Draw vertical lines of values with a meaning, named at their upper end, or at their lower
+    one; names stand upright ``inside`` the axes where a second scale is above them.
     """
     last = max((reference.x for reference in references), default=0.0)
     for reference in references:
@@ -100,11 +103,14 @@ def draw_references(
         if named:
             side = "center" if len(references) == 1 else "left" if reference.x == last else "right"
             axis.annotate(
-                printable(reference.label), (reference.x, 1), xycoords=("data", "axes fraction"),
-                xytext=(-2, -3) if inside else (0, 2), textcoords="offset points",
+                printable(reference.label), (reference.x, 0 if low else 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(-2, 4 if low else -3) if inside else (0, 2), textcoords="offset points",
                 rotation=90 if inside else 0, ha="right" if inside else side,
-                va="top" if inside else "bottom", size=10, color=INK, annotation_clip=False,
+                va="top" if inside and not low else "bottom", size=10, color=INK,
+                annotation_clip=False,
                 bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 1},
+                zorder=1.6,  # under the data
             )  # fmt: skip
 
 
