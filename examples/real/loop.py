@@ -64,8 +64,8 @@ class CommandError(PvecError):
 
 
 def run_folder(step: Path) -> Path:
-    """Return where the run of a step is: it has the step's name, which one report tells apart."""
-    return step / step.name
+    """Return where the run of a step is: named by trait and step, which one report tells apart."""
+    return step / f"{step.parent.name}-{step.name}"
 
 
 def verify(model: Path, out: Path) -> Step:

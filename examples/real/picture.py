@@ -13,11 +13,13 @@ from pvec.report.figure import Figure
 
 def scores(loops: Sequence[Loop]) -> Figure:
     """Draw the trait score of each condition with its interval, a colour for each trait."""
-    conditions = [condition.name for condition in loops[0].conditions]
+    coefs = loops[0].coefs
+    alone = f", coefficient {coefs[0]:g}" if len(coefs) == 1 else ""
+    conditions = [condition.name.removesuffix(alone) for condition in loops[0].conditions]
     return bars(
         name="conditions",
         title="SmolLM2-135M-Instruct, judged by itself",
-        caption=f"Answers to the same evaluation questions in each condition, layer {LAYER}.",
+        caption=f"Answers to the same questions in each condition, layer {LAYER}{alone}.",
         label="trait score",
         groups=conditions,
         series={loop.trait: [c.trait for c in loop.conditions] for loop in loops},

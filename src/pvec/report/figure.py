@@ -62,6 +62,10 @@ class Table:
         return [[row[i] for row in self.rows] for i in range(len(self.columns))]
 
 
+_DPI = 200
+"""Of the layout too: text is a little narrower at another resolution, and would be cut."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Figure:
     """One picture with its numbers.
@@ -88,7 +92,7 @@ class Figure:
         buffer = io.BytesIO()
         with self._styled():
             about = {"Title": printable(self.title), "Source": self._footer()}
-            self.canvas().savefig(buffer, format="png", dpi=200, metadata=about)
+            self.canvas().savefig(buffer, format="png", dpi=_DPI, metadata=about)
         return buffer.getvalue()
 
     def themed_svg(self) -> str:
@@ -102,7 +106,7 @@ class Figure:
         from matplotlib.figure import Figure as Canvas
 
         with self._styled():
-            canvas = Canvas(figsize=self.size, layout="constrained")
+            canvas = Canvas(figsize=self.size, dpi=_DPI, layout="constrained")
             self.draw(canvas)
             if alone:
                 self._label(canvas)
