@@ -144,7 +144,7 @@ def _difference_figures(
     run: RunData, stored: Summary, sets: Mapping[str, np.ndarray]
 ) -> Iterator[Figure]:
     for c, column in enumerate(stored["columns"]):
-        yield histogram(
+        figure = histogram(
             name=f"{run.id}_{column['vector']}_layer{column['layer']}_differences",
             title=f"Projection differences along {_name(column)}",
             caption="Each sample's response minus the model's own answer to the same prompt. The "
@@ -155,6 +155,9 @@ def _difference_figures(
                 (_SETS[name], _known(sets[name][:, c]).tolist()) for name in _SETS if name in sets
             ],
         )
+        columns = ("from", "to", *sets)  # of the file: the data set first
+        rows = tuple((*row[:2], *row[:1:-1]) for row in figure.table.rows)
+        yield replace(figure, table=Table(columns=columns, rows=rows))
 
 
 def _axis(run: RunData, column: Summary) -> XAxis:
