@@ -26,16 +26,17 @@ def overview_section(summaries: Sequence[tuple[RunData, SweepSummary]]) -> Secti
         for run, _, pick in picks
         if (difference := pick.point.differences.get(run.trait)) is not None
     )
-    steered = sum(bool(sweep.picks) for _, sweep in summaries)
+    picked = [bool(sweep.picks) for _, sweep in summaries if sweep.having("steered")]
     columns = ("run", "picked", "unsteered", "steered", "coherence", "random", "prompt")
     table = Table(columns=columns, rows=tuple(_overview_row(run, pick) for run, _, pick in picks))
     return Section(
         id="steering",
         title=f"Steering with {listed([run.trait for run, _ in summaries])}, run by run",
         summary=(
-            f"In {raised} of {steered} evaluations the picked steering raises the trait on "
+            f"In {raised} of {sum(picked)} evaluations the picked steering raises the trait on "
             f"held-out questions by more than chance (95 %)."
-            if steered
+            + (f" In {picked.count(False)} more no steering was picked." * (False in picked))
+            if any(picked)
             else f"None of {len(summaries)} evaluations has a picked steering."
         ),
         figures=(*_grid_figures(picks), _overview_figure(picks)) if picks else (),
