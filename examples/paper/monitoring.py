@@ -128,7 +128,11 @@ def shift(
         {"project": {"layers": (LAST,)}, "paths": {"runs": folder / "none"}}
     )
     done = shifting.run(
-        settings, ["tiny", *adapters.values()], vectors, traits=[questions], out=folder / "run"
+        settings,
+        ["tiny", *adapters.values()],
+        vectors,
+        traits=[questions],
+        output=OutputOptions(out=folder / "run"),
     )
     names = {adapter: name for name, adapter in adapters.items()}
     moved: dict[str, dict[str, float]] = {name: {} for name in adapters}
