@@ -66,6 +66,11 @@ class Server:
         with urllib.request.urlopen(request, timeout=60) as reply:
             return json.load(reply)
 
+    def get(self, path: str) -> Any:
+        """Return what lies at a path."""
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=60) as reply:
+            return json.load(reply)
+
     def stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)
         self._process.communicate(timeout=30)
@@ -103,7 +108,9 @@ def test_a_conversation_with_the_bundled_model(server: Server, page: Page) -> No
     exact.fill("2.5")
     exact.press("Tab")
     steered = page.locator("[data-side=steered]")
-    expect(steered.locator(".condition")).to_have_text("steered, evil add 2.5 at layer 4")
+    (vector,) = server.get("/pvec/vectors")["vectors"]
+    condition = f"steered, evil add 2.5 at layer {vector['layer']}"
+    expect(steered.locator(".condition")).to_have_text(condition)
     expect(steered.locator(".readout")).to_contain_text("evil ", timeout=30_000)
     asked = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "seed": 11,
              "temperature": 1, "max_tokens": 40}  # fmt: skip

@@ -155,7 +155,8 @@ def _difference_figures(
                 (_SETS[name], _known(sets[name][:, c]).tolist()) for name in _SETS if name in sets
             ],
         )
-        columns = ("from", "to", *sets)  # of the file: the data set first
+        # of the file: the data set first
+        columns = ("from", "to", *(name for name in reversed(_SETS) if name in sets))
         rows = tuple((*row[:2], *row[:1:-1]) for row in figure.table.rows)
         yield replace(figure, table=Table(columns=columns, rows=rows))
 
@@ -176,6 +177,8 @@ def _read_differences(path: Path, stored: Summary) -> dict[str, np.ndarray]:
     try:
         for row in csv.DictReader(io.StringIO(read_text(path), newline="")):
             cells = [float(row[name] or "nan") for name in names]
+            if row["set"] not in _SETS:
+                raise ValueError(row["set"])
             rows.setdefault(row["set"], []).append(cells)
         return {"data": np.empty((0, len(names)))} | {k: np.array(v) for k, v in rows.items()}
     except (FileNotFoundError, DocumentError, KeyError, TypeError, ValueError, csv.Error):
