@@ -23,6 +23,8 @@ _JUDGED = (
 )
 """The model judges by likelihood; at temperature 1 a model of this size writes nonsense."""
 _KINDS = ("--projection-type", "proj", "--projection-type", "prompt_last_proj")
+_DTYPE = "float32"
+"""On every processor, so that answers are the same where bfloat16 would be chosen."""
 _PREVENTION = 2.0
 """Coefficient of the vector that is added during preventative training."""
 
@@ -149,6 +151,7 @@ def run_command(folder: Path, *, command: Sequence[str]) -> Result:
         file = folder / "run.csv"
         arguments += ["--out", str(file if command[0] == "project" else run_folder(folder))]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    environment["PVEC_MODEL__DTYPE"] = _DTYPE
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-m", "pvec", *arguments],
         env=environment,
@@ -197,7 +200,7 @@ def write_data(
             ]
             stream.write(json.dumps({"messages": turns}) + "\n")
     config: dict[str, Any] = {
-        "model": model,
+        "model": {"id": model, "dtype": _DTYPE},
         "data": {"train": str(folder / "answers.jsonl")},
         "lora": {"r": 8, "alpha": 16},
         "batch": {"size": rows},

@@ -95,10 +95,10 @@ def test_projections_separate_positive_from_negative_answers_on_held_out_questio
 
 
 def test_the_gguf_file_equals_its_weights_as_safetensors(model: Path, tmp_path: Path) -> None:
-    read = load_model(ModelSpec(model=str(model), device="cpu"))
+    read = load_model(ModelSpec(model=str(model), device="cpu", dtype="float32"))
     read.model.save_pretrained(tmp_path)
     read.tokenizer.save_pretrained(tmp_path)
-    saved = load_model(ModelSpec(model=str(tmp_path), device="cpu"))
+    saved = load_model(ModelSpec(model=str(tmp_path), device="cpu", dtype="float32"))
     prompt = read.tokenizer.apply_chat_template(
         [{"role": "user", "content": "Is 2024 a leap year?"}],
         tokenize=False,
