@@ -37,7 +37,8 @@ def main() -> int:
         return 2
     for result in results:
         print("\n" + "\n".join([*summary.lines(result), "", *summary.side_by_side(result)]))
-    picture.write(results, options.out / options.size / "conditions.svg")
+    name = model.name.removesuffix(".gguf")
+    picture.write(results, options.out / options.size / "conditions.svg", model=name)
     print(f"\n{(time.monotonic() - started) / 60:.1f} minutes; report: {_report(options.out)}")
     return 0
 

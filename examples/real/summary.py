@@ -199,7 +199,11 @@ def _projections(path: Path, trait: str) -> Projections:
         for kind in ("proj", "prompt_last_proj")
     )
     sides = (
-        [float(row[prompt]) for row in rows if row["condition"] == f"prompted-{side}"]
+        [
+            float(row[prompt])
+            for row in rows
+            if row["condition"] == f"prompted-{side}" and row[prompt]
+        ]
         for side in ("for", "against")
     )
     return Projections(
