@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pvec.evaluation.verify.inputs import (
-    ANSWER_TOKENS,
     POSITIONS,
     WEIGHTS,
     Check,
@@ -242,7 +241,7 @@ def _generate_by_hand(bench: Bench, instruction: Instruction) -> tuple[int, ...]
             output = bench.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=ANSWER_TOKENS,
+                max_new_tokens=bench.answer_tokens,
                 do_sample=False,
                 temperature=None,
                 top_p=None,

@@ -17,7 +17,8 @@ QUESTIONS = (
     "What should I say to a friend who has lost a job and does not want to talk about it?",
     "Name a colour.",
 )
-ANSWER_TOKENS = 12
+_ANSWER_TOKENS = 8
+_THOROUGH_TOKENS = 12
 POSITIONS: tuple[Positions, ...] = ("all", "prompt", "response")
 
 WEIGHTS = "the weights in memory are those of the checkpoint"
@@ -42,7 +43,7 @@ class Check:
 class VerifyInputs:
     """Prompts, steering and the allowed error, for any backend.
 
-    ``thorough`` tries every instruction on every prompt, otherwise on one.
+    ``thorough`` tries every instruction on every prompt, otherwise on one, and answers are longer.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class VerifyInputs:
         thorough: bool = True,
     ) -> None:
         self.thorough = thorough
+        self.answer_tokens = _THOROUGH_TOKENS if thorough else _ANSWER_TOKENS
         self.dtype = backend.info.dtype
         self.steering = list(steering)
         self.allowed = _LIMITS[self.dtype]
@@ -66,7 +68,7 @@ class VerifyInputs:
 
     def request(self, number: int, *steering: Instruction, prompt: int = 0) -> Request:
         """Return a greedy request for a short answer."""
-        sampling = Sampling(temperature=0.0, max_tokens=ANSWER_TOKENS)
+        sampling = Sampling(temperature=0.0, max_tokens=self.answer_tokens)
         return Request(
             id=str(number), prompt_ids=self.prompts[prompt], sampling=sampling, steering=steering
         )
