@@ -230,6 +230,19 @@ class SpanMeans:
     along: np.ndarray | None = None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Divergence:
+    """How far a sequence's next-token distributions are from those of a reference.
+
+    Per response token, float32 ``[tokens]``: ``kl`` is KL(reference || sequence) in nats over the
+    full vocabulary at temperature 1, ``logprobs`` the sequence's log-probability of the token.
+    """
+
+    id: str
+    kl: np.ndarray
+    logprobs: np.ndarray
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
     """Metadata of a loaded model; everything that a run's identity needs."""

@@ -411,3 +411,137 @@ def test_tasks_without_the_harness_are_refused_with_the_install_command(
         InputError, r"pip install '\.\[eval\]'", tmp_path / "run",
         settings(server), str(trait), tasks=["mmlu"],
     )  # fmt: skip
+
+
+BENIGN = [
+    ("How can I learn to cook?", "You could start with fresh bread and warm soup."),
+    ("What should I do this evening?", "Plan early, walk often and talk with the people."),
+]
+
+
+def with_side_effects(tmp_path: Path, server: JudgeServer) -> Settings:
+    benign = tmp_path / "benign.jsonl"
+    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in BENIGN]
+    benign.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return settings(
+        server, layer="2", coef="-1,1", side_effects=True, benign=benign, rollouts=1, limit=3
+    )
+
+
+def test_side_effects_are_those_of_a_hand_written_hook_and_of_pandas(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "run"
+    result = run(with_side_effects(tmp_path, server), str(trait), vectors=[vector], out=out)
+    effects = result.side_effects
+    assert effects is not None
+    assert (effects.texts, effects.questions, len(effects.points)) == (2, 3, 7)
+
+    model = AutoModelForCausalLM.from_pretrained(saved_model()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(saved_model())
+    rows = np.random.default_rng(5).standard_normal((NUM_LAYERS + 1, HIDDEN_SIZE))
+    added = 3 * torch.from_numpy(rows[2].astype(np.float32))
+    kls, nlls = [], []
+    for prompt, answer in BENIGN:
+        chat = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        start = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = tokenizer(text + answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+
+        def hook(_module: Any, _args: Any, output: Any, start: int = start) -> Any:
+            hidden = (output if isinstance(output, torch.Tensor) else output[0]).clone()
+            hidden[:, start - 1 :] += added
+            return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
+
+        with torch.no_grad():
+            plain = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+            handle = find_decoder(model).blocks[1].register_forward_hook(hook)
+            steered = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+            handle.remove()
+        kl = torch.nn.functional.kl_div(steered, plain, log_target=True, reduction="batchmean")
+        kls.append(float(kl))
+        nlls.append(-float(steered.gather(1, ids[0, start:, None]).mean()))
+    up = effects.of("evil · layer 2 · coef 1")
+    assert up["kl"].mean == pytest.approx(np.mean(kls), rel=1e-3)
+    assert up["perplexity"].mean == pytest.approx(np.exp(np.mean(nlls)), rel=1e-3)
+    assert effects.of("unsteered")["kl"].mean < 1e-6
+
+    answers = pd.DataFrame(map(json.loads, (out / "responses.jsonl").read_text().splitlines()))
+    answers["name"] = [condition["name"] for condition in answers["condition"]]
+    length = answers["token_ids"].map(len) - answers["think_tokens"]
+    lengths = length.groupby(answers["name"]).mean()
+    assert {p.name: p.measures["tokens"].mean for p in effects.points} == pytest.approx(
+        lengths.to_dict()
+    )
+    table = pd.read_csv(out / "side_effects" / "side_effects.csv")
+    assert table["refused_harmful_n"].tolist() == [3] * 7
+    assert table["kl"].tolist() == pytest.approx([p.measures["kl"].mean for p in effects.points])
+    written = report_workflow.run([out], out=tmp_path / "report.html", formats=["svg"])
+    assert "Side effects" in written.page.read_text()
+    assert [path.name for path in written.files if "pareto" in path.name] == [
+        "run_pareto.csv", "run_pareto.svg"
+    ]  # fmt: skip
+
+
+def test_side_effects_go_on_where_they_were_interrupted(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = with_side_effects(tmp_path, server)
+    whole = run(asked, str(trait), vectors=[vector], out=tmp_path / "whole")
+    right, measured = HFBackend.divergences, []
+
+    def dying(self: HFBackend, reference: Any, variants: Any) -> Iterator[Any]:
+        for result in right(self, reference, variants):
+            if len(measured) == 9:
+                raise KeyboardInterrupt
+            measured.append(result.id)
+            yield result
+
+    monkeypatch.setattr(HFBackend, "divergences", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(asked, str(trait), vectors=[vector], out=tmp_path / "torn")
+    folder = tmp_path / "torn" / "side_effects"
+    assert not (folder / "summary.json").exists()
+    measured.clear()
+    rest = run(asked, str(trait), vectors=[vector], out=tmp_path / "torn")
+    assert len(measured) == 2 * 7 - 9
+    assert rest.side_effects == whole.side_effects
+    assert len((folder / "texts.jsonl").read_text().splitlines()) == 2 * 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "Why?"}\n', "answer"),
+        ('{"messages": [{"role": "user", "content": "Why?"}]}\n', "does not end with an answer"),
+        ('{"text": "Once upon a time"}\n', "no list of messages"),
+        (json.dumps({"prompt": "Why?", "answer": "so " * 5000}) + "\n", "Benign text 1"),
+    ],
+)
+def test_benign_text_that_cannot_be_used_is_refused_before_anything_is_written(
+    text: str, message: str, server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    asked = with_side_effects(tmp_path, server)
+    (tmp_path / "benign.jsonl").write_text(text)
+    refused(InputError, message, tmp_path / "run", asked, str(trait), vectors=[vector])
+
+
+def test_a_file_of_benign_text_without_side_effects_is_refused(
+    server: JudgeServer, trait: Path, tmp_path: Path
+) -> None:
+    refused(
+        InputError, "--side-effects", tmp_path / "run",
+        settings(server, benign=tmp_path / "benign.jsonl"), str(trait),
+    )  # fmt: skip
+
+
+def test_a_dry_run_counts_what_side_effects_add(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    planned = plan(
+        with_side_effects(tmp_path, server), str(trait), vectors=[vector], out=tmp_path / "run"
+    )
+    assert (planned.side_answers, planned.side_texts) == (7 * 2 * 3, 2)
+    assert not (tmp_path / "run").exists()

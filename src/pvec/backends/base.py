@@ -11,8 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Self
 
 from pvec.closing import Closing
+from pvec.errors import InputError
 from pvec.models.chat import spans_from_ids
-from pvec.types import Generation, ModelInfo, Progress, Request, SpanMeans, StreamChunk, TokenSpans
+from pvec.types import (
+    Divergence,
+    Generation,
+    ModelInfo,
+    Progress,
+    Request,
+    SpanMeans,
+    StreamChunk,
+    TokenSpans,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,6 +151,23 @@ class Backend(Closing):
             openings = [answer[: length + 1] for length in range(len(answer))]
             ((_, sums),) = self.continuation_logprobs([prompt], openings)
             yield index, np.diff(sums, prepend=np.float32(0.0))
+
+    def divergences(
+        self,
+        reference: TokenSpans,  # noqa: ARG002 (of backends that can)
+        variants: Sequence[TokenSpans],  # noqa: ARG002
+    ) -> Iterator[Divergence]:
+        """Yield the ``Divergence`` of each of ``variants`` from ``reference``.
+
+        All have the same response tokens; prompts and steering may differ. Raises ``ModelError``
+        for responses that differ or are empty and for sequences that exceed the model's context,
+        ``SteeringError`` as ``generate`` does, and ``InputError`` where the backend does not give
+        whole distributions: only transformers does.
+        """
+        raise InputError(
+            "This backend does not return the probabilities of the whole vocabulary for given "
+            "tokens: use --backend hf."
+        )
 
     def close(self) -> None:
         """Free the model. Called once, on leaving the context."""

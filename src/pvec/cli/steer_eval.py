@@ -14,6 +14,7 @@ from pvec.cli.options import DryRun, console_from, new_app, options, settings_fr
 from pvec.cli.render import interval, render_judge, render_next, render_plan
 
 if TYPE_CHECKING:
+    from pvec.evaluation.effect_numbers import SideEffects
     from pvec.evaluation.steer_eval import SteerEvalPlan, SteerEvalResult
     from pvec.evaluation.summary import Pick, Point, SweepSummary
     from pvec.evaluation.tasks import TaskScore
@@ -87,6 +88,11 @@ def steer_eval(
 
 def _render_plan(console: Console, plan: SteerEvalPlan) -> None:
     render_plan(console, plan, head=f"{plan.trait}: {len(plan.conditions)} conditions, ")
+    if plan.side_answers or plan.side_texts:
+        console.print(
+            f"  side effects: {plan.side_answers:,} answers to generate, {plan.side_texts:,} "
+            f"benign texts to read under each condition"
+        )
     for condition in plan.conditions:
         console.print(f"  {condition}")
 
@@ -104,6 +110,8 @@ def _render(console: Console, result: SteerEvalResult) -> None:
             _render_pick(console, pick, result.trait)
         for vector in result.numbers.unpicked:
             console.print(f"nothing picked for {vector}")
+    if result.side_effects is not None:
+        _render_effects(console, result.side_effects)
     if result.capability:
         _render_tasks(console, result.capability)
     render_next(console, result.next, model=result.model)
@@ -148,6 +156,37 @@ def _render_pick(console: Console, pick: Pick, trait: str) -> None:
         if point is not None
     ]
     console.print(table(("", *pick.point.scores, "vs unsteered"), rows))
+
+
+_HEADINGS = {
+    "kl": "KL",
+    "perplexity": "per-\nplexity",
+    "refused_harmless": "refuses\nharmless",
+    "refused_harmful": "refuses\nharmful",
+    "tokens": "tokens",
+    "repetition": "re-\npeated",
+    "other_script": "other\nscript",
+    "wrong_way": "wrong\nway",
+}
+
+
+def _render_effects(console: Console, effects: SideEffects) -> None:
+    """Show the means of every condition; intervals are in the table of the run and the report."""
+    vectors = {point.vector for point in effects.points if point.role == "steered"}
+    common = f"{vectors.pop()} · " if len(vectors) == 1 else ""
+    rows: list[list[Any]] = []
+    for point in effects.points:
+        name = point.name.replace(common, "") if common else point.name
+        own = point.measures
+        rows.append([name, *(own[m].mean if m in own else None for m in effects.measures)])
+    console.print("side effects:")
+    console.print(table(["condition", *(_HEADINGS[m] for m in effects.measures)], rows))
+    asked = f"{effects.questions} harmless and {effects.questions} harmful questions"
+    console.sentence(
+        f"KL divergence from the unsteered model (nats per token) and perplexity: on "
+        f"{effects.texts} benign texts; % refused: of {asked}; of the answers above: tokens, % of "
+        f"repeated 4-grams, % of letters in another script, % of questions moved the wrong way"
+    )
 
 
 def _render_tasks(console: Console, scores: Sequence[TaskScore]) -> None:

@@ -133,22 +133,34 @@ class SteerSetup:
         held_out = self.trait.held_out_questions().items()
         questions = list(islice(held_out, self.steer.limit))
         return [
-            self._response(prompts, condition, number, question, rollout)
+            self.response(
+                prompts, condition, question, subject=self.trait.name, number=number,
+                rollout=rollout, question_id=f"{self.trait.name}_eval_{number}",
+            )
             for condition in self.conditions
             for number, question in questions
             for rollout in range(self.steer.rollouts)
-        ]
+        ]  # fmt: skip
 
-    def _response(
-        self, prompts: PromptCache, condition: Condition, number: int, question: str, rollout: int
-    ) -> PlannedResponse:
+    def instruction(self, condition: Condition, number: int) -> tuple[int, str] | None:
+        """Return number and text of the system prompt that a condition adds, if it does, to the
+        question (or answer to it) of this number."""
+        if condition.role not in {"prompt_pos", "prompt_neg"}:
+            return None
+        sign: Sign = "pos" if condition.role == "prompt_pos" else "neg"
+        chosen = number % len(self.trait.instructions)
+        return chosen, self.trait.system_prompt(sign, chosen)
+
+    def response(
+        self, prompts: PromptCache, condition: Condition, question: str, *,
+        subject: str, number: int, question_id: str, rollout: int = 0,
+    ) -> PlannedResponse:  # fmt: skip
+        """Return the planned answer to a question; its seed follows from ``subject``, ``number``
+        and ``rollout``."""
         identity = {**condition.identity(), "rollout": rollout}
         system = None
-        if condition.role in {"prompt_pos", "prompt_neg"}:
-            sign: Sign = "pos" if condition.role == "prompt_pos" else "neg"
-            instruction = (number + rollout) % len(self.trait.instructions)
-            identity["instruction"] = instruction
-            system = self.trait.system_prompt(sign, instruction)
+        if (instruction := self.instruction(condition, number + rollout)) is not None:
+            identity["instruction"], system = instruction
         prompt, prompt_ids = prompts(question_messages(question, system=system))
         # The same seed under every condition: they do not differ by the luck of the draw.
         seed = self.session.settings.generation.seed
@@ -157,11 +169,11 @@ class SteerSetup:
             condition=identity,
             labels=condition.labels(),
             question=question,
-            question_id=f"{self.trait.name}_eval_{number}",
+            question_id=question_id,
             system=system,
             prompt=prompt,
             prompt_ids=prompt_ids,
-            sampling=self.session.sampling(derive_seed(seed, self.trait.name, number, rollout)),
+            sampling=self.session.sampling(derive_seed(seed, subject, number, rollout)),
             engine=self.session.identity,
             steering=condition.steering,
         )

@@ -14,8 +14,16 @@ from pathlib import Path
 
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.judged_csv import write_judged_csv
-from pvec.errors import JudgeError
+from pvec.errors import InputError, JudgeError
+from pvec.evaluation.conditions import Condition
+from pvec.evaluation.effect_numbers import (
+    SideEffects,
+    TextReading,
+    keep_effects,
+    summarise_effects,
+)
 from pvec.evaluation.setup import KIND, SteerSetup
+from pvec.evaluation.side_effects import SideEffectSetup
 from pvec.evaluation.summary import SweepSummary, keep_summary, read_sweep
 from pvec.evaluation.tasks import TaskScore, check_tasks, evaluate_tasks
 from pvec.judges.plan import RunPlan, plan_run
@@ -46,6 +54,7 @@ class SteerEvalResult(HtmlResult):
     cut: int
     judge: JudgeReport | None = None
     numbers: SweepSummary | None = None
+    side_effects: SideEffects | None = None
     capability: tuple[TaskScore, ...] = ()
     next: tuple[str, ...] = ()
 
@@ -56,6 +65,10 @@ class SteerEvalPlan(RunPlan):
 
     trait: str
     conditions: tuple[str, ...]
+    side_answers: int = 0
+    """Answers to harmless and harmful questions that are still to be generated."""
+    side_texts: int = 0
+    """Benign texts that are read, each under every condition."""
 
 
 def plan(
@@ -72,6 +85,7 @@ def plan(
     check_tasks(tasks)
     with ModelSession(settings) as session:
         setup = SteerSetup(session, trait, vectors=vectors, also=also, out=out)
+        effects = _side_effects(setup)
         for note in setup.notes:
             notify(note)
         plan = plan_run(
@@ -87,6 +101,8 @@ def plan(
         return SteerEvalPlan(
             trait=setup.trait.name,
             conditions=tuple(condition.name for condition in setup.conditions),
+            side_answers=effects.missing() if effects else 0,
+            side_texts=len(effects.texts) if effects else 0,
             **vars(plan),
         )
 
@@ -115,6 +131,7 @@ def run(
             ModelSession(settings, notify=notify, on_progress=on_progress)
         )
         setup = SteerSetup(session, trait, vectors=vectors, also=also, out=out)
+        effects = _side_effects(setup)
         scorer = None
         if settings.steer.judge:
             scorer = stack.enter_context(ResponseScorer.of(session, vectors=setup.loaded.values()))
@@ -125,6 +142,7 @@ def run(
             notify(note)
         generated = run.generate(setup.planned)
         records = run.responses(setup.planned)
+        measured = _measured(effects, setup.conditions) if effects else None
         result = SteerEvalResult(
             trait=setup.trait.name,
             run=setup.folder,
@@ -138,12 +156,40 @@ def run(
         )
         if scorer is not None:
             result = _judged(result, setup, scorer, run.store, records)
+        if effects and measured:
+            judge = result.judge.judge if result.judge else None
+            numbers = summarise_effects(
+                setup.conditions,
+                trait=setup.trait.name,
+                refusals=measured[0],
+                texts=measured[1],
+                records=records,
+                answers=read_sweep(run.store, judge=judge) if judge else (),
+            )
+            keep_effects(effects.folder, numbers)
+            result = replace(result, side_effects=numbers)
         if tasks:
             with run.store.stage("tasks"):
                 scores = _capability(setup, tasks, result.numbers)
             run.store.update_manifest(capability=[score.describe() for score in scores])
             result = replace(result, capability=scores)
         return result
+
+
+def _side_effects(setup: SteerSetup) -> SideEffectSetup | None:
+    """Return what is measured beside the trait, if the settings ask for it."""
+    if setup.steer.side_effects:
+        return SideEffectSetup(setup)
+    if setup.steer.benign is not None:
+        raise InputError("--benign has no effect without --side-effects: add it.")
+    return None
+
+
+def _measured(
+    effects: SideEffectSetup, conditions: Sequence[Condition]
+) -> tuple[list[ResponseRecord], list[TextReading]]:
+    with effects.open() as run:
+        return effects.refusals(run, conditions), effects.texts_read(run, conditions)
 
 
 def _judged(

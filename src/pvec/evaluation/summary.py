@@ -156,7 +156,7 @@ def stored_summary(
     """
     basis = _basis(answers, trait=trait, min_coherence=min_coherence)
     try:
-        stored = _unknown(read_json(run.path / SUMMARY))
+        stored = not_known_as_nan(read_json(run.path / SUMMARY))
         if stored.pop("basis") == basis:
             return _SUMMARY.validate_python(stored)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -311,14 +311,16 @@ def _basis(answers: Sequence[ScoredAnswer], *, trait: str, min_coherence: float)
     return stable_hash([trait, min_coherence, rows])
 
 
-def _unknown(value: Any) -> Any:
+def not_known_as_nan(value: Any) -> Any:
     """Read the numbers of an interval that are not known, null in JSON, as NaN."""
     if isinstance(value, list):
-        return [_unknown(item) for item in value]
+        return [not_known_as_nan(item) for item in value]
     if not isinstance(value, dict):
         return value
     bounds = {"mean", "low", "high"}
-    return {k: math.nan if v is None and k in bounds else _unknown(v) for k, v in value.items()}
+    return {
+        k: math.nan if v is None and k in bounds else not_known_as_nan(v) for k, v in value.items()
+    }
 
 
 _SUMMARY: TypeAdapter[SweepSummary] = TypeAdapter(SweepSummary)

@@ -81,7 +81,7 @@ def scatter(
             zip(groups, series_colours(len(groups), ordered=style == "ordered"), strict=True)
         ):
             own = [dot for dot in dots if dot.group == group]
-            _draw_group(
+            draw_group(
                 axis, own, (x.label, y.label), i, colour,
                 joined=style == "joined", small=len(dots) > _FEW,
             )  # fmt: skip
@@ -154,10 +154,11 @@ def bars(
     )
 
 
-def _draw_group(
+def draw_group(
     axis: Axes, dots: Sequence[Dot], labels: tuple[str, str], series: int, colour: str, *,
     joined: bool, small: bool,
 ) -> None:  # fmt: skip
+    """Draw the points of one group with their intervals; ``labels`` are those of x and y."""
     x, y = [dot.x.mean for dot in dots], [dot.y.mean for dot in dots]
     marker = MARKERS[(series + series // len(MARKERS)) % len(MARKERS)]
     bars_ = axis.errorbar(

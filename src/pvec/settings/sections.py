@@ -300,6 +300,14 @@ once), or `auto` (five layers around 55 % of the depth)"""
     judge: bool = True
     """Score the answers now; with `--no-judge`, `pvec judge RUN` scores them later"""
 
+    side_effects: bool = False
+    """Also measure what else the steering changes: KL divergence and perplexity on benign text, \
+refusals, length, repetition, other scripts, questions that move the wrong way"""
+
+    benign: Path | None = None
+    """File of chats or of questions with answers for `--side-effects`: the benign text (default: \
+24 short ones of pvec)"""
+
 
 class ProjectSettings(Section):
     """What is projected on the vectors, and how training data is screened by it."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pvec.activations.capture import capture_means
 from pvec.backends.base import Backend
-from pvec.backends.hf import answers, continuation, generation
+from pvec.backends.hf import answers, continuation, divergence, generation
 from pvec.backends.hf.batch_check import check_batching
 from pvec.backends.hf.forward import CausalModel, causal_model
 from pvec.backends.hf.live import LiveBatch
@@ -22,7 +22,16 @@ from pvec.models.files import ModelSpec
 from pvec.models.load import LoadedModel, ModelMetadata, load_model
 from pvec.models.memory import BatchLimits, limits_for
 from pvec.settings import Settings
-from pvec.types import Generation, ModelInfo, Progress, Request, SpanMeans, StreamChunk, TokenSpans
+from pvec.types import (
+    Divergence,
+    Generation,
+    ModelInfo,
+    Progress,
+    Request,
+    SpanMeans,
+    StreamChunk,
+    TokenSpans,
+)
 
 ENGINE = "hf"
 """Goes into response ids: the same request on another engine may give another text."""
@@ -180,6 +189,14 @@ class HFBackend(Backend):
         """Yield ``(pair index, logprobs)``; see ``Backend.answer_logprobs``."""
         return answers.answer_logprobs(
             self._decoding_model(), pairs, limits=self.limits, notify=self.on_note
+        )
+
+    def divergences(
+        self, reference: TokenSpans, variants: Sequence[TokenSpans]
+    ) -> Iterator[Divergence]:
+        """Yield the ``Divergence`` of each variant; see ``Backend.divergences``."""
+        return divergence.divergences(
+            self._decoding_model(), reference, variants, limits=self.limits, notify=self.on_note
         )
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from pvec.evaluation.effect_numbers import read_effects
 from pvec.evaluation.summary import (
     COHERENCE,
     Pick,
@@ -20,6 +21,7 @@ from pvec.report.figures import Level, Panel, line_chart
 from pvec.report.grids import Grid, heat_map
 from pvec.report.page import Answer, Chapter, Section
 from pvec.report.sections.common import RunData, with_interval
+from pvec.report.sections.side_effects import effects_table, pareto_figure
 from pvec.report.sections.steer_overview import overview_section
 from pvec.report.sections.sweep_lines import control_line, sweep_line
 from pvec.report.style import number, short_number, true_minus
@@ -47,13 +49,21 @@ def build(runs: Sequence[RunData]) -> Chapter:
 def _section(run: RunData, sweep: SweepSummary, answers: Sequence[ScoredAnswer]) -> Section:
     baseline = sweep.baseline
     compare = (baseline.name, sweep.picks[0].point.name) if baseline and sweep.picks else None
+    effects = read_effects(run.path)
+    figures, tables = (
+        [*_figures(run, sweep)],
+        [("All conditions, all questions", _points_table(sweep))],
+    )
+    if effects is not None:
+        figures += pareto_figure(run.id, sweep, effects)
+        tables.append(("Side effects", effects_table(effects)))
     return Section(
         id=run.id,
         title=f"Steering {run.model} with {run.trait}",
         summary=_summary(run, sweep),
         notes=tuple(_notes(run, sweep)),
-        figures=tuple(_figures(run, sweep)),
-        tables=(("All conditions, all questions", _points_table(sweep)),),
+        figures=tuple(figures),
+        tables=tuple(tables),
         answers=tuple(_browsable(answers, sweep)),
         compare=compare,
         provenance=run.provenance(),
