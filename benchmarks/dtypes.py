@@ -1,6 +1,6 @@
 """How far a model's vectors, projections and scores in bfloat16 lie from those in float32.
 
-    pvec extract --trait optimistic --model FOLDER --dtype float32 --judge contrast --out RUN
+    pvec extract --trait optimistic --model FOLDER --dtype float32 --judge-model contrast --out RUN
     python benchmarks/dtypes.py RUN --model FOLDER
 
 The answers of an extraction are captured and measured by the contrast judge's formula twice, in
