@@ -39,6 +39,7 @@ EXTRAS = {
     "train": "pvec train",
     "data": "Parquet files",
     "gguf": "GGUF control vectors",
+    "methods": "probes as vectors (vector compute --method lda, logistic)",
     "eval": "capability tasks of lm-eval (steer-eval --tasks)",
     "serve": "the server (`pvec serve`)",
     "ray": "projection on a Ray cluster (project --engine ray)",

@@ -29,6 +29,14 @@ Operator = Literal["add", "ablate", "cap"]
 VectorKind = Literal["response_avg", "prompt_avg", "prompt_last"]
 """What is averaged per response (paper, section 2.2 and appendix A.3)."""
 
+Method = Literal["mean_diff", "caa", "pca", "lda", "logistic"]
+"""How a vector is estimated from the activations of answers (docs/methods.md); the paper's is
+``mean_diff``."""
+
+METHODS: tuple[Method, ...] = get_args(Method)
+
+MEAN_DIFF: Method = "mean_diff"
+
 Sign = Literal["pos", "neg"]
 """Towards a trait, or away from it."""
 

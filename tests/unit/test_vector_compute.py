@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from pvec.backends.session import ModelSession
 from pvec.errors import InputError, ModelError, StoreError
 from pvec.extraction.compute import ComputeResult, from_csv, from_run, with_model_of
-from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.settings import Settings, resolve
 from pvec.traits.trait import Trait, load_trait
-from pvec.types import Sampling, Score, SpanMeans
+from pvec.types import SpanMeans
 from pvec.vectors.accumulate import VectorAccumulator
 from pvec.vectors.formats import load_vector
-from tests.helpers.models import save_model, saved_model, tiny_model, tiny_tokenizer
+from tests.helpers.models import save_model, saved_model, tiny_model
+from tests.helpers.runs import judged_run
 from tests.helpers.vectors import COLUMNS, judged_rows, write_csv
 
 
@@ -158,47 +157,8 @@ def trait() -> Trait:
     return load_trait("evil")
 
 
-def make_run(folder: Path, trait: Trait, *, judges: tuple[str, ...] = ("alice",)) -> Path:
-    """Write a finished extraction of 24 answers a side, as ``extract`` and ``judge`` leave it."""
-    tokenizer = tiny_tokenizer()
-    with ModelSession(settings()) as session:
-        metadata = session.metadata
-    with Run.open_or_create(folder, kind="extract", identity={"trait": trait.name}) as run:
-        run.keep_traits([trait])
-        run.update_manifest(model={"id": metadata.id, "fingerprint": metadata.fingerprint})
-        for sign in ("pos", "neg"):
-            for number, row in enumerate(judged_rows(sign)):
-                record = ResponseRecord(
-                    id=f"{sign}{number}",
-                    trait=trait.name,
-                    condition={"sign": sign, "instruction": 0, "rollout": number},
-                    question=row["question"],
-                    question_id=row["question_id"],
-                    system=None,
-                    prompt=row["prompt"],
-                    prompt_ids=tuple(tokenizer(row["prompt"])["input_ids"]),
-                    token_ids=tuple(tokenizer(row["answer"])["input_ids"]),
-                    answer=row["answer"],
-                    finish_reason="stop",
-                    sampling=Sampling(),
-                )
-                run.append_response(record)
-                for judge in judges:
-                    for metric, value in ((trait.name, row["evil"]), ("coherence", 80.0)):
-                        run.append_score(
-                            Score(
-                                id=f"{record.id}{metric}{judge}",
-                                response_id=record.id,
-                                metric=metric,
-                                judge=judge,
-                                score=value,
-                            )
-                        )
-    return folder
-
-
 def test_a_run_gives_the_vector_that_its_exports_give(tmp_path: Path, trait: Trait) -> None:
-    run = make_run(tmp_path / "run", trait)
+    run = judged_run(tmp_path / "run", trait)
     found = from_run(with_model_of(resolve({}, environ={}).settings, run), run)
     assert found is not None
     assert found.path == run / "vectors" / "evil.safetensors"
@@ -217,7 +177,7 @@ def test_a_run_gives_the_vector_that_its_exports_give(tmp_path: Path, trait: Tra
 
 
 def test_of_two_judges_one_must_be_named(tmp_path: Path, trait: Trait) -> None:
-    run = make_run(tmp_path / "run", trait, judges=("alice", "bob"))
+    run = judged_run(tmp_path / "run", trait, judges=("alice", "bob"))
     with pytest.raises(InputError, match="2 judges"):
         from_run(settings(), run)
     found = from_run(settings(), run, judge="bob", out=tmp_path / "bob.safetensors")
@@ -226,7 +186,7 @@ def test_of_two_judges_one_must_be_named(tmp_path: Path, trait: Trait) -> None:
 
 
 def test_the_answers_of_another_model_are_refused(tmp_path: Path, trait: Trait) -> None:
-    run = make_run(tmp_path / "run", trait)
+    run = judged_run(tmp_path / "run", trait)
     other = save_model(tiny_model(seed=1), tmp_path / "other")
     with pytest.raises(ModelError, match="give that model with --model"):
         from_run(settings(model__id=str(other)), run)
@@ -234,7 +194,7 @@ def test_the_answers_of_another_model_are_refused(tmp_path: Path, trait: Trait) 
 
 def test_only_a_judged_extraction_has_a_vector(tmp_path: Path, trait: Trait) -> None:
     with pytest.raises(InputError, match="has no scores yet"):
-        from_run(settings(), make_run(tmp_path / "unjudged", trait, judges=()))
+        from_run(settings(), judged_run(tmp_path / "unjudged", trait, judges=()))
     with Run.open_or_create(tmp_path / "other", kind="steer-eval", identity={}):
         pass
     with pytest.raises(StoreError, match="a run of 'steer-eval'"):

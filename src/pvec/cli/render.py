@@ -12,6 +12,7 @@ from pvec.vectors.card import PROVENANCE
 if TYPE_CHECKING:
     from pvec.extraction.compute import ComputeResult, Thinking
     from pvec.extraction.judge import MetricMean
+    from pvec.extraction.methods import MethodComparison
     from pvec.judges.plan import RunPlan
     from pvec.judges.scoring import JudgeReport
     from pvec.stats import Correlation, Interval
@@ -208,6 +209,26 @@ def render_cosines(console: Console, result: Comparison) -> None:
     if result.layer is not None:
         console.print(f"at layer {result.layer}")
     render_notes(console, result.notes)
+
+
+def render_methods(console: Console, result: MethodComparison) -> None:
+    """Show each method's quality on the same answers."""
+    console.print(
+        f"{result.trait} {result.kind} in {result.model} at layer {result.layer}: "
+        f"{result.answers['pos']:,} positive, {result.answers['neg']:,} negative answers to "
+        f"{result.questions} questions, {result.pairs:,} pairs"
+    )
+    rows = [
+        (
+            row.method,
+            interval(row.auc, digits=3),
+            interval(row.stability, digits=3),
+            f"{row.cosine:.3f}",
+        )
+        for row in result.rows
+    ]
+    columns = ("method", "held-out AUC [95 %]", "split-half [95 %]", "cosine to mean_diff")
+    console.print(table(columns, rows))
 
 
 def render_lens(console: Console, result: Lens) -> None:

@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from pvec.cli.console import table
+from pvec.cli.console import Console, table
 from pvec.cli.options import console_from, new_app, options, resolved_from, settings_from
 from pvec.errors import InputError
-from pvec.types import VectorKind
+from pvec.types import MEAN_DIFF, Method, VectorKind
 
 app = new_app("Compute, inspect, compare, combine and convert vectors.")
 
@@ -50,7 +50,10 @@ Out = Annotated[
 
 
 @app.command()
-@options("model", "backend.name", "backend.token_budget", "generation.thinking", "filter")
+@options(
+    "model", "backend.name", "backend.token_budget", "generation.thinking", "filter",
+    "extract.keep_activations",
+)  # fmt: skip
 def compute(
     ctx: typer.Context,
     run: Annotated[
@@ -70,6 +73,13 @@ def compute(
         str | None,
         typer.Option("--trait", "-t", metavar="COLUMN", help="The column of the trait's score."),
     ] = None,
+    method: Annotated[
+        Method,
+        typer.Option(
+            metavar="NAME",
+            help="How it is estimated: mean_diff, caa, pca, lda or logistic (docs/methods.md).",
+        ),
+    ] = MEAN_DIFF,
     out: Out = None,
 ) -> None:
     """Compute a vector from a judged run, or from judged answers in two CSV files.
@@ -87,9 +97,9 @@ def compute(
             raise InputError("Give either a run, or --pos, --neg and --trait.")
         if not _given(ctx, "model.id", "model.adapter"):
             settings = workflow.with_model_of(settings, run)
-        work = partial(workflow.from_run, settings, run, judge=judge, out=out)
+        work = partial(workflow.from_run, settings, run, judge=judge, out=out, method=method)
     elif pos and neg and trait:
-        work = partial(workflow.from_csv, settings, pos, neg, trait=trait, out=out)
+        work = partial(workflow.from_csv, settings, pos, neg, trait=trait, out=out, method=method)
     else:
         raise InputError(
             "Say what to compute from: a run folder, or --pos CSV --neg CSV --trait COLUMN."
@@ -136,6 +146,13 @@ def compare(
         Literal["file", "kind", "layer"],
         typer.Option(metavar="WHAT", help="What is compared: file, kind or layer."),
     ] = "file",
+    methods: Annotated[
+        bool,
+        typer.Option(
+            "--methods",
+            help="Compare methods of estimating a vector, on a run with --keep-activations.",
+        ),
+    ] = False,
     kind: Kind = None,
     layer: Layer = None,
     png: Png = None,
@@ -143,12 +160,19 @@ def compare(
 ) -> None:
     """Show the cosines between traits, kinds, layers, or models of one width.
 
-    Files and kinds are compared at one layer, by default at 55 % of the depth.
+    Files and kinds are compared at one layer, by default at 55 % of the depth. With --methods the
+    file is a run: how well the vector of each method separates held-out answers, how stable it is,
+    and its cosine to the mean difference.
     """
     from pvec.cli.render import render_cosines
     from pvec.vectors import show
     from pvec.vectors.find import load_all_kinds, load_vectors
 
+    if methods:
+        if len(files) != 1 or by != "file" or png or svg:
+            raise InputError("--methods takes one run and neither --by, --png nor --svg.")
+        _compare_methods(console_from(ctx), files[0], kind=kind or "response_avg", layer=layer)
+        return
     vectors = load_vectors(files, layer=layer, notify=console_from(ctx).note)
     if by == "kind":
         vectors = {path: load_all_kinds(path, vector) for path, vector in vectors.items()}
@@ -310,6 +334,15 @@ def pull(
     rows = [(file.trait, file.model or "–", file.path) for file in result.files]
     listing = table(("trait", "model", "file"), rows)
     console_from(ctx).emit(result, lambda console, _: console.print(listing))
+
+
+def _compare_methods(console: Console, run: Path, *, kind: VectorKind, layer: int | None) -> None:
+    from pvec.cli.render import render_methods
+    from pvec.extraction.methods import compare_methods
+
+    with console.progress() as on_progress:
+        result = compare_methods(run, kind=kind, layer=layer, on_progress=on_progress)
+    console.emit(result, render_methods)
 
 
 def _given(ctx: typer.Context, *paths: str) -> bool:

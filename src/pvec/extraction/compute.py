@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pvec.backends.processes import Processes
@@ -20,6 +20,7 @@ from pvec.extraction.vector import (
     compute_vector,
     contribution_of,
     filter_provenance,
+    method_path,
     vector_of_run,
 )
 from pvec.models.chat import encode_pair, spans_from_ids
@@ -28,7 +29,8 @@ from pvec.notebook import HtmlResult
 from pvec.runs.names import run_name
 from pvec.runs.store import Run
 from pvec.settings import Settings
-from pvec.types import Progress, Sign
+from pvec.types import MEAN_DIFF, Method, Progress, Sign
+from pvec.vectors.estimators import require_methods
 from pvec.vectors.filter import FilterResult, Reason, ScoredResponse, filter_responses
 from pvec.vectors.formats import output_path, save_vector
 from pvec.vectors.quality import VectorSummary, summarize
@@ -72,15 +74,18 @@ def from_run(
     *,
     judge: str | None = None,
     out: Path | None = None,
+    method: Method = MEAN_DIFF,
     notify: Notify = ignore,
     on_progress: Callable[[Progress], None] = ignore,
 ) -> ComputeResult | None:
     """Compute the vector of an extraction that was judged, with the model that gave its answers.
 
-    ``judge`` says whose scores count when several judges scored it. The vector goes into the run,
-    or to ``out``. Raises ``StoreError`` for a folder that is no extraction, ``ModelError`` when the
-    model of the settings is another one, and ``InputError`` when too few answers count.
+    ``judge`` says whose scores count when several judges scored it. The vector goes into the run
+    (that of another ``method`` into ``vectors/METHOD``), or to ``out``. Raises ``StoreError`` for a
+    folder that is no extraction, ``ModelError`` when the model of the settings is another one, and
+    ``InputError`` when too few answers count.
     """
+    require_methods([method])
     extraction = Run.read(path)
     if extraction.kind != "extract":
         raise StoreError(
@@ -104,7 +109,16 @@ def from_run(
             stack.enter_context(store.session())
         # answers to one prompt side by side, so that one process computes it once for all of them
         records = sorted(store.responses(), key=lambda record: (record.prompt_ids, record.id))
-        vector = vector_of_run(store, trait, records, judge=chosen, session=session, out=out)
+        vector = vector_of_run(
+            store,
+            trait,
+            records,
+            judge=chosen,
+            session=session,
+            out=out,
+            method=method,
+            keep_activations=settings.extract.keep_activations,
+        )
         return _result(
             trait.name,
             vector.path,
@@ -123,22 +137,29 @@ def from_csv(
     *,
     trait: str,
     out: Path | None = None,
+    method: Method = MEAN_DIFF,
     notify: Notify = ignore,
     on_progress: Callable[[Progress], None] = ignore,
 ) -> ComputeResult | None:
     """Compute a vector from two CSV files of judged answers in the reference's columns.
 
     ``trait`` names the column of its score; ``prompt`` is the rendered chat template. The vector
-    goes to ``out``, by default ``vectors/TRAIT-MODEL.safetensors``. Raises ``InputError`` for
-    missing files, columns and scores that are no numbers, and when too few answers count.
+    goes to ``out``, by default ``vectors/TRAIT-MODEL.safetensors`` (``vectors/METHOD/…``), and
+    activations that are kept into a folder beside it, ``TRAIT-MODEL-activations``. Raises
+    ``InputError`` for missing files, columns and scores that are no numbers, and when too few
+    answers count.
     """
+    require_methods([method])
     paths: dict[Sign, Path] = {"pos": pos, "neg": neg}
     answers = {sign: list(read_judged_csv(path, trait=trait)) for sign, path in paths.items()}
     filtered = _filter_rows(answers, paths=paths, settings=settings)
     name = run_name(trait, model=settings.model.id, adapter=settings.model.adapter)
     target = vector_output(
-        out or Path("vectors") / f"{name}.safetensors", trait=trait, notify=notify
+        out or method_path(Path("vectors") / f"{name}.safetensors", method),
+        trait=trait,
+        notify=notify,
     )
+    keep = target.with_name(f"{target.stem}-activations")
     with _session(settings, notify=notify, on_progress=on_progress) as session:
         tokenised = _tokenised(answers, session)
         kept = [response for response in tokenised if filtered.kept(response.spans.id)]
@@ -146,7 +167,15 @@ def from_csv(
             **filter_provenance(settings.filter, filtered),
             "source": f"{pos.name}, {neg.name}",
         }
-        vector = compute_vector(session, trait, kept, filtered=filtered, provenance=provenance)
+        vector = compute_vector(
+            session,
+            trait,
+            kept,
+            filtered=filtered,
+            provenance=provenance,
+            method=method,
+            keep=keep if settings.extract.keep_activations else None,
+        )
         session.processes.on_main(lambda: save_vector(vector, target))
         return _result(
             trait,
@@ -248,8 +277,10 @@ def _tokenised(
     answers: Mapping[Sign, Sequence[JudgedAnswer]], session: ModelSession
 ) -> Iterator[Contribution]:
     rows = [(sign, number, row) for sign in answers for number, row in enumerate(answers[sign])]
+    paired = len(answers["pos"]) == len(answers["neg"])
     for done, (sign, number, row) in enumerate(rows, start=1):
-        yield _tokenise(f"{sign}-{number}", row, sign=sign, session=session)
+        response = _tokenise(f"{sign}-{number}", row, sign=sign, session=session)
+        yield replace(response, pair=str(number) if paired else "")
         session.on_progress(
             Progress(stage="tokenising", done=done, total=len(rows), unit="answers")
         )

@@ -23,7 +23,13 @@ from pvec.backends.planned import (
 from pvec.backends.run_session import RunSession, run_identity, use_run_date
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
-from pvec.extraction.vector import ENOUGH, RunVector, vector_of_run
+from pvec.extraction.vector import (
+    ENOUGH,
+    RunVector,
+    activations_note,
+    activations_of,
+    vector_of_run,
+)
 from pvec.judges.plan import RunPlan, plan_run
 from pvec.judges.prompts import metrics_of
 from pvec.judges.scoring import JudgeReport, ResponseScorer
@@ -84,6 +90,7 @@ def plan(
                 metrics=metrics_of(trait),
                 judged=settings.extract.judge,
             )
+            _note_activations(session, plan.answers, folder, notify=notify)
             plans.append(ExtractPlan(trait=trait.name, **vars(plan)))
         return plans
 
@@ -153,6 +160,8 @@ class _Job:
         use_run_date(run.session, run.store.path)  # of several runs, each has its own
         self.planned = planned_responses(trait, run.session)
         self.generated = 0
+        session = run.session
+        _note_activations(session, len(self.planned), run.store.path, notify=session.notify)
 
     def generate(self) -> None:
         """Generate the answers that are missing."""
@@ -182,7 +191,12 @@ class _Job:
             )
         with run.store.stage("vector"):
             vector = vector_of_run(
-                run.store, self.trait, records, judge=report.judge, session=run.session
+                run.store,
+                self.trait,
+                records,
+                judge=report.judge,
+                session=run.session,
+                keep_activations=run.session.settings.extract.keep_activations,
             )
         return replace(result, judge=report, vector=vector, next=self._next(vector))
 
@@ -196,6 +210,12 @@ class _Job:
             f"pvec steer-eval --trait {trait} --vector {vector.path} "
             f"--layer {vector.summary.suggested_layer}{options}",
         )
+
+
+def _note_activations(session: ModelSession, answers: int, folder: Path, *, notify: Notify) -> None:
+    if session.settings.extract.keep_activations:
+        size = activations_note(session.metadata, answers, folder=activations_of(folder))
+        notify(f"if all answers count, {size}")
 
 
 def _finish(jobs: Sequence[_Job]) -> list[ExtractResult]:
@@ -217,6 +237,11 @@ def _load_traits(
     names: Sequence[str], settings: ExtractSettings, *, out: Path | None, notify: Notify = ignore
 ) -> list[Trait]:
     """Return the traits; refuse what could never make a vector, before anybody is asked."""
+    if settings.keep_activations and not settings.judge:
+        raise InputError(
+            "--keep-activations keeps those of the answers that count, which judging decides: omit "
+            "it here and give it to `pvec vector compute`."
+        )
     if not names:
         raise InputError("No trait was named: give --trait NAME (`pvec trait list` shows them).")
     if out is not None and len(names) > 1:

@@ -17,7 +17,7 @@ from pvec.errors import StoreError
 from pvec.judges.prompts import COHERENCE, metrics_of
 from pvec.judges.scoring import JudgeReport, ResponseScorer, judged_answer, score_of
 from pvec.runs.manifest import FILE_NAME
-from pvec.runs.responses import ResponseRecord
+from pvec.runs.responses import Json, ResponseRecord
 from pvec.runs.store import Run
 from pvec.runs.summary import update_summary
 from pvec.settings import Settings
@@ -182,6 +182,11 @@ def sign_of(record: ResponseRecord) -> Sign:
     return "pos" if record.condition["sign"] == "pos" else "neg"
 
 
+def pair_of(record: ResponseRecord) -> tuple[str, Json, Json]:
+    """Return what an extraction's answer and its opposite number have in common."""
+    return record.question_id, record.condition["instruction"], record.condition["rollout"]
+
+
 def _filter(
     records: Iterable[ResponseRecord], scores: Scores, trait: str, settings: FilterSettings
 ) -> FilterResult:
@@ -193,11 +198,7 @@ def _filter(
                 sign=sign_of(record),
                 trait=score_of(scores.get(record.id, {}), trait),
                 coherence=score_of(scores.get(record.id, {}), COHERENCE),
-                pair=(
-                    record.question_id,
-                    record.condition["instruction"],
-                    record.condition["rollout"],
-                ),
+                pair=pair_of(record),
             )
             for record in records
         ],

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from pvec import __version__
+from pvec.activations.answers import (
+    ActivationWriter,
+    KeptActivations,
+    KeptAnswer,
+    activation_bytes,
+)
 from pvec.backends.kept_means import captured
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError
-from pvec.extraction.judge import MetricMean, conclude, sign_of
+from pvec.extraction.judge import MetricMean, conclude, pair_of, sign_of
+from pvec.extraction.methods import estimated_vector
 from pvec.judges.calibration import METADATA_KEY
 from pvec.judges.measurement import run_calibration
 from pvec.models.chat import spans_from_ids
@@ -21,14 +29,16 @@ from pvec.runs.responses import ResponseRecord, stable_hash
 from pvec.runs.store import Run
 from pvec.runs.summary import update_summary
 from pvec.settings.sections import FilterSettings
-from pvec.stats import Interval
 from pvec.traits.trait import Trait
-from pvec.types import SIGNS, Progress, Sign, TokenSpans
+from pvec.types import MEAN_DIFF, SIGNS, Method, Progress, Sign, TokenSpans
 from pvec.vectors.accumulate import VectorAccumulator, VectorSet
 from pvec.vectors.filter import REASONS, FilterResult, Reason
 from pvec.vectors.formats import load_vector, save_vector
-from pvec.vectors.quality import VectorSummary, summarize
+from pvec.vectors.quality import VectorSummary, stat_arrays, summarize
 from pvec.vectors.vector import PersonaVector
+
+if TYPE_CHECKING:
+    from pvec.models.load import ModelMetadata
 
 ENOUGH = 10
 """Fewer kept responses than this on a side make no vector that anyone should trust."""
@@ -45,6 +55,8 @@ class Contribution:
     think_tokens: int
     merged: bool = False
     """Whether its first token holds the prompt's last characters."""
+    pair: str = ""
+    """What it has in common with its opposite number, where that is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +77,15 @@ def vector_of_run(
     judge: str,
     session: ModelSession,
     out: Path | None = None,
+    method: Method = MEAN_DIFF,
+    keep_activations: bool = False,
 ) -> RunVector:
     """Filter a judged extraction's answers, export them, and write the vector of the kept ones.
 
     ``judge`` is the judge whose scores count, ``out`` where the vector goes instead of into the
-    run. Raises ``InputError`` when too few answers are left; the exports are written all the same,
-    a vector from before is not touched.
+    run. ``method`` estimates it, from the activations that the run keeps if they are of these
+    answers; ``keep_activations`` puts them there. Raises ``InputError`` when too few answers are
+    left; the exports are written all the same, a vector from before is not touched.
     """
     settings = session.settings.filter
     outcome = session.processes.on_main(
@@ -89,13 +104,25 @@ def vector_of_run(
     provenance["inputs"] = stable_hash(
         {**provenance, "engine": session.identity, "kept": sorted(record.id for record in kept)}
     )
-    path = out or store.vector_path(trait.name)
-    vector = _if_current(path, provenance["inputs"])
-    if vector is None:
+    path = out or method_path(store.vector_path(trait.name), method)
+    folder = activations_of(store.path)
+    stored = KeptActivations.current(folder, inputs=provenance["inputs"])
+    vector = _if_current(path, provenance["inputs"], method)
+    if vector is None or (keep_activations and stored is None):
         contributions = [contribution_of(record) for record in kept]
-        vector = computed = compute_vector(
-            session, trait.name, contributions, filtered=filtered, provenance=provenance
-        )
+        if stored is not None and method != MEAN_DIFF:
+            computed = estimated_vector(stored, method, on_progress=session.on_progress)
+        else:
+            computed = compute_vector(
+                session,
+                trait.name,
+                contributions,
+                filtered=filtered,
+                provenance=provenance,
+                method=method,
+                keep=folder if keep_activations else None,
+            )
+        vector = computed
         session.processes.on_main(lambda: save_vector(computed, path))
     summary = summarize(vector)
     suggestion = {"judge": judge, "layer": summary.suggested_layer, "reason": summary.reason}
@@ -103,12 +130,23 @@ def vector_of_run(
     return RunVector(path=path, scores=outcome.means, filtered=filtered.counts, summary=summary)
 
 
-def _if_current(path: Path, inputs: str) -> PersonaVector | None:
+def method_path(path: Path, method: Method) -> Path:
+    """Return where a vector by ``method`` is kept: beside ``path``, in a folder of the method."""
+    return path if method == MEAN_DIFF else path.parent / method / path.name
+
+
+def activations_of(run: Path) -> Path:
+    """Return the folder of a run for the activations of its answers."""
+    return run / "activations"
+
+
+def _if_current(path: Path, inputs: str, method: Method) -> PersonaVector | None:
     """Return the vector at ``path`` if it was made from the same responses in the same way."""
     if not path.exists():
         return None
     vector = load_vector(path)
-    return vector if vector.metadata.get("inputs") == inputs else None
+    made = vector.metadata.get("inputs"), vector.metadata.get("method", MEAN_DIFF)
+    return vector if made == (inputs, method) else None
 
 
 def contribution_of(record: ResponseRecord) -> Contribution:
@@ -124,6 +162,7 @@ def contribution_of(record: ResponseRecord) -> Contribution:
         ),
         tokens=len(record.token_ids),
         think_tokens=record.think_tokens,
+        pair="/".join(map(str, pair_of(record))),
     )
 
 
@@ -134,14 +173,63 @@ def compute_vector(
     *,
     filtered: FilterResult,
     provenance: Mapping[str, str],
+    method: Method = MEAN_DIFF,
+    keep: Path | None = None,
 ) -> PersonaVector:
     """Capture the responses and return their persona vector (all three kinds) with its quality.
 
-    Each process of ``session`` captures its share, and all return the same. Raises
-    ``InputError`` when a side has fewer than ``ENOUGH`` responses, with the reasons for which
-    ``filtered`` dropped the others.
+    Each process of ``session`` captures its share, and all return the same. ``keep`` is a folder
+    for the activations of every response, which methods other than the mean difference need (a
+    temporary one without it). Raises ``InputError`` when a side has fewer than ``ENOUGH``
+    responses, with the reasons for which ``filtered`` dropped the others, and for activations of
+    single responses in several processes.
     """
     _require_enough(trait, contributions, filtered)
+    if keep is None and method == MEAN_DIFF:
+        return _captured_vector(session, trait, contributions, provenance, writer=None)
+    if session.processes.size > 1:
+        raise InputError(
+            "Activations of single answers (--keep-activations, --method) are written by one "
+            "process: run the command without the launcher."
+        )
+    with ExitStack() as stack:
+        folder = keep or Path(stack.enter_context(TemporaryDirectory()))
+        session.notify(activations_note(session.metadata, len(contributions), folder=keep))
+        writer = stack.enter_context(
+            ActivationWriter(
+                folder,
+                answers=len(contributions),
+                num_layers=session.metadata.num_layers,
+                hidden_size=session.metadata.hidden_size,
+            )
+        )
+        vector = _captured_vector(session, trait, contributions, provenance, writer=writer)
+        assert vector.mean_norm is not None
+        stored = writer.finish(trait=trait, mean_norm=vector.mean_norm, metadata=vector.metadata)
+        if method == MEAN_DIFF:
+            return vector
+        return estimated_vector(stored, method, on_progress=session.on_progress)
+
+
+def activations_note(model: ModelMetadata, answers: int, *, folder: Path | None) -> str:
+    """Say how much disk the activations of ``answers`` responses take, and where."""
+    size = activation_bytes(answers, num_layers=model.num_layers, hidden_size=model.hidden_size)
+    where = f"in {folder}" if folder else "in a temporary folder"
+    return (
+        f"the activations of {answers:,} answers take {size / 2**20:,.1f} MiB {where}, and three "
+        f"times that while they are captured"
+    )
+
+
+def _captured_vector(
+    session: ModelSession,
+    trait: str,
+    contributions: Sequence[Contribution],
+    provenance: Mapping[str, str],
+    *,
+    writer: ActivationWriter | None,
+) -> PersonaVector:
+    """Capture the responses into ``writer`` and return their mean difference."""
     accumulator = VectorAccumulator(questions=[response.question for response in contributions])
     share = session.processes.share(
         contributions, cost=lambda response: len(response.spans.token_ids)
@@ -153,9 +241,17 @@ def compute_vector(
     for done, row in enumerate(rows, start=1):
         response = by_id[row.id]
         accumulator.add(row, sign=response.sign, question=response.question)
+        if writer is not None:
+            writer.add(row, _kept_answer(response))
         on_progress(Progress(stage=stage, done=done, total=len(share), unit="responses"))
     parts = session.processes.gather(accumulator)
     return session.processes.on_main(lambda: _finish(session, trait, parts, provenance))
+
+
+def _kept_answer(response: Contribution) -> KeptAnswer:
+    return KeptAnswer(
+        id=response.spans.id, sign=response.sign, question=response.question, pair=response.pair
+    )
 
 
 def _finish(
@@ -175,11 +271,11 @@ def _finish(
         kinds=result.vectors,
         mean_norm=result.mean_norm,
         stats={
-            **dict(_stat_arrays(stats)),
+            **stat_arrays(stats),
             **whole.class_projections(),
             **whole.class_quantiles(),
         },
-        metadata={**_provenance(session, result), **provenance},
+        metadata={**_provenance(session, result), **provenance, "method": MEAN_DIFF},
     )
 
 
@@ -228,10 +324,3 @@ def _provenance(session: ModelSession, result: VectorSet) -> dict[str, str]:
         "kept_pos": str(counts["pos"]),
         "kept_neg": str(counts["neg"]),
     }
-
-
-def _stat_arrays(per_layer: Mapping[str, Sequence[Interval]]) -> Iterator[tuple[str, np.ndarray]]:
-    for name, intervals in per_layer.items():
-        for part, suffix in (("mean", ""), ("low", "_low"), ("high", "_high")):
-            values = [getattr(interval, part) for interval in intervals]
-            yield f"{name}{suffix}", np.array(values, dtype=np.float32)

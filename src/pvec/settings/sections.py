@@ -278,6 +278,10 @@ class ExtractSettings(Section):
     judge: bool = True
     """Score the answers now; with `--no-judge`, `pvec judge RUN` scores them later"""
 
+    keep_activations: bool = False
+    """Keep the mean activations of every answer that counts, for other methods of estimating a \
+vector (`pvec vector compute --method`, `pvec vector compare --methods`)"""
+
 
 class SteerSettings(Section):
     """How a vector is applied."""

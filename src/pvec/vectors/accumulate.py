@@ -81,6 +81,18 @@ class VectorSet:
     missing: Mapping[VectorKind, Mapping[Sign, int]]
 
 
+def quantiles_of(sign: Sign, places: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the quantiles of the projections ``[N, L + 1]`` of a class, as vector files have them.
+
+    NaN where the projections are.
+    """
+    values = np.quantile(places, QUANTILES, axis=0).astype(np.float32)
+    return {
+        f"proj_response_{sign}_q{round(100 * share):02}": row
+        for share, row in zip(QUANTILES, values, strict=True)
+    }
+
+
 class VectorAccumulator:
     """Takes captured responses one by one and gives vectors and their quality."""
 
@@ -210,10 +222,7 @@ class VectorAccumulator:
             along = np.einsum("nlh,lh->nl", samples, vector)
             places = np.full_like(along, np.nan)
             np.divide(along, lengths, out=places, where=lengths > 0)
-            for share, values in zip(
-                QUANTILES, np.quantile(places, QUANTILES, axis=0), strict=True
-            ):
-                found[f"proj_response_{sign}_q{round(100 * share):02}"] = values.astype(np.float32)
+            found.update(quantiles_of(sign, places))
         return found
 
     def _slot(self, question: str) -> str:

@@ -18,6 +18,7 @@ PROVENANCE = {
     "adapter": "adapter",
     "model_fingerprint": "model fingerprint",
     "dtype": "number format",
+    "method": "method",
     "judge": "judge",
     "threshold": "trait threshold",
     "min_coherence": "least coherence",

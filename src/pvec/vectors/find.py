@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pvec.errors import InputError, ModelError
+from pvec.types import MEAN_DIFF
 from pvec.vectors.formats import READABLE, load_vector
 from pvec.vectors.tensors import kind_from_name, split_axis, trait_from_name
 from pvec.vectors.vector import DEFAULT_KIND, KINDS, PersonaVector
@@ -131,12 +132,19 @@ def check_fits(
 
 
 def labels(vectors: Mapping[Path, PersonaVector]) -> dict[Path, str]:
-    """Return a short name for each file: its trait, with its path where traits repeat."""
-    traits = [vector.trait for vector in vectors.values()]
+    """Return a short name for each file: its trait, with its method where that is not the mean
+    difference, and with its path where names repeat.
+    """
+    names = {path: _name(vector) for path, vector in vectors.items()}
     return {
-        path: vector.trait if traits.count(vector.trait) == 1 else f"{vector.trait} ({path})"
-        for path, vector in vectors.items()
+        path: name if list(names.values()).count(name) == 1 else f"{name} ({path})"
+        for path, name in names.items()
     }
+
+
+def _name(vector: PersonaVector) -> str:
+    method = vector.metadata.get("method", MEAN_DIFF)
+    return vector.trait if method == MEAN_DIFF else f"{vector.trait} {method}"
 
 
 def require_one_model(vectors: Mapping[Path, PersonaVector]) -> None:

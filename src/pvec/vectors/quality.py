@@ -6,7 +6,7 @@ the vector is made, and are stored in its file; the table and the suggestions re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,7 +148,7 @@ def half_cosines(
     ``totals[sign]`` are sums over responses by question, ``[Q, L + 1, H]``; ``counts[sign]``
     ``[Q]`` the responses in them.
     """
-    halves = list(_halves(len(counts["pos"]), splits=splits, seed=seed))
+    halves = list(random_halves(len(counts["pos"]), splits=splits, seed=seed))
     cosines = np.full((len(halves), totals["pos"].shape[1]), np.nan)
     for n, half in enumerate(halves):
         first, second = (_half_vector(totals, counts, chosen) for chosen in (half, ~half))
@@ -169,7 +169,7 @@ def held_out_areas(
     ``totals`` and ``counts`` as above; ``samples[sign]`` are question numbers ``[N]`` and
     activations ``[N, L + 1, H]`` of responses.
     """
-    chosen = _halves(len(counts["pos"]), splits=splits, seed=seed)
+    chosen = random_halves(len(counts["pos"]), splits=splits, seed=seed)
     halves = [side for half in chosen for side in (half, ~half)]
     areas = np.full((len(halves), totals["pos"].shape[1]), np.nan)
     for n, half in enumerate(halves):
@@ -189,7 +189,16 @@ def over_splits(samples: np.ndarray, *, n: int, groups: int) -> list[Interval]:
     ]
 
 
-def _halves(questions: int, *, splits: int, seed: int) -> Iterator[np.ndarray]:
+def stat_arrays(per_layer: Mapping[str, Sequence[Interval]]) -> dict[str, np.ndarray]:
+    """Return figures with their intervals as vector files hold them: NAME, NAME_low, NAME_high."""
+    return {
+        f"{name}{suffix}": np.array([getattr(i, part) for i in intervals], dtype=np.float32)
+        for name, intervals in per_layer.items()
+        for part, suffix in (("mean", ""), ("low", "_low"), ("high", "_high"))
+    }
+
+
+def random_halves(questions: int, *, splits: int, seed: int) -> Iterator[np.ndarray]:
     """Yield random halves of the questions, bool ``[Q]``; none when there is only one question."""
     if questions < 2:
         return
