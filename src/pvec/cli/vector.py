@@ -8,12 +8,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from pvec.cli import vector_weights
 from pvec.cli.console import Console, table
 from pvec.cli.options import console_from, new_app, options, resolved_from, settings_from
 from pvec.errors import InputError
 from pvec.types import MEAN_DIFF, Method, VectorKind
 
 app = new_app("Compute, inspect, compare, combine and convert vectors.")
+app.add_typer(vector_weights.app)  # its commands stand beside those of this file
 
 Files = Annotated[
     list[Path],

@@ -98,13 +98,13 @@ def run(
     if len(models) < 2:
         raise InputError("Give the base model and at least one finetuned model after it.")
     base, *checkpoints = models
-    settings = _on_base(settings, base)
+    settings = on_base(settings, base)
     adapters = {name: find_adapter(base, name) for name in checkpoints}
     with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
         loaded = open_vectors(session, vectors)
         prompts = _prompts(session, loaded, traits=traits, questions=questions, output=output)
         wholes = {
-            name: _whole_model(name, session) for name, files in adapters.items() if files is None
+            name: whole_model(name, session) for name, files in adapters.items() if files is None
         }
         measured = stable_hash(
             {
@@ -215,9 +215,9 @@ def _holds_another(folder: Path, measured: str, checkpoints: Sequence[str]) -> b
     return bool(recorded != measured)
 
 
-def _whole_model(name: str, base: ModelSession) -> ModelSession:
+def whole_model(name: str, base: ModelSession) -> ModelSession:
     """Return a whole finetuned model, of the base's shape; its weights are not loaded yet."""
-    session = ModelSession(_on_base(base.settings, name), notify=base.notify)
+    session = ModelSession(on_base(base.settings, name), notify=base.notify)
     finetuned, original = session.metadata, base.metadata
     if (finetuned.num_layers, finetuned.hidden_size) != (original.num_layers, original.hidden_size):
         raise ModelError(
@@ -234,7 +234,7 @@ def _backend(session: ModelSession) -> HFBackend:
     return backend
 
 
-def _on_base(settings: Settings, name: str) -> Settings:
+def on_base(settings: Settings, name: str) -> Settings:
     """Return the settings with this model, no adapter, on transformers."""
     return settings.model_copy(
         update={
