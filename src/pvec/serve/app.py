@@ -16,11 +16,12 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from pvec.errors import PvecError, SteeringError
+from pvec.errors import PvecError
 from pvec.serve import respond
-from pvec.serve.engine import Delta, InternalError, Outcome
+from pvec.serve.answers import Delta, InternalError, Outcome
+from pvec.serve.hf_service import HFJob, HFService
 from pvec.serve.protocol import ApiError, Body, ChatBody, CompletionBody, api_error, read_body
-from pvec.serve.service import Job, Service
+from pvec.serve.service import Service
 
 PAGE = Path(__file__).parent / "page"
 _PAGE_HEADERS = {
@@ -39,7 +40,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 def make_app(service: Service) -> FastAPI:
-    """Return the application that serves ``service``."""
+    """Return what every server answers, whatever runs the model."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     limits = service.rules.limits
     if is_loopback(limits.host):  # no page of another site is let in under a name of its own
@@ -51,6 +52,34 @@ def make_app(service: Service) -> FastAPI:
     app.add_exception_handler(Exception, _unforeseen)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ApiError, _api_error)
+
+    @app.get("/pvec/vectors")
+    async def vectors() -> dict[str, Any]:
+        return service.describe()
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        status = "failed" if service.failed else "draining" if service.draining else "ok"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics_text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/")
+    async def page() -> Response:
+        return _page_file("index.html")
+
+    @app.get("/page/{name}")
+    async def page_file(name: str) -> Response:
+        return _page_file(name)
+
+    return app
+
+
+def make_hf_app(service: HFService) -> FastAPI:
+    """Return the application that serves a model in transformers."""
+    app = make_app(service)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -64,27 +93,6 @@ def make_app(service: Service) -> FastAPI:
     async def models() -> dict[str, Any]:
         model = {"id": service.name, "object": "model", "created": 0, "owned_by": "pvec"}
         return {"object": "list", "data": [model]}
-
-    @app.get("/pvec/vectors")
-    async def vectors() -> dict[str, Any]:
-        return service.describe()
-
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        status = "draining" if service.draining else "ok"
-        return JSONResponse({"status": status}, 503 if service.draining else 200)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
-
-    @app.get("/")
-    async def page() -> Response:
-        return _page_file("index.html")
-
-    @app.get("/page/{name}")
-    async def page_file(name: str) -> Response:
-        return _page_file(name)
 
     return app
 
@@ -134,8 +142,8 @@ class Guard:
         return secrets.compare_digest(given, self._key)
 
 
-async def _answer(service: Service, request: Request, kind: type[Body]) -> Response:
-    body = read_body(await _read(request, service.rules.limits.max_body), kind)
+async def _answer(service: HFService, request: Request, kind: type[Body]) -> Response:
+    body = read_body(await read_content(request, service.rules.limits.max_body), kind)
     try:
         job = service.begin(body)
     except PvecError as error:
@@ -146,7 +154,7 @@ async def _answer(service: Service, request: Request, kind: type[Body]) -> Respo
 class EventStream(StreamingResponse):
     """The events of a stream; however it ends, so do its answers."""
 
-    def __init__(self, service: Service, job: Job) -> None:
+    def __init__(self, service: HFService, job: HFJob) -> None:
         headers = {"Cache-Control": "no-store"}
         super().__init__(_events(service, job), media_type="text/event-stream", headers=headers)
         self._service, self._job = service, job
@@ -159,7 +167,7 @@ class EventStream(StreamingResponse):
             self._service.end(self._job)
 
 
-async def _read(request: Request, most: int) -> bytes:
+async def read_content(request: Request, most: int) -> bytes:
     """Return the request's body. Raises ``ApiError`` for one that is too large or too slow."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise ApiError(415, "Send the request as 'Content-Type: application/json'.")
@@ -175,7 +183,7 @@ async def _read(request: Request, most: int) -> bytes:
     return bytes(content)
 
 
-async def _whole(service: Service, job: Job, request: Request) -> Response:
+async def _whole(service: HFService, job: HFJob, request: Request) -> Response:
     """Return the whole answers; a client that goes away ends them."""
     gone = asyncio.ensure_future(_gone(request))
     try:
@@ -197,32 +205,34 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _events(service: Service, job: Job) -> AsyncIterator[bytes]:
+async def _events(service: HFService, job: HFJob) -> AsyncIterator[bytes]:
     try:
         for chunk in respond.opening(job):
-            yield _event(chunk)
+            yield event_text(chunk)
         while not job.done or not job.events.empty():
             event = _checked(service, await job.events.get())
-            yield _event(respond.chunk(service, job, event))
+            yield event_text(respond.chunk(service, job, event))
         if job.body.stream_options.include_usage:
-            yield _event(respond.usage_chunk(job))
+            yield event_text(respond.usage_chunk(job))
         yield b"data: [DONE]\n\n"
     except ApiError as error:
-        yield _event(error.body)
+        yield event_text(error.body)
 
 
-def _checked(service: Service, event: Delta | Outcome | None) -> Delta | Outcome:
+def _checked(service: HFService, event: Delta | Outcome | None) -> Delta | Outcome:
     """Return an event; raise ``ApiError`` when time is over (None) or the answer has failed."""
     if event is None:
-        seconds = service.rules.limits.timeout
-        text = f"The answer took more than {seconds:g} seconds: ask for fewer tokens."
-        raise ApiError(504, text, kind="server_error")
+        raise too_slow(service)
     if isinstance(event, Delta) or event.reason in ("stop", "length"):
         return event
-    error = event.error or InternalError("The answer was ended.")
-    if isinstance(error, SteeringError | InternalError):
-        raise ApiError(500, str(error), kind="server_error")
-    raise api_error(error, hide=service.hidden)
+    raise api_error(event.error or InternalError("The answer was ended."), hide=service.hidden)
+
+
+def too_slow(service: Service) -> ApiError:
+    """Return the error for a request whose time is over."""
+    seconds = service.rules.limits.timeout
+    text = f"The answer took more than {seconds:g} seconds: ask for fewer tokens."
+    return ApiError(504, text, kind="server_error")
 
 
 def is_loopback(host: str) -> bool:
@@ -233,7 +243,8 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _event(content: dict[str, Any]) -> bytes:
+def event_text(content: dict[str, Any]) -> bytes:
+    """Return a server-sent event."""
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
 
 

@@ -13,7 +13,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from pvec.serve.engine import Outcome
+from pvec.serve.answers import Outcome
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _NORMS = (-2, -1, -0.75, -0.5, -0.3, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2)

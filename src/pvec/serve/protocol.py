@@ -7,15 +7,17 @@ server cannot do is refused, unless it is at the value that changes nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
 from pvec.documents import parse_json
-from pvec.errors import InputError, PvecError
+from pvec.errors import InputError, PvecError, SteeringError
+from pvec.serve.answers import InternalError
 from pvec.serve.rules import PvecBody, RefusedError, Strict, sentence
 from pvec.types import Message
 
+Model = TypeVar("Model", bound=Strict)
 Neutral = tuple[Any, ...]
 
 UNSUPPORTED: Mapping[str, Neutral] = {
@@ -125,8 +127,8 @@ class CompletionBody(Body):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-def read_body(content: bytes, kind: type[Body]) -> Any:
-    """Return the request in ``content``. Raises ``ApiError`` (400) that names what is wrong."""
+def read_object(content: bytes) -> dict[str, Any]:
+    """Return the JSON object in ``content``. Raises ``ApiError`` (400) that says what is wrong."""
     try:
         values = parse_json(content.decode(), where="The request's body")
     except UnicodeDecodeError:
@@ -135,6 +137,12 @@ def read_body(content: bytes, kind: type[Body]) -> Any:
         raise ApiError(400, str(error)) from None
     if not isinstance(values, dict):
         raise ApiError(400, "The request's body must be a JSON object: send one.")
+    return values
+
+
+def read_body(content: bytes, kind: type[Body]) -> Any:
+    """Return the request in ``content``. Raises ``ApiError`` (400) that names what is wrong."""
+    values = read_object(content)
     given = {name: value for name, value in values.items() if value is not None}
     for name in [name for name in given if name in UNSUPPORTED]:
         value = given.pop(name)
@@ -145,11 +153,7 @@ def read_body(content: bytes, kind: type[Body]) -> Any:
                 f"This server does not support {name!r} with this value: leave it out.",
                 code="unsupported_parameter",
             )
-    try:
-        body = kind.model_validate(given)
-    except ValidationError as error:
-        text = sentence(error)
-        raise ApiError(400, text[0].upper() + text[1:]) from None
+    body = validated(kind, given)
     if "stream_options" in given and not body.stream:
         raise ApiError(400, "'stream_options' goes with 'stream': leave it out, or stream.")
     if {"max_tokens", "max_completion_tokens"} <= given.keys():
@@ -159,11 +163,22 @@ def read_body(content: bytes, kind: type[Body]) -> Any:
     return body
 
 
+def validated(kind: type[Model], values: Mapping[str, Any]) -> Model:
+    """Return ``values`` as a ``kind``. Raises ``ApiError`` (400) that names what is wrong."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        text = sentence(error)
+        raise ApiError(400, text[0].upper() + text[1:]) from None
+
+
 def api_error(error: PvecError, *, hide: Mapping[str, str]) -> ApiError:
     """Return how a client hears of an error; ``hide`` replaces texts not for it (paths)."""
     message = str(error)
     for text, instead in hide.items():
         message = message.replace(text, instead)
+    if isinstance(error, SteeringError | InternalError):
+        return ApiError(500, message, kind="server_error")
     if isinstance(error, RefusedError):
         return ApiError(403, message, kind="permission_error")
     return ApiError(400, message)

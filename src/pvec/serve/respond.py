@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pvec.serve.engine import Delta, Outcome
+from pvec.serve.answers import Delta, Outcome
+from pvec.serve.hf_service import HFJob
 from pvec.serve.protocol import ChatBody
-from pvec.serve.service import Job, Service
+from pvec.serve.service import Service
 
 
-def whole(service: Service, job: Job) -> dict[str, Any]:
+def whole(service: Service, job: HFJob) -> dict[str, Any]:
     """Return the response of a request whose answers have all ended."""
     chat = isinstance(job.body, ChatBody)
     choices, reports = [], []
@@ -33,7 +34,7 @@ def whole(service: Service, job: Job) -> dict[str, Any]:
     }
 
 
-def opening(job: Job) -> Iterator[dict[str, Any]]:
+def opening(job: HFJob) -> Iterator[dict[str, Any]]:
     """Yield the chunks that begin the answers of a chat, before their first token."""
     if isinstance(job.body, ChatBody):
         for answer in job.answers:
@@ -41,7 +42,7 @@ def opening(job: Job) -> Iterator[dict[str, Any]]:
             yield _chunk(job, {"index": answer.index, "delta": delta, "finish_reason": None})
 
 
-def chunk(service: Service, job: Job, event: Delta | Outcome) -> dict[str, Any]:
+def chunk(service: Service, job: HFJob, event: Delta | Outcome) -> dict[str, Any]:
     """Return the chunk of further tokens, or the last one of an answer."""
     chat = isinstance(job.body, ChatBody)
     if isinstance(event, Outcome):
@@ -51,26 +52,26 @@ def chunk(service: Service, job: Job, event: Delta | Outcome) -> dict[str, Any]:
     text = "".join(event.pieces)
     content = {"delta": {"content": text}} if chat else {"text": text}
     made = _chunk(job, {"index": event.answer.index, **content, "finish_reason": None})
-    if job.body.pvec and job.body.pvec.tokens:
+    if job.tokens:
         made["pvec"] = {"tokens": service.token_report(job, event)}
     return made
 
 
-def usage_chunk(job: Job) -> dict[str, Any]:
+def usage_chunk(job: HFJob) -> dict[str, Any]:
     """Return the chunk that ends a stream with ``include_usage``."""
     return {**_chunk(job), "usage": _usage(job)}
 
 
-def _chunk(job: Job, *choices: dict[str, Any]) -> dict[str, Any]:
+def _chunk(job: HFJob, *choices: dict[str, Any]) -> dict[str, Any]:
     kind = "chat.completion.chunk" if isinstance(job.body, ChatBody) else "text_completion"
     return {**_head(job, kind), "choices": list(choices)}
 
 
-def _head(job: Job, kind: str) -> dict[str, Any]:
+def _head(job: HFJob, kind: str) -> dict[str, Any]:
     return {"id": job.id, "object": kind, "created": job.created, "model": job.model}
 
 
-def _usage(job: Job) -> dict[str, int]:
+def _usage(job: HFJob) -> dict[str, int]:
     """Return the tokens of the request; a prompt counts once, however many answers it has."""
     prompts = sum(len(a.request.prompt_ids) for a in job.answers[:: job.body.n])
     answers = sum(outcome.tokens for outcome in job.outcomes.values())

@@ -8,8 +8,8 @@ import math
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,14 +17,17 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from pvec.backends.session import ModelSession, Notify
-from pvec.errors import InputError, install_command
+from pvec.errors import InputError, ModelError, install_command
 from pvec.runs.files import os_error_sentence
 from pvec.settings import Settings
 from pvec.types import Progress
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from pvec.serve.log import AnswerLog
     from pvec.serve.rules import Rules
+    from pvec.serve.service import Service
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -59,10 +62,9 @@ def serve(
         raise InputError(
             f"pvec serve needs {' and '.join(missing)}, not installed: {install_command('serve')}."
         )
-    if settings.backend.name == "vllm":
-        raise InputError("pvec serve runs on the hf backend for now: use --backend hf.")
-    backend = settings.backend.model_copy(update={"name": "hf"})
-    settings = settings.model_copy(update={"backend": backend})
+    if settings.backend.name != "vllm":
+        backend = settings.backend.model_copy(update={"name": "hf"})
+        settings = settings.model_copy(update={"backend": backend})
     from pvec.serve.app import is_loopback
     from pvec.serve.log import AnswerLog
     from pvec.serve.rules import make_rules
@@ -86,8 +88,6 @@ def serve(
             log = stack.enter_context(AnswerLog(options.log, text=options.log_text))
         listener = stack.enter_context(_listening(options.host, options.port))
         name = options.served_name or Path(session.metadata.id).name
-        _ = session.backend  # load before the first request, not in it
-
         asyncio.run(_run(session, rules, listener, name=name, log=log, on_ready=on_ready))
 
 
@@ -101,9 +101,6 @@ async def _run(
     on_ready: OnReady,
 ) -> None:
     import uvicorn
-
-    from pvec.serve.app import make_app
-    from pvec.serve.service import Service
 
     class Server(uvicorn.Server):
         """Tells when it listens; after a signal it stops once the answers under way are done."""
@@ -124,19 +121,42 @@ async def _run(
             self.stop_at = time.monotonic() + rules.limits.drain
 
         async def on_tick(self, counter: int) -> bool:
-            if service.draining and (service.active == 0 or time.monotonic() > self.stop_at):
+            if service.failed or (
+                service.draining and (service.active == 0 or time.monotonic() > self.stop_at)
+            ):
                 self.should_exit = True
             return await super().on_tick(counter)
 
-    with Service(session, rules, name=name, log=log) as service:
+    async with _service(session, rules, name=name, log=log) as (service, app):
         config = uvicorn.Config(
-            make_app(service),
+            app,
             log_level="warning",
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=5,
         )
         await Server(config).serve(sockets=[listener])
+        if service.failed:
+            raise ModelError("The vLLM engine died (its own message is above): start again.")
+
+
+@asynccontextmanager
+async def _service(
+    session: ModelSession, rules: Rules, *, name: str, log: AnswerLog | None
+) -> AsyncIterator[tuple[Service, FastAPI]]:
+    """Load the model, before the first request, and give what serves it and its application."""
+    if session.choice.name == "vllm":
+        from pvec.serve.vllm.start import vllm_service
+
+        async with vllm_service(session, rules, name=name, log=log) as both:
+            yield both
+        return
+    from pvec.serve.app import make_hf_app
+    from pvec.serve.hf_service import HFService
+
+    _ = session.backend
+    with HFService(session, rules, name=name, log=log) as service:
+        yield service, make_hf_app(service)
 
 
 @contextmanager

@@ -60,3 +60,7 @@ repeatable"""
 
     log_text: bool = False
     """Write prompts and answers into the log too"""
+
+    vllm_args: str = ""
+    """Further arguments of vLLM's server, such as `--enable-auto-tool-choice --tool-call-parser \
+hermes` (with --backend vllm)"""

@@ -5,6 +5,7 @@
     packing.py     arrays as bytes for the worker processes
     token_rows.py  which token of a step belongs to which request, and its role (numpy)
     probe.py       the module attached to each decoder layer: steers, counts, accumulates
+    live.py        what the worker sends along with the tokens of a server's requests
     worker.py      the part that runs inside vLLM's worker process
     slots.py       who holds which slot and rows (bookkeeping)
     requests.py    requests and sequences as engine requests, and engine results as answers

@@ -125,7 +125,7 @@ class EngineClient:
 
     def _admit(self, request: EngineRequest, mailbox: deque[EngineResult]) -> bool:
         """Put a request into the engine; False when it must wait for a slot or rows."""
-        plan_key = _plan_key(request.plan) if request.plan else None
+        plan_key = key_of_plan(request.plan) if request.plan else None
         needed = len(request.segments.covered) if request.segments else 0
         rows = self.rows.acquire(needed)
         if rows is None:
@@ -291,7 +291,8 @@ def _done(
     )
 
 
-def _plan_key(plan: Sequence[Instruction]) -> str:
+def key_of_plan(plan: Sequence[Instruction]) -> str:
+    """Return what tells a steering from every other."""
     return "-".join(instruction.fingerprint for instruction in plan)
 
 
@@ -305,5 +306,9 @@ def _salt(running: _Running) -> str | None:
         return f"capture-{running.key}"
     if running.plan_key is None:
         return None
-    digest = hashlib.sha256(running.plan_key.encode()).hexdigest()[:32]
-    return f"{digest}-{running.request.steered_prompt}"
+    return plan_salt(running.plan_key, running.request.steered_prompt)
+
+
+def plan_salt(plan: str, prompt: int) -> str:
+    """Return the salt of requests with this key of a plan and number of prompt tokens."""
+    return f"{hashlib.sha256(plan.encode()).hexdigest()[:32]}-{prompt}"

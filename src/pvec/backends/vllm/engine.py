@@ -279,7 +279,7 @@ class VLLMBackend(Backend):
     def _inspect(
         self, metadata: ModelMetadata, *, dtype: str, why: str, item_bytes: int
     ) -> ModelInfo:
-        found = self._describe(metadata)
+        found = describe_workers(self._pool.call("pvec_describe"), num_layers=metadata.num_layers)
         memory = self._memory_note(metadata, item_bytes, found)
         return ModelInfo(
             id=metadata.id,
@@ -292,19 +292,6 @@ class VLLMBackend(Backend):
             bundled=metadata.bundled,
             notes=(*metadata.notes, f"{dtype}: {why}", memory),
         )
-
-    def _describe(self, metadata: ModelMetadata) -> dict[str, Any]:
-        """Ask the workers what they found; ``SteeringError`` when a layer has no probe."""
-        found = [json.loads(answer) for answer in self._pool.call("pvec_describe")]
-        layers = {layer for worker in found for layer in worker["layers"]}
-        missing = sorted(set(range(metadata.num_layers + 1)) - layers)
-        if missing:
-            raise SteeringError(
-                f"vLLM's workers have no probe on layers {missing}: this model or this vLLM is not "
-                f"supported, use --backend hf."
-            )
-        first: dict[str, Any] = found[0]
-        return first
 
     def _memory_note(
         self, metadata: ModelMetadata, item_bytes: int, found: Mapping[str, Any]
@@ -328,3 +315,17 @@ class VLLMBackend(Backend):
                     f"(by layer): the compiled graph is not the one pvec asked for, delete vLLM's "
                     f"compile cache or use --backend hf."
                 )
+
+
+def describe_workers(answers: Iterable[str], *, num_layers: int) -> dict[str, Any]:
+    """Return what the first worker found; ``SteeringError`` when a layer has no probe."""
+    found = [json.loads(answer) for answer in answers]
+    layers = {layer for worker in found for layer in worker["layers"]}
+    missing = sorted(set(range(num_layers + 1)) - layers)
+    if missing:
+        raise SteeringError(
+            f"vLLM's workers have no probe on layers {missing}: this model or this vLLM is not "
+            f"supported, use --backend hf."
+        )
+    first: dict[str, Any] = found[0]
+    return first

@@ -24,7 +24,9 @@ class Probe(nn.Module):
 
     ``where`` int32 ``[2, T]`` is shared by all layers: row 0 each token's row in the steering
     tables, row 1 its row in the accumulators; 0 is nobody. Without ``slots`` (layer 0) it only
-    captures.
+    captures. ``along`` float32 ``[T, D + 1]`` is shared too: every token's projections, of which a
+    ``watched`` layer adds its own, and how many probes steered it; a state that is not finite makes
+    all of a row NaN.
     """
 
     where: torch.Tensor  # int32 [2, T]
@@ -34,6 +36,8 @@ class Probe(nn.Module):
     steered: torch.Tensor  # int64 [1]: tokens steered since the start
     sums: torch.Tensor  # float32 [A, H]
     stats: torch.Tensor  # float32 [A, 2]: sum of norms, number of tokens
+    along: torch.Tensor | None
+    directions: torch.Tensor  # float32 [H, D], zero for the vectors of other layers
 
     def __init__(
         self,
@@ -44,6 +48,8 @@ class Probe(nn.Module):
         clamps: int,
         rows: int,
         dtype: torch.dtype,
+        along: torch.Tensor | None = None,
+        watched: bool = False,
     ) -> None:
         super().__init__()
         device = where.device
@@ -57,8 +63,12 @@ class Probe(nn.Module):
             "sums": torch.zeros(rows, hidden_size, device=device),
             "stats": torch.zeros(rows, 2, device=device),
         }
+        if watched and along is not None:
+            tables["directions"] = torch.zeros(hidden_size, along.shape[1] - 1, device=device)
         for name, tensor in tables.items():
             self.register_buffer(name, tensor, persistent=False)
+        self.register_buffer("along", along, persistent=False)
+        self.watched = watched
         self.steers = slots > 0
         self.loaded: set[int] = set()
 
@@ -81,6 +91,10 @@ class Probe(nn.Module):
         norms = flat.square().sum(dim=-1).sqrt()
         self.sums.index_add_(0, row, flat)
         self.stats.index_add_(0, row, torch.stack([norms, torch.ones_like(norms)], dim=-1))
+        if self.along is not None:
+            self.along[:tokens, -1] += (self.where[STEERING, :tokens] > 0) + 0 * norms
+            if self.watched:
+                self.along[:tokens, :-1] += flat @ self.directions
         return stream
 
     def load(self, slot: int, rows: TableRows | None) -> None:

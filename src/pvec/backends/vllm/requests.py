@@ -99,7 +99,7 @@ class RequestBuilder:
     ) -> EngineRequest:
         """Return the engine request for a request; raises ``ModelError`` or ``InputError``."""
         self.check_ids(request.id, request.prompt_ids, room=2 if capture else 1)
-        self._check_plan(request.steering)
+        self.check_plan(request.steering)
         prompt, sampling = len(request.prompt_ids), request.sampling
         # The last sampled token is never run: one more is asked for so that all of a cut answer is.
         limit = self._limit(request, capture=capture)
@@ -127,7 +127,7 @@ class RequestBuilder:
     def for_sequence(self, sequence: TokenSpans) -> EngineRequest:
         """Return the engine request that captures given tokens; raises as ``for_request`` does."""
         self.check_ids(sequence.id, sequence.token_ids, room=1)
-        self._check_plan(sequence.steering)
+        self.check_plan(sequence.steering)
         for name, (start, stop) in sequence.spans.items():
             if not 0 <= start <= stop <= len(sequence.token_ids):
                 raise InputError(
@@ -149,18 +149,7 @@ class RequestBuilder:
 
         It must not run: numbers that are not finite stay in the engine's cache and reach others.
         """
-        import torch
-
-        added: dict[int, float] = {}
-        for instruction in request.steering:
-            peak = float(np.abs(instruction.vector).max())
-            if not (math.isfinite(peak) and math.isfinite(instruction.coef)):
-                return None  # refused as an instruction
-            if instruction.operator == "add":
-                size = abs(instruction.coef) * peak
-                added[instruction.layer] = added.get(instruction.layer, 0.0) + size
-        most = torch.finfo(getattr(torch, self.info.dtype)).max / 2  # room for the residual stream
-        if max(added.values(), default=0.0) <= most:
+        if not adds_too_much(request.steering, dtype=self.info.dtype):
             return None
         return Generation(
             id=request.id,
@@ -220,7 +209,8 @@ class RequestBuilder:
                 f"{self.vocab}: use the model's own tokenizer."
             )
 
-    def _check_plan(self, plan: Sequence[Instruction]) -> None:
+    def check_plan(self, plan: Sequence[Instruction]) -> None:
+        """Raise ``ModelError`` or ``InputError`` unless the engine can steer so."""
         if not plan:
             return
         for instruction in plan:
@@ -254,6 +244,22 @@ class RequestBuilder:
     def _right(self, high: int, due: int) -> bool:
         """Asynchronous scheduling runs a token more behind an answer that ended by itself."""
         return due <= high <= due + 1 if self.options.async_scheduling else high == due
+
+
+def adds_too_much(plan: Sequence[Instruction], *, dtype: str) -> bool:
+    """Whether a steering adds more than the number format holds."""
+    import torch
+
+    added: dict[int, float] = {}
+    for instruction in plan:
+        peak = float(np.abs(instruction.vector).max())
+        if not (math.isfinite(peak) and math.isfinite(instruction.coef)):
+            return False  # refused as an instruction
+        if instruction.operator == "add":
+            size = abs(instruction.coef) * peak
+            added[instruction.layer] = added.get(instruction.layer, 0.0) + size
+    most = torch.finfo(getattr(torch, dtype)).max / 2  # room for the residual stream
+    return max(added.values(), default=0.0) > most
 
 
 def not_finite(request: EngineRequest, completion: Any) -> ModelError | None:

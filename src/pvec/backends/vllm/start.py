@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,7 @@ def start_engine(
                 EngineArgs(**arguments), enable_multiprocessing=options.data_parallel_size > 1
             )
     except (ValueError, RuntimeError, MemoryError) as error:
-        raise ModelError(_why_not(metadata.id, error)) from error
+        raise ModelError(why_not(metadata.id, error)) from error
     if _in_this_process(engine):
         _HERE.append(engine)
     else:
@@ -127,9 +127,14 @@ def _in_this_process(engine: Any) -> bool:
 
 
 def engine_arguments(
-    metadata: ModelMetadata, options: VLLMSettings, *, dtype: str, trust_code: bool
+    metadata: ModelMetadata,
+    options: VLLMSettings,
+    *,
+    dtype: str,
+    trust_code: bool,
+    watched: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Return vLLM's ``EngineArgs`` for a model and options."""
+    """Return vLLM's ``EngineArgs`` for a model and options; ``watched`` as in ``probe_setup``."""
     cache = options.kv_cache_memory_bytes
     if cache is None and platform() == "cpu":
         cache = _cpu_cache_bytes()
@@ -148,7 +153,7 @@ def engine_arguments(
         "dtype": dtype,
         "seed": 0,
         "worker_cls": f"pvec.backends.vllm.{_worker_module()}.Worker",
-        "additional_config": {"pvec": probe_setup(metadata, options)},
+        "additional_config": {"pvec": probe_setup(metadata, options, watched=watched)},
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "max_num_seqs": options.max_num_seqs,
         "enforce_eager": options.enforce_eager,
@@ -170,8 +175,12 @@ def engine_arguments(
     return arguments | {name: value for name, value in chosen.items() if value is not None}
 
 
-def probe_setup(metadata: ModelMetadata, options: VLLMSettings) -> dict[str, Any]:
+def probe_setup(
+    metadata: ModelMetadata, options: VLLMSettings, *, watched: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Return what the worker needs to attach its probes.
+
+    ``watched`` has the layer of every direction that a server projects on; None: no server.
 
     vLLM puts this into the key of its compile cache, which does not know the worker's class: a
     graph compiled without probes, or with tables of another size, must not be taken for this one.
@@ -188,6 +197,7 @@ def probe_setup(metadata: ModelMetadata, options: VLLMSettings) -> dict[str, Any
         "slots": options.slots,
         "clamps": options.clamps,
         "rows": accumulator_rows(options),
+        "watched": None if watched is None else list(watched),
     }
 
 
@@ -254,7 +264,7 @@ def _worker_module() -> str:
     )
 
 
-def _why_not(model: str, error: BaseException) -> str:
+def why_not(model: str, error: BaseException) -> str:
     """Turn vLLM's reason for not starting into one sentence with a remedy."""
     text = " ".join(str(error).split())
     lowered = text.lower()

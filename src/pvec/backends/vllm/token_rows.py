@@ -92,6 +92,9 @@ class TokenRowMap:
         self._edges = np.zeros((0, NUM_EDGES), dtype=np.int64)
         self._rows = np.zeros((0, NUM_EDGES + 1), dtype=np.int32)
         self._counts = np.zeros((0, 3), dtype=np.int64)  # cached (-1: not begun), high, gaps
+        self._proven = np.zeros(0, dtype=np.int64)  # tokens that every probe steered
+        self._token = np.zeros(0, dtype=np.int64)  # record of each token of the latest step [N]
+        self._fresh = np.zeros(0, dtype=bool)  # whether it was computed for the first time [N]
         self._grow(max(capacity, 1) + 1)
         self._free.remove(_NOBODY)  # the record of every request without metadata
 
@@ -115,6 +118,7 @@ class TokenRowMap:
         self._rows[record] = 0
         self._rows[record, : len(metadata.rows)] = metadata.rows
         self._counts[record] = (-1, 0, 0)
+        self._proven[record] = 0
 
     def step(
         self, requests: Sequence[str], first: np.ndarray, counts: np.ndarray
@@ -137,7 +141,19 @@ class TokenRowMap:
         fresh = place >= self._counts[token, 1]
         summed = np.where(fresh, self._rows[token, segment], 0).astype(np.int32)
         self._enter(record, first, counts)
+        self._token, self._fresh = token, fresh
         return steering, summed
+
+    def evidence(self, requests: Sequence[str], steered: np.ndarray) -> np.ndarray:
+        """Return what the tokens of each request went through, int64 ``[requests, 4]``.
+
+        ``steered`` bool ``[N]`` says of the latest step's tokens whether every probe steered them.
+        The columns are those of ``TokenCounts``, and how many tokens were so steered, each once.
+        """
+        proven = self._token[steered & self._fresh]
+        self._proven += np.bincount(proven, minlength=len(self._proven))
+        record = [self._index.get(request, _NOBODY) for request in requests]
+        return np.concatenate([self._counts[record], self._proven[record, None]], axis=1)
 
     def close(self, key: int) -> TokenCounts | None:
         """Forget a request and return its account; None when it never reached this worker."""
@@ -165,6 +181,6 @@ class TokenRowMap:
 
         self._base, self._last = longer(self._base), longer(self._last)
         self._edges, self._rows = longer(self._edges), longer(self._rows)
-        self._counts = longer(self._counts)
+        self._counts, self._proven = longer(self._counts), longer(self._proven)
         self._free += range(self._size, self._size + more)
         self._size += more

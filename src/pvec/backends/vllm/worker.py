@@ -8,14 +8,17 @@ weights are loaded, before anything is compiled or captured.
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Sequence
+from threading import current_thread, main_thread
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from pvec.backends.vllm.packing import pack, unpack_plan
+from pvec.backends.vllm.live import LiveReports
+from pvec.backends.vllm.packing import pack, unpack, unpack_plan
 from pvec.backends.vllm.probe import SUMMED, Probe, attach, attach_before
 from pvec.backends.vllm.token_rows import RequestMetadata, TokenRowMap
 from pvec.backends.vllm.weights import complete_loading
@@ -49,7 +52,9 @@ class ProbeWorker:
             where=self.pvec_where,
             dtype=self.vllm_config.model_config.dtype,
         )
+        self.pvec_plans: dict[int, str] = {}  # of live requests, by slot
         self.pvec_row_map = TokenRowMap()
+        self.pvec_live = LiveReports(self.pvec_row_map, self.pvec_probes.values())
         self.pvec_expected = 0  # tokens that every steering probe should have steered
         self.pvec_runner = _intercept(self.model_runner, self._pvec_lay_out)
 
@@ -58,9 +63,19 @@ class ProbeWorker:
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
             metadata = (params.extra_args or {}).get(EXTRA) if params is not None else None
-            if metadata is not None:
-                self.pvec_row_map.open(request.req_id, RequestMetadata.from_args(metadata))
-        return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+            if metadata is None:
+                continue
+            if "plan" in metadata:
+                self._pvec_take_plan(metadata["slot"], metadata["plan"], metadata["table"])
+                metadata = self.pvec_live.open(request.req_id, metadata)
+            self.pvec_row_map.open(request.req_id, RequestMetadata.from_args(metadata))
+        self.pvec_live.close(scheduler_output.finished_req_ids)
+        output = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        return self.pvec_live.add_to(output)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample the tokens of the step, and send along what live requests went through."""
+        return self.pvec_live.add_to(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
 
     def execute_dummy_batch(self) -> None:
         """Run a step of no requests (data parallel ranks keep step): nobody's tokens."""
@@ -85,9 +100,23 @@ class ProbeWorker:
 
     def pvec_load(self, slot: int, plan: bytes) -> None:
         """Write a plan into a slot of the tables, clearing what was there."""
+        self.pvec_plans.pop(slot, None)
         rows = unpack_plan(plan)
         for layer, probe in self.pvec_probes.items():
             probe.load(slot, rows.get(layer))
+
+    def pvec_watch(self, directions: bytes) -> None:
+        """Take the ``directions`` float32 ``[D, H]`` to project on, each at its layer ``layers``.
+
+        A server's: from now on Ctrl-C, which reaches every process, is left to the first of them.
+        """
+        arrays = unpack(directions)
+        for place, (layer, row) in enumerate(
+            zip(arrays["layers"], arrays["directions"], strict=True)
+        ):
+            self.pvec_probes[int(layer)].directions[:, place] = torch.from_numpy(row)
+        if current_thread() is main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def pvec_fetch(self, keys: Sequence[int], rows: Sequence[int]) -> bytes | None:
         """Close requests; return their counts and the accumulators ``rows``, then clear these.
@@ -131,6 +160,12 @@ class ProbeWorker:
         }
         return json.dumps({"expected": self.pvec_expected, "counted": counted})
 
+    def _pvec_take_plan(self, slot: int, plan: str, table: bytes) -> None:
+        """Write the plan that a live request brings along, unless its slot has it already."""
+        if slot and self.pvec_plans.get(slot) != plan:
+            self.pvec_load(slot, table)
+            self.pvec_plans[slot] = plan
+
     def _pvec_width(self) -> int:
         """Return the most tokens a step can have, padding included."""
         sizes: list[int] = self.vllm_config.compilation_config.cudagraph_capture_sizes or []
@@ -146,6 +181,7 @@ class ProbeWorker:
         staged[0, : len(steering)] = torch.from_numpy(steering)
         staged[SUMMED, : len(summed)] = torch.from_numpy(summed)
         self.pvec_where.copy_(staged, non_blocking=True)
+        self.pvec_live.begin(requests, counts)
 
 
 LayOut = Callable[[Sequence[str], np.ndarray, np.ndarray], None]
@@ -224,7 +260,7 @@ def _attach_all(
 ) -> dict[int, Probe]:
     """Attach a probe to each layer, and one before the first block for layer 0."""
 
-    def probe(*, slots: int) -> Probe:
+    def probe(*, slots: int, along: torch.Tensor | None = None, watched: bool = False) -> Probe:
         return Probe(
             where=where,
             hidden_size=setup["hidden_size"],
@@ -232,11 +268,17 @@ def _attach_all(
             clamps=setup["clamps"] if slots else 0,
             rows=setup["rows"],
             dtype=dtype,
+            along=along,
+            watched=watched,
         )
 
+    watched = setup["watched"]
+    along = None
+    if watched is not None:
+        along = torch.zeros(where.shape[1], len(watched) + 1, device=where.device)
     probes: dict[int, Probe] = {}
     for layer, module in layers.items():
-        probes[layer] = probe(slots=setup["slots"])
+        probes[layer] = probe(slots=setup["slots"], along=along, watched=layer in (watched or ()))
         attach(module, probes[layer])
     if 1 in layers:
         probes[0] = probe(slots=0)
