@@ -79,13 +79,16 @@ def expected(backend: HFBackend, coef: float = 0.0, **sampling: Any) -> Any:
     return generation
 
 
-def test_an_answer_is_the_one_that_the_commands_give(client: OpenAI, backend: HFBackend) -> None:
+def test_an_answer_is_the_one_that_the_commands_give(
+    server: Running, client: OpenAI, backend: HFBackend
+) -> None:
     plain, evil = ask(client), ask(client, steered(1.0))
     assert text_of(plain) == expected(backend).text
     assert text_of(evil) == expected(backend, 1.0).text != text_of(plain)
     assert evil.choices[0].finish_reason == "stop"
-    assert evil.usage.completion_tokens == len(expected(backend, 1.0).token_ids)
-    assert evil.pvec["touched"] == evil.usage.completion_tokens + 1
+    tokens = len(expected(backend, 1.0).token_ids)
+    assert evil.usage.completion_tokens == tokens + server.end_tokens
+    assert evil.pvec["touched"] == tokens + 1
     (entry,) = evil.pvec["steer"]
     assert entry["fingerprint"] == instruction(1.0).fingerprint
     assert plain.pvec["steer"] == []
@@ -196,15 +199,8 @@ def test_completions_take_texts_and_token_ids(client: OpenAI, backend: HFBackend
 @pytest.mark.parametrize(
     ("options", "status", "part"),
     [
-        ({"extra_body": {"temprature": 0}}, 400, "no option 'temprature'"),
-        ({"logprobs": True}, 400, "does not support 'logprobs'"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "'tools'"),
         ({"max_tokens": 201}, 400, "at most 200"),
-        ({"temperature": -1}, 400, "'temperature' is wrong"),
-        ({"model": "other"}, 404, "this server has 'tiny'"),
-        ({"messages": []}, 400, "'messages' is wrong"),
         ({"messages": [{"role": "user", "content": "a" * 21_000}]}, 413, "20000 bytes"),
-        ({"messages": [{"role": "user", "content": "a b " * 4_000}]}, 400, "the model's context"),
         ({"extra_body": steered(1.0, vector="evli")}, 400, "Did you mean 'evil'"),
         ({"extra_body": steered(1.0, layer=6)}, 400, "layers 1 to 5"),
         ({"extra_body": steered(3.5)}, 400, "limit of 3"),
@@ -212,12 +208,10 @@ def test_completions_take_texts_and_token_ids(client: OpenAI, backend: HFBackend
         ({"extra_body": {"pvec": {"steer": [{"vector": "evil"}]}}}, 400, "needs a coef"),
         ({"extra_body": {"pvec": {"preset": "kind"}}}, 400, "Did you mean 'kinder'"),
         ({"extra_body": {"pvec": {"report": ["good"]}}}, 400, "no vector 'good'"),
-        ({"stream_options": {"include_usage": True}}, 400, "goes with 'stream'"),
-        ({"max_tokens": 5, "max_completion_tokens": 6}, 400, "are one limit"),
         ({"n": 41}, 400, "at most 40 at once"),
     ],
 )  # fmt: skip
-def test_a_wrong_request_is_one_sentence(
+def test_wrong_steering_is_one_sentence(
     client: OpenAI, options: dict[str, Any], status: int, part: str
 ) -> None:
     asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, **options}
@@ -228,6 +222,26 @@ def test_a_wrong_request_is_one_sentence(
     assert part in body["message"]
     assert body.keys() == {"message", "type", "param", "code"}
     assert "/" not in body["message"]
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "part"),
+    [
+        ({"extra_body": {"temprature": 0}}, 400, "no option 'temprature'"),
+        ({"logprobs": True}, 400, "does not support 'logprobs'"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "'tools'"),
+        ({"temperature": -1}, 400, "'temperature' is wrong"),
+        ({"model": "other"}, 404, "this server has 'tiny'"),
+        ({"messages": []}, 400, "'messages' is wrong"),
+        ({"messages": [{"role": "user", "content": "a b " * 4_000}]}, 400, "the model's context"),
+        ({"stream_options": {"include_usage": True}}, 400, "goes with 'stream'"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, 400, "are one limit"),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_is_one_sentence(
+    client: OpenAI, options: dict[str, Any], status: int, part: str
+) -> None:
+    test_wrong_steering_is_one_sentence(client, options, status, part)
 
 
 def test_a_stream_that_is_left_frees_its_row(client: OpenAI) -> None:

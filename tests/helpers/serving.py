@@ -17,18 +17,31 @@ EVIL = OLD / "extract" / "vectors" / "evil.safetensors"
 
 @dataclass(frozen=True)
 class Running:
-    """A server that runs; ``stop`` does what SIGTERM does."""
+    """A server that runs; ``stop`` does what SIGTERM does.
+
+    ``end_tokens``: how many tokens ``usage`` counts for the end of an answer that ends by itself.
+    """
 
     url: str
     stop: Callable[[], None]
+    end_tokens: int = 0
+
+
+VLLM = {
+    "name": "vllm",
+    "vllm": {"kv_cache_memory_bytes": 2**26, "block_size": 32, "enforce_eager": True,
+             "max_num_seqs": 64, "slots": 8},
+}  # fmt: skip
+"""The settings of a small vLLM engine."""
 
 
 @contextmanager
 def running_server(
-    *, vectors: Sequence[str] = (f"evil={EVIL}",), **options: Any
+    *, vectors: Sequence[str] = (f"evil={EVIL}",), backend: str = "hf", **options: Any
 ) -> Iterator[Running]:
     """Serve with these settings of the section ``serve``; wait for its end on leaving."""
-    settings = Settings.model_validate({"serve": {"port": 0, **options}})
+    engine = VLLM if backend == "vllm" else {"name": backend}
+    settings = Settings.model_validate({"serve": {"port": 0, **options}, "backend": engine})
     ready = threading.Event()
     up: list[tuple[Listening, Callable[[], None]]] = []
     failed: list[BaseException] = []
@@ -52,7 +65,7 @@ def running_server(
         raise failed[0]
     ((listening, stop),) = up
     try:
-        yield Running(listening.url, stop)
+        yield Running(listening.url, stop, end_tokens=int(backend == "vllm"))
     finally:
         stop()
         thread.join()

@@ -86,7 +86,7 @@ def test_an_ordinary_engine_is_not_refused() -> None:
     ],
 )
 def test_what_stops_the_engine_becomes_one_sentence(message: str, words: str) -> None:
-    sentence = start._why_not("m", ValueError(message))
+    sentence = start.why_not("m", ValueError(message))
     with pytest.raises(ModelError, match=words):
         raise ModelError(sentence)
 
