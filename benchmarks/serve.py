@@ -1,21 +1,26 @@
 """Steered and measured serving beside plain serving: tokens for the server's CPU time.
 
     python benchmarks/serve.py [--model MODEL --vector FILE --layer N] [--requests N]
+    python benchmarks/serve.py --rate 4           # requests that arrive at random, 4 per second
+    python benchmarks/serve.py --memory 5000      # memory over so many measured requests
 
 Two servers of one model on one thread each: one without vectors, one that steers every answer and
 measures every token (and, in a third column, reports it). The same client keeps 1, 8 and 32 streams
 open at each of them in turns. Ratios are of tokens per second of the server process's CPU time,
 which a busy machine changes little; above 1: faster than plain. The time to the first token is by
-the clock (95th percentile, against plain). Memory is the measuring server's, from its 500th request
-to its last.
+the clock (95th percentile, against plain). With `--rate` requests do not wait for answers: they
+arrive at the moments of a Poisson process, the same for each way. Memory is that of the measuring
+server's process.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -120,11 +125,66 @@ async def round_of(server: Server, pvec: Any, totals: Totals, args: Any, streams
             for seed in seeds:
                 answers.append(await ask(client, server, pvec, seed, args.max_tokens))  # noqa: PERF401
 
+        async def later(seed: int, seconds: float) -> None:
+            await asyncio.sleep(seconds)
+            answers.append(await ask(client, server, pvec, seed, args.max_tokens))
+
         before = server.cpu()
-        await asyncio.gather(*(one() for _ in range(streams)))
+        if args.rate:
+            rng = random.Random(0)
+            gaps = (rng.expovariate(args.rate) for _ in seeds)
+            arrivals = enumerate(itertools.accumulate(gaps))
+            await asyncio.gather(*(later(seed, seconds) for seed, seconds in arrivals))
+        else:
+            await asyncio.gather(*(one() for _ in range(streams)))
         totals.cpu += server.cpu() - before
     totals.tokens += sum(used for _, used in answers)
     totals.first += [first for first, _ in answers if first]
+
+
+def compare(args: Any, entry: dict[str, Any]) -> None:
+    """Print a row for each number of streams, or for the rate."""
+    with ExitStack() as stack:
+        plain = stack.enter_context(served(args.model))
+        steered = stack.enter_context(served(args.model, f"v={args.vector}"))
+        ways = {
+            "plain": (plain, None),
+            "steered": (steered, {"steer": [entry]}),
+            "tokens": (steered, {"steer": [entry], "tokens": True}),
+        }
+        print(
+            f"| {'rate' if args.rate else 'streams'} | plain tokens/CPU s | steered, measured "
+            "| with tokens | p50 first token, plain | steered / plain | p95 | steered / plain |"
+        )
+        print("|---|---:|---:|---:|---:|---:|---:|---:|")
+        for streams in [args.rate] if args.rate else args.streams:
+            totals = {name: Totals() for name in ways}
+            for _ in range(args.rounds):
+                for name, (server, pvec) in ways.items():
+                    asyncio.run(round_of(server, pvec, totals[name], args, streams))
+            base = totals["plain"].speed
+            late = [
+                [statistics.quantiles(totals[name].first, n=20)[place] for place in (9, 18)]
+                for name in ("plain", "steered")
+            ]
+            cells = [f"{own:.3f} s | {other / own:.2f}" for own, other in zip(*late, strict=True)]
+            print(
+                f"| {streams:g} | {base:,.0f} | {totals['steered'].speed / base:.2f} "
+                f"| {totals['tokens'].speed / base:.2f} | {' | '.join(cells)} |",
+                flush=True,
+            )
+
+
+def measure_memory(args: Any, entry: dict[str, Any]) -> None:
+    """Print the measuring server's memory after every tenth of ``--memory`` requests."""
+    args.requests = max(args.memory // 10, 1)
+    with served(args.model, f"v={args.vector}") as server:
+        print("| requests | MiB |\n|---:|---:|")
+        for tenth in range(1, 11):
+            asyncio.run(
+                round_of(server, {"steer": [entry], "tokens": True}, Totals(), args, streams=8)
+            )
+            print(f"| {tenth * args.requests:,} | {server.memory():.1f} |", flush=True)
 
 
 def main() -> None:
@@ -136,40 +196,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64, help="of a round")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--streams", type=int, nargs="+", default=STREAMS)
+    parser.add_argument("--rate", type=float, help="requests per second instead of streams")
+    parser.add_argument("--memory", type=int, metavar="N", help="memory over N requests instead")
     args = parser.parse_args()
     entry = {"vector": "v", "coef": args.coef} | ({"layer": args.layer} if args.layer else {})
-    with ExitStack() as stack:
-        plain = stack.enter_context(served(args.model))
-        steered = stack.enter_context(served(args.model, f"v={args.vector}"))
-        ways = {
-            "plain": (plain, None),
-            "steered": (steered, {"steer": [entry]}),
-            "tokens": (steered, {"steer": [entry], "tokens": True}),
-        }
-        print(
-            "| streams | plain tokens/CPU s | steered, measured | with tokens | p95 first token |"
-        )
-        print("|---|---:|---:|---:|---:|")
-        asked, memory = 0, [0.0]
-        for streams in STREAMS:
-            totals = {name: Totals() for name in ways}
-            for _ in range(args.rounds):
-                for name, (server, pvec) in ways.items():
-                    asyncio.run(round_of(server, pvec, totals[name], args, streams))
-                asked += 2 * args.requests
-                if asked >= 500:
-                    memory.append(steered.memory())
-            base = totals["plain"].speed
-            late = {n: statistics.quantiles(t.first, n=20)[-1] for n, t in totals.items()}
-            print(
-                f"| {streams} | {base:,.0f} | {totals['steered'].speed / base:.2f} "
-                f"| {totals['tokens'].speed / base:.2f} | {late['steered'] / late['plain']:.2f} |",
-                flush=True,
-            )
-        if len(memory) > 2:
-            print(
-                f"\nmemory: {memory[1]:.0f} MiB after 500 requests, {memory[-1]:.0f} after {asked}"
-            )
+    (measure_memory if args.memory else compare)(args, entry)
 
 
 if __name__ == "__main__":

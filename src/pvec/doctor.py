@@ -42,6 +42,7 @@ EXTRAS = {
     "methods": "probes as vectors (vector compute --method lda, logistic)",
     "eval": "capability tasks of lm-eval (steer-eval --tasks)",
     "serve": "the server (`pvec serve`)",
+    "inspect": "evaluations with inspect_ai (examples/inspect)",
     "ray": "projection on a Ray cluster (project --engine ray)",
 }
 """The optional parts of pvec by the extra that installs them, and what each is for."""

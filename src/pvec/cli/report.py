@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 app = new_app()
 
-Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or more run folders.")]
+Runs = Annotated[
+    list[Path], typer.Argument(metavar="RUN...", help="Run folders, or logs of `pvec serve`.")
+]
 Out = Annotated[
     Path | None,
     typer.Option(

@@ -14,7 +14,7 @@ from pvec.documents import misfit
 from pvec.errors import InputError, StoreError
 from pvec.report.figure import Figure, write_figures
 from pvec.report.page import Chapter, Section, Widget, render_page, script_of_part
-from pvec.report.sections import build_chapters
+from pvec.report.sections import build_chapters, served
 from pvec.report.sections.common import RunData, listed
 from pvec.runs.files import atomic_write, probe_target
 from pvec.runs.manifest import FILE_NAME
@@ -41,20 +41,23 @@ def run(
     judge: str | None = None,
     beside: bool = False,
 ) -> ReportResult:
-    """Write the report of the runs in ``paths``.
+    """Write the report of the runs in ``paths``, which may also be logs of ``pvec serve``.
 
     ``out`` is the page (default: ``report.html`` in the run's folder, or in the working directory
-    for several runs); figures go into ``NAME_figures`` beside it. ``judge`` chooses among several
-    judges' scores. With ``beside`` the tokens of answers go into files beside the page, so that it
-    can open all of them, however many. Raises ``InputError`` or ``StoreError`` before anything is
-    written.
+    for several runs and for logs); figures go into ``NAME_figures`` beside it. ``judge`` chooses
+    among several judges' scores. With ``beside`` the tokens of answers go into files beside the
+    page, so that it can open all of them, however many. Raises ``InputError`` or ``StoreError``
+    before anything is written.
     """
-    runs = _read(paths, judge, beside=beside)
-    page = out or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
+    logs = [path for path in paths if path.is_file() and path.name != FILE_NAME]
+    folders = [path for path in paths if path not in logs]
+    runs = _read(folders, judge, beside=beside) if folders or not logs else []
+    own = len(paths) == 1 and not logs
+    page = out or (paths[0] / "report.html" if own else Path("report.html"))
     if page.is_dir():
         raise InputError(f"--out {page} is a folder: give the page a name, such as report.html.")
     probe_target(page)
-    chapters = build_chapters(runs)
+    chapters = [*build_chapters(runs), *([served.build(logs)] if logs else [])]
     if beside and not any(w.beside for w in _widgets(chapters)):
         raise InputError("--beside has no effect here: only tokens (`pvec project --tokens`) do.")
     html = render_page(
@@ -114,6 +117,8 @@ def _title(runs: Sequence[RunData], chapters: Sequence[Chapter]) -> str:
     sections = [section for chapter in chapters for section in chapter.sections]
     if len(sections) == 1 or (len(chapters) == 1 and len(sections) > len(runs)):
         return sections[0].title
+    if not runs:
+        return listed(section.title for section in sections)
     about = [run for run in runs if run.kind in ("extract", "steer-eval")] or runs
     return f"{listed(run.trait for run in about)} in {listed(run.model for run in runs)}"
 
