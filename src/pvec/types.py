@@ -8,6 +8,7 @@ Layers are 1-based as in the paper: layer ``l`` is the residual stream after dec
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,8 +24,18 @@ Positions = Literal["all", "prompt", "response"]
 """Which tokens are steered. ``response``: the last prompt token (it predicts the first response
 token) and every generated token. ``prompt``: every prompt token. ``all``: both."""
 
-Operator = Literal["add", "ablate", "cap"]
-"""``add``: h + coef*v. ``ablate``: h - (h.v^)v^. ``cap``: limit h.v^ to at most ``coef`` (tau)."""
+Operator = Literal["add", "ablate", "cap", "floor"]
+"""``add``: h + coef*v. ``ablate``: h - (h.v^)v^. ``cap``: limit h.v^ to at most ``coef`` (tau);
+``floor``: to at least it."""
+
+LIMITS: tuple[Operator, ...] = ("cap", "floor")
+"""The operators whose coefficient is a projection."""
+
+AnswerClass = Literal["pos", "neg", "unsteered"]
+"""Answers whose projections a vector file describes: the positive and negative ones that it was
+made from, and answers without instruction (`pvec vector calibrate`)."""
+
+_PERCENTILE = re.compile(r"(p|pos|neg)(\d+(?:\.\d*)?)")
 
 VectorKind = Literal["response_avg", "prompt_avg", "prompt_last"]
 """What is averaged per response (paper, section 2.2 and appendix A.3)."""
@@ -83,9 +94,9 @@ class Instruction:
     """One steering instruction: what is done to the residual stream after block ``layer``.
 
     ``vector`` is a float32 array ``[hidden_size]``, used raw (unnormalised) by ``add`` and
-    normalised by ``ablate`` and ``cap``; a torch tensor or a list of numbers is converted.
-    ``coef`` multiplies the vector for ``add`` and is the ceiling tau for ``cap``; ``ablate``
-    ignores it. ``name`` is for people; identity is content.
+    normalised by the others; a torch tensor or a list of numbers is converted. ``coef`` multiplies
+    the vector for ``add`` and is the limit tau for ``cap`` and ``floor``; ``ablate`` ignores it.
+    ``name`` is for people; identity is content.
 
     Raises ``InputError`` for an unknown operator or position and for a vector that is not a single
     row of numbers.
@@ -123,6 +134,37 @@ class Instruction:
             "operator": self.operator,
             "fingerprint": self.fingerprint,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Percentile:
+    """A limit as a percentile of projections, written ``p25`` (unsteered answers), ``pos50``,
+    ``neg75``.
+
+    >>> Percentile.parse("pos50")
+    Percentile(of='pos', percent=50.0)
+    """
+
+    of: AnswerClass
+    percent: float
+
+    @classmethod
+    def parse(cls, text: str) -> Percentile | None:
+        """Read a percentile; None for another text, ``InputError`` for one above 100."""
+        match = _PERCENTILE.fullmatch(text.strip())
+        if match is None:
+            return None
+        if float(match[2]) > 100:
+            raise InputError(f"{text!r} is no percentile: write 0 to 100 after {match[1]}.")
+        classes: dict[str, AnswerClass] = {"p": "unsteered", "pos": "pos", "neg": "neg"}
+        return cls(of=classes[match[1]], percent=float(match[2]))
+
+    def __str__(self) -> str:
+        return f"{'p' if self.of == 'unsteered' else self.of}{self.percent:g}"
+
+
+Dose = float | Percentile
+"""A coefficient, or for ``cap`` and ``floor`` a percentile that stands for one at each layer."""
 
 
 def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
@@ -188,7 +230,8 @@ class Generation:
     (special tokens skipped). Where ``finish_reason`` is ``failed``, ``detail`` says why, and tokens
     and text are what was generated before. ``touched`` counts, per steering instruction of the
     request and in its order, the positions that the instruction changed; the backend has
-    already checked them.
+    already checked them. ``limited`` counts, over its caps and floors, the positions that lay
+    beyond the limit; None where there is none or the backend counts none.
     """
 
     id: str
@@ -196,6 +239,7 @@ class Generation:
     text: str
     finish_reason: FinishReason
     touched: tuple[int, ...] = ()
+    limited: int | None = None
     detail: str = ""
 
 

@@ -22,6 +22,7 @@ from pvec.settings import Settings
 from pvec.settings.sections import GenerationSettings, ModelSettings
 from pvec.types import StreamChunk
 from pvec.vectors.formats import save_vector
+from pvec.vectors.projection import quantiles_of
 from pvec.vectors.vector import PersonaVector
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model
 
@@ -71,6 +72,22 @@ def test_a_piped_conversation_runs_to_its_end(vector: Path) -> None:
     assert "evil@2 unsteered: projection" in out
     assert "steering is off" in out
     assert "never" not in out
+
+
+def test_a_ceiling_may_be_a_percentile_of_answers(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((NUM_LAYERS + 1, HIDDEN_SIZE))
+    found = PersonaVector(
+        trait="evil",
+        kinds={"response_avg": rows.astype(np.float32)},
+        stats=quantiles_of("pos", np.full((3, NUM_LAYERS + 1), -9.0)),
+    )
+    path = save_vector(found, tmp_path / "evil.safetensors")
+    lines = ["/compare", "/steer evil@2 pos50", "Hello?", "/steer evil@2 p25"]
+    code, out, err = run(lines, path, "--operator", "cap")
+    assert code == 0
+    assert "steering with evil at layer 2 (block 1) x pos50" in out
+    assert "unsteered: " in out
+    assert "no percentiles of unsteered answers" in err
 
 
 def test_a_mistake_is_one_sentence_and_the_conversation_goes_on(vector: Path) -> None:

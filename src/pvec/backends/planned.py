@@ -21,7 +21,7 @@ from pvec.models.reasoning import answer_text, think_length
 from pvec.models.template import render_prompt
 from pvec.runs.responses import Json, ResponseRecord, response_id
 from pvec.runs.store import Run
-from pvec.types import Generation, Instruction, Message, Progress, Request, Sampling
+from pvec.types import LIMITS, Generation, Instruction, Message, Progress, Request, Sampling
 
 OnProgress = Callable[[Progress], None]
 
@@ -190,4 +190,12 @@ def _record(
         think_tokens=think,
         steering=tuple(i.describe() for i in planned.steering),
         detail=generation.detail,
+        limited=_limited(planned, generation),
     )
+
+
+def _limited(planned: PlannedResponse, generation: Generation) -> tuple[int, ...]:
+    if generation.limited is None:
+        return ()
+    pairs = zip(planned.steering, generation.touched, strict=True)
+    return generation.limited, sum(count for i, count in pairs if i.operator in LIMITS)

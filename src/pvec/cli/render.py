@@ -10,6 +10,7 @@ from pvec.cli.console import Console, table, with_interval
 from pvec.vectors.card import PROVENANCE
 
 if TYPE_CHECKING:
+    from pvec.extraction.calibrate import Calibration
     from pvec.extraction.compute import ComputeResult, Thinking
     from pvec.extraction.judge import MetricMean
     from pvec.extraction.methods import MethodComparison
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from pvec.vectors.edit import VectorFiles
     from pvec.vectors.lens import Lens
     from pvec.vectors.quality import Spread, VectorSummary
-    from pvec.vectors.show import Comparison, VectorDescription
+    from pvec.vectors.show import Comparison, Percentiles, VectorDescription
 
 TINY_NOTE = (
     "The bundled model is a teaching aid: these numbers are about it, not about real assistants."
@@ -173,7 +174,34 @@ def _render_description(console: Console, vector: VectorDescription) -> None:
         middle = vector.summary.suggested_layer or len(vector.summary.layers) // 2
         listed = ", ".join(f"{kind} {vector.norms[kind][middle]:.3g}" for kind in others)
         console.print(f"other kinds' norms at layer {middle}: {listed}")
+    render_percentiles(console, vector.percentiles)
     render_notes(console, vector.notes)
+
+
+def render_calibrated(console: Console, result: Calibration) -> None:
+    """Say how many answers were measured, and where they lie beside the others."""
+    console.print(
+        f"{result.answers:,} unsteered answers to {result.questions} questions, measured into "
+        f"{result.path}"
+    )
+    render_percentiles(console, result.percentiles)
+    render_next(console, result.next, model=result.model)
+
+
+def render_percentiles(console: Console, percentiles: Percentiles) -> None:
+    """Show where each class's answers lie along a vector at one layer."""
+    if not percentiles.rows:
+        return
+    words = {"neg": "negative", "unsteered": "unsteered", "pos": "positive"}
+    shown = [percentiles.percents.index(percent) for percent in (5, 25, 50, 75, 95)]
+    rows = [
+        (words[name], *(values[place] for place in shown))
+        for name, values in percentiles.rows.items()
+    ]
+    console.print(table(("answers", *(f"{percentiles.percents[n]:g} %" for n in shown)), rows))
+    console.print(
+        f"percentiles of projections at layer {percentiles.layer}, for --operator cap and floor"
+    )
 
 
 def render_notes(console: Console, notes: Sequence[str]) -> None:

@@ -122,6 +122,7 @@ def _render_points(console: Console, sweep: SweepSummary) -> None:
     controlled = bool(sweep.having("random"))
     vectors = {point.vector for point in sweep.having("steered")}
     common = f"{vectors.pop()} · " if len(vectors) == 1 else ""
+    limits = any(point.limited is not None for point in sweep.points)
     rows = []
     for point in sweep.points:
         if point.role == "random":
@@ -131,10 +132,16 @@ def _render_points(console: Console, sweep: SweepSummary) -> None:
         if controlled:
             control = sweep.control_of(point)
             row.append(f"{control.scores[sweep.metrics[0]].mean:.1f}" if control else "")
+        if limits:
+            row.append("" if point.limited is None else f"{point.limited:.0%}")
         row.append(min(point.scores[metric].n for metric in sweep.metrics))
         rows.append(row)
     columns = ["condition", *(f"{metric} [95 %]" for metric in sweep.metrics)]
-    console.print(table([*columns, *(["random"] if controlled else []), "n"], rows))
+    columns += ["random"] if controlled else []
+    columns += ["beyond"] if limits else []
+    console.print(table([*columns, "n"], rows))
+    if limits:
+        console.print("beyond: share of the tokens held to the limit that lay beyond it")
     if sweep.missing:
         console.print(f"{sweep.missing:,} scores are missing and in no mean")
 

@@ -112,6 +112,32 @@ def compute(
 
 
 @app.command()
+@options("model", "backend", "generation", "extract.rollouts", "extract.limit")
+def calibrate(
+    ctx: typer.Context,
+    file: File,
+    trait: Annotated[
+        str | None,
+        typer.Option(
+            "--trait", "-t", metavar="NAME|FILE", help="Whose questions (default: the vector's)."
+        ),
+    ] = None,
+) -> None:
+    """Measure where unsteered answers lie on a vector, for ceilings such as `--coef p25`.
+
+    The model answers the trait's extraction questions without instruction or steering. The
+    percentiles of the answers' projections at every layer are added to the file.
+    """
+    from pvec.cli.render import render_calibrated
+    from pvec.extraction.calibrate import calibrate
+
+    settings, console = settings_from(ctx), console_from(ctx)
+    given = _given(ctx, "model.id", "model.adapter")
+    result = console.call(partial(calibrate, settings, file, trait=trait, own_model=not given))
+    console.emit(result, render_calibrated)
+
+
+@app.command()
 @options()
 def show(
     ctx: typer.Context,
@@ -242,16 +268,15 @@ def lens(
     """
     from pvec.backends.session import ModelSession, model_spec
     from pvec.cli.render import render_lens
+    from pvec.extraction.calibrate import with_model_of_vector
     from pvec.models.load import load_model
     from pvec.vectors import lens
     from pvec.vectors.find import load_vectors
 
     settings, console = settings_from(ctx), console_from(ctx)
     (vector,) = load_vectors([file], layer=layer).values()
-    if not _given(ctx, "model.id", "model.adapter") and vector.metadata.get("model_id"):
-        adapter = vector.metadata.get("adapter") or None
-        named = {"id": vector.metadata["model_id"], "adapter": adapter}
-        settings = settings.model_copy(update={"model": settings.model.model_copy(update=named)})
+    if not _given(ctx, "model.id", "model.adapter"):
+        settings = with_model_of_vector(settings, vector)
     with ModelSession(settings, notify=console.note) as session:
         (vector,) = load_vectors(
             [file], model=session.metadata, same_model=False, layer=layer, notify=console.note

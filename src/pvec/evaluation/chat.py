@@ -18,7 +18,7 @@ from pvec.models.decoder import check_layer
 from pvec.models.reasoning import answer_text, think_length
 from pvec.settings import Settings
 from pvec.steering.instructions import SteeringVector, steering_vector
-from pvec.types import Generation, Instruction, Message, Request
+from pvec.types import Dose, Generation, Instruction, Message, Request
 from pvec.vectors.find import load_vectors
 from pvec.vectors.projection import project
 
@@ -119,10 +119,10 @@ class Chat(Conversation):
         )
         return layers[len(layers) // 2][0]
 
-    def _check(self, name: str, layer: int, coef: float) -> None:
+    def _check(self, name: str, layer: int, coef: Dose) -> None:
         self._instruction(name, layer, coef)
 
-    def _instruction(self, name: str, layer: int, coef: float) -> Instruction:
+    def _instruction(self, name: str, layer: int, coef: Dose) -> Instruction:
         steer = self._settings.steer
         return self._vectors[name].instruction(
             layer,

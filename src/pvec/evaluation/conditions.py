@@ -15,7 +15,7 @@ from pvec.errors import InputError
 from pvec.models.decoder import check_layer
 from pvec.settings.sections import SteerSettings
 from pvec.steering.instructions import SteeringVector, instructions, random_like
-from pvec.types import Instruction, Operator
+from pvec.types import LIMITS, Dose, Instruction, Operator, Percentile
 
 Role = Literal["baseline", "prompt_pos", "prompt_neg", "steered", "random"]
 """What a condition can be, in the order of tables."""
@@ -35,7 +35,8 @@ class Condition:
 
     ``name`` is unique in a run and for people; nothing else is read out of it. ``control_of`` is
     the ``vector`` of the steered conditions whose control a random condition is. ``operator`` is
-    None where nothing is steered.
+    None where nothing is steered. Where the limits of a cap or floor are a percentile,
+    ``percentile`` is its name (``pos50``) and ``coef`` its number.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Condition:
     coef: float = 0.0
     operator: Operator | None = None
     control_of: str = ""
+    percentile: str = ""
     steering: tuple[Instruction, ...] = ()
 
     def identity(self) -> dict[str, Any]:
@@ -59,7 +61,8 @@ class Condition:
 
     def labels(self) -> dict[str, Any]:
         """Return what is stored beside ``identity`` and follows from it and the steering."""
-        return {"operator": self.operator, "control_of": self.control_of}
+        percentile = {"percentile": self.percentile} if self.percentile else {}
+        return {"operator": self.operator, "control_of": self.control_of, **percentile}
 
 
 def stored_condition(stored: Mapping[str, Any]) -> Condition:
@@ -86,6 +89,7 @@ def stored_condition(stored: Mapping[str, Any]) -> Condition:
         coef=float(stored["coef"]),
         operator=stored.get("operator"),
         control_of=stored.get("control_of", ""),
+        percentile=stored.get("percentile", ""),
     )
 
 
@@ -96,6 +100,24 @@ def parse_coefs(text: str) -> tuple[float, ...]:
     """
     values = {value + 0.0 for part in _parts(text, "--coef") for value in _coef_part(part, text)}
     return tuple(sorted(values))
+
+
+def parse_doses(text: str) -> tuple[Dose, ...]:
+    """Read coefficients as ``parse_coefs`` does, or percentiles of one class: ``p25,p50,p75``.
+
+    Raises ``InputError`` for numbers and percentiles, or percentiles of several classes, in one
+    list: they have no common axis.
+    """
+    percentiles = [Percentile.parse(part) for part in text.split(",")]
+    known = sorted(filter(None, percentiles), key=lambda percentile: percentile.percent)
+    if not known:
+        return parse_coefs(text)
+    if len(known) < len(percentiles) or len({percentile.of for percentile in known}) > 1:
+        raise InputError(
+            f"--coef {text!r} mixes percentiles of one kind with something else: give numbers, or "
+            f"percentiles of one class, such as p25,p50,p75 or pos25,pos50."
+        )
+    return tuple(dict.fromkeys(known))
 
 
 def parse_layers(text: str, *, num_layers: int) -> tuple[tuple[int, ...], ...]:
@@ -214,21 +236,29 @@ def _condition(
     steer: SteerSettings,
     *,
     layers: tuple[int, ...],
-    coef: float,
+    coef: Dose,
     control_of: str,
 ) -> Condition:
     label = _label(group)
     operator = f"{steer.operator} " if steer.operator != "add" else ""
     unit = " norms" if steer.coef_unit == "norm" else ""
-    amount = "" if steer.operator == "ablate" else f"coef {coef:g}{unit}"
+    percentile, number = "", 0.0
+    if isinstance(coef, Percentile):
+        percentile, number = str(coef), coef.percent
+    else:
+        number = coef
+    amount = percentile or f"coef {number:g}{unit}"
+    if steer.operator == "ablate":
+        amount = ""
     return Condition(
         name=f"{label} · {layers_label(layers)} · {operator}{amount}".strip(),
         role="random" if control_of else "steered",
         vector=label,
         layers=layers,
-        coef=coef,
+        coef=number,
         operator=steer.operator,
         control_of=control_of,
+        percentile=percentile,
         steering=instructions(
             group,
             layers,
@@ -244,10 +274,16 @@ def _label(group: Sequence[SteeringVector]) -> str:
     return " + ".join(vector.label for vector in group)
 
 
-def _coefs(steer: SteerSettings) -> tuple[float, ...]:
+def percentile_class(steer: SteerSettings) -> str:
+    """Return whose percentiles the limits of the settings are, or an empty text."""
+    first = Percentile.parse(steer.coef.split(",")[0])
+    return first.of if first and steer.operator in LIMITS else ""
+
+
+def _coefs(steer: SteerSettings) -> tuple[Dose, ...]:
     if steer.operator == "ablate":
         return (1.0,)  # an ablation takes no coefficient
-    coefs = parse_coefs(steer.coef)
+    coefs = parse_doses(steer.coef)
     return tuple(coef for coef in coefs if coef != 0) if steer.operator == "add" else coefs
 
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 from pvec.errors import InputError, did_you_mean
 from pvec.models.decoder import describe_layer
-from pvec.types import Message
+from pvec.types import Dose, Message, Percentile
 
 MAIN, PLAIN = "answer", "unsteered"
 
 HELP = """\
-/steer NAME[@LAYER] COEF   steer with a vector: /steer evil@20 2.0 (COEF 0 removes it)
+/steer NAME[@LAYER] COEF   steer with a vector: /steer evil@20 2.0 (COEF 0 removes it); with
+                           --operator cap or floor also a percentile: /steer evil pos25
 /off                       stop steering
 /compare                   turn on or off the unsteered answer beside the steered one
 /system TEXT               set the system prompt and start a new conversation (without TEXT: none)
@@ -70,7 +71,7 @@ class Conversation(ABC):
         self._history: list[Message] = []
         self._system: str | None = None
         self._turn = 0
-        self._coefs: dict[tuple[str, int], float] = {}
+        self._coefs: dict[tuple[str, int], Dose] = {}
 
     @property
     def is_steered(self) -> bool:
@@ -138,7 +139,7 @@ class Conversation(ABC):
         """Return a layer that exists: ``layer``, or where this vector steers unless told."""
 
     @abstractmethod
-    def _check(self, name: str, layer: int, coef: float) -> None:
+    def _check(self, name: str, layer: int, coef: Dose) -> None:
         """Raise ``InputError`` when the vector cannot steer there."""
 
     def _commands(self) -> dict[str, Callable[[str], str]]:
@@ -194,13 +195,20 @@ class Conversation(ABC):
         if not self._coefs:
             return f"no steering; vectors: {', '.join(self.names) or 'none'}"
         parts = [
-            f"{name} at {describe_layer(layer)} x {coef:g}"
+            f"{name} at {describe_layer(layer)} x {shown_dose(coef)}"
             for (name, layer), coef in self._coefs.items()
         ]
         return f"steering with {' and '.join(parts)}"
 
 
-def _coef(text: str) -> float:
+def shown_dose(coef: Dose) -> str:
+    """Return a coefficient or a percentile as it is typed."""
+    return str(coef) if isinstance(coef, Percentile) else f"{coef:g}"
+
+
+def _coef(text: str) -> Dose:
+    if percentile := Percentile.parse(text):
+        return percentile
     try:
         coef = float(text)
     except ValueError:

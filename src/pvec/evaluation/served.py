@@ -12,7 +12,7 @@ from pvec.errors import InputError, PvecError
 from pvec.evaluation.conversation import MAIN, AnswerProjection, AnswerText, Conversation
 from pvec.models.decoder import check_layer
 from pvec.settings import Settings
-from pvec.types import Message
+from pvec.types import Dose, Message, Percentile
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -112,7 +112,7 @@ class ServedChat(Conversation):
                 "vector": name,
                 "layer": layer,
                 **how,
-                **({} if steer.operator == "ablate" else {"coef": coef, "unit": steer.coef_unit}),
+                **({} if steer.operator == "ablate" else _amount(coef, steer.coef_unit)),
             }
             for (name, layer), coef in self._coefs.items()
         ]
@@ -125,11 +125,16 @@ class ServedChat(Conversation):
             raise InputError(f"--layer {wanted} is not one layer: with --url write for example 20.")
         return check_layer(int(wanted) if layer is None else layer, self._num_layers)
 
-    def _check(self, name: str, layer: int, coef: float) -> None:  # noqa: ARG002 (the server's)
+    def _check(self, name: str, layer: int, coef: Dose) -> None:  # noqa: ARG002 (the server's)
         if self._fixed:
             raise InputError("This server does not let a request change the steering.")
         if layer not in self._vectors[name]["layers"]:
             raise InputError(f"The vector {name!r} cannot steer at layer {layer}: choose another.")
+
+
+def _amount(coef: Dose, unit: str) -> dict[str, Any]:
+    """Return the fields of a request that say how strong steering is."""
+    return {"coef": str(coef)} if isinstance(coef, Percentile) else {"coef": coef, "unit": unit}
 
 
 @contextmanager

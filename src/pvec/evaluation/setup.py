@@ -13,6 +13,7 @@ from pvec.errors import InputError
 from pvec.evaluation.conditions import (
     Condition,
     evaluation_conditions,
+    percentile_class,
     single_layer,
     steers_everywhere,
 )
@@ -76,6 +77,8 @@ class SteerSetup:
         """What tells the run from another: layers, coefficients and rollouts may grow in it."""
         meaning = ("kind", "positions", "operator", "coef_unit", "incremental", "together")
         steering = {name: getattr(self.steer, name) for name in meaning} if self.loaded else {}
+        if percentiles := percentile_class(self.steer):
+            steering["percentiles_of"] = percentiles
         subject = {"trait": self.trait.name, "trait_hash": self.trait.hash}
         return {
             **run_identity(self.session, subject=subject),

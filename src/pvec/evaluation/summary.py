@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter
 
 from pvec.documents import read_json
@@ -32,6 +33,8 @@ class ScoredAnswer:
     question: str
     text: str
     scores: Mapping[str, float | None]
+    limited: tuple[int, ...] = ()
+    """Under a cap or floor: the positions beyond the limit, and all that were held to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,9 @@ class Point:
     differences: Mapping[str, Interval]
     operator: Operator | None = None
     control_of: str = ""
+    percentile: str = ""
+    limited: float | None = None
+    """Share of the positions held to a cap or floor that lay beyond it; None if not counted."""
 
     @property
     def where(self) -> str:
@@ -132,6 +138,7 @@ def read_sweep(run: Run, *, judge: str | None = None) -> list[ScoredAnswer]:
             question=record.question,
             text=record.answer,
             scores={metric: score.score for metric, score in scores.get(record.id, {}).items()},
+            limited=record.limited,
         )
         for record in records
     ]
@@ -214,9 +221,13 @@ class _Table:
         self._metrics = metrics
         self._conditions: dict[str, Condition] = {}
         self._scores: dict[tuple[str, str, str], list[float | None]] = {}
+        self._limited: dict[tuple[str, str], np.ndarray] = {}
         for answer in answers:
             condition = stored_condition(answer.condition)
             self._conditions.setdefault(condition.name, condition)
+            if answer.limited:
+                key = condition.name, answer.question
+                self._limited[key] = self._limited.get(key, 0) + np.array(answer.limited)
             for metric in metrics:
                 cell = self._scores.setdefault((condition.name, metric, answer.question), [])
                 cell.append(answer.scores.get(metric))
@@ -233,6 +244,8 @@ class _Table:
                 coef=condition.coef,
                 operator=condition.operator,
                 control_of=condition.control_of,
+                percentile=condition.percentile,
+                limited=self._share_limited(condition.name, questions),
                 scores={m: self._reading(condition.name, m, questions) for m in self._metrics},
                 differences={
                     m: self._difference(condition.name, baseline, m, questions)
@@ -243,6 +256,13 @@ class _Table:
             for condition in self._conditions.values()
         ]
         return sorted(points, key=lambda p: (ROLES.index(p.role), p.vector, p.layers, p.coef))
+
+    def _share_limited(self, name: str, questions: Sequence[str]) -> float | None:
+        counts = [self._limited[name, q] for q in questions if (name, q) in self._limited]
+        if not counts:
+            return None
+        beyond, held = np.sum(counts, axis=0)
+        return float(beyond / held)
 
     def _reading(self, name: str, metric: str, questions: Sequence[str]) -> Interval:
         values, groups = self._column(name, metric, questions)

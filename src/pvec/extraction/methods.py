@@ -18,7 +18,7 @@ from pvec.models.decoder import check_layer
 from pvec.notebook import HtmlResult
 from pvec.stats import Interval
 from pvec.types import MEAN_DIFF, METHODS, SIGNS, Method, Progress, Sign, VectorKind
-from pvec.vectors.accumulate import SPAN_OF_KIND, quantiles_of
+from pvec.vectors.accumulate import SPAN_OF_KIND
 from pvec.vectors.estimators import (
     PAIRED,
     ClassActivations,
@@ -27,7 +27,7 @@ from pvec.vectors.estimators import (
     require_methods,
     split_quality,
 )
-from pvec.vectors.projection import project
+from pvec.vectors.projection import project, quantiles_of
 from pvec.vectors.quality import over_splits, stat_arrays
 from pvec.vectors.vector import DEFAULT_KIND, KINDS, PersonaVector
 

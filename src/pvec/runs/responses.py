@@ -57,6 +57,9 @@ class ResponseRecord:
     steering: tuple[Mapping[str, Json], ...] = field(default=())
     detail: str = ""
     """Why an answer failed (``finish_reason`` ``failed``); empty otherwise."""
+    limited: tuple[int, ...] = ()
+    """Of an answer under caps or floors whose backend counts it: the positions that lay beyond a
+    limit, and all that were held to one, over layers and vectors; empty otherwise."""
 
     @property
     def seed(self) -> int:
@@ -64,10 +67,11 @@ class ResponseRecord:
         return self.sampling.seed
 
     def to_json(self) -> dict[str, Any]:
-        """Return the line as a JSON object; ``detail`` only where there is one."""
+        """Return the line as a JSON object; ``detail`` and ``limited`` only where there is one."""
         line = asdict(self)
-        if not self.detail:
-            del line["detail"]
+        for name in ("detail", "limited"):
+            if not line[name]:
+                del line[name]
         return line
 
     @classmethod

@@ -17,7 +17,7 @@ from pvec.serve.vectors import ServedVector
 from pvec.settings.sections import SteerSettings
 from pvec.settings.serving import ServeSettings
 from pvec.steering.instructions import CoefUnit
-from pvec.types import Instruction, Operator, Positions
+from pvec.types import Dose, Instruction, Operator, Percentile, Positions
 
 ALARM_WINDOW = 16
 """Answer tokens whose mean projection sets off an alarm; the prompt's last token does it alone."""
@@ -36,7 +36,7 @@ class SteerEntry(Strict):
 
     vector: str
     layer: int | None = None
-    coef: float | None = None
+    coef: float | str | None = None
     positions: Positions = "response"
     operator: Operator = "add"
     unit: CoefUnit = "raw"
@@ -45,11 +45,12 @@ class SteerEntry(Strict):
 class PolicyEntry(Strict):
     """A ceiling of a vector's projection: always, or in answers that pass ``alarm``.
 
-    Both are in residual norms (raw for a vector whose file has none).
+    Both are in residual norms (raw for a vector whose file has none); a ceiling may also be a
+    percentile of the projections of answers (``pos50``).
     """
 
     vector: str
-    ceiling: float
+    ceiling: float | str
     alarm: float | None = None
     layer: int | None = None
 
@@ -142,7 +143,7 @@ class Rules:
             raise InputError(f"Steering with operator {entry.operator!r} {word} coef: correct it.")
         return vector.steering.instruction(
             layer,
-            coef=1.0 if entry.coef is None else entry.coef,
+            coef=1.0 if entry.coef is None else _dose(entry.coef),
             positions=entry.positions,
             operator=entry.operator,
             unit=entry.unit,
@@ -188,7 +189,7 @@ class Rules:
                 layer=policy.layer,
                 coef=policy.ceiling,
                 operator="cap",
-                unit="raw" if vector.scale is None else "norm",
+                unit="raw" if vector.scale is None or isinstance(policy.ceiling, str) else "norm",
             )
         )
 
@@ -227,7 +228,7 @@ def _default(rules: Rules, text: str, steer: SteerSettings) -> list[Instruction]
         return [rules.instruction(entry) for entry in rules.presets[text]]
     match = _STEER.fullmatch(text.strip())
     try:
-        coef = float(match["coef"]) if match else None
+        coef = _typed_coef(match["coef"]) if match else None
     except ValueError:
         coef = None
     if match is None or coef is None:
@@ -246,6 +247,19 @@ def _default(rules: Rules, text: str, steer: SteerSettings) -> list[Instruction]
             )
         )
     ]
+
+
+def _typed_coef(text: str) -> float | str:
+    return float(text) if Percentile.parse(text) is None else text
+
+
+def _dose(coef: float | str) -> Dose:
+    dose = Percentile.parse(coef) if isinstance(coef, str) else coef
+    if dose is None:
+        raise InputError(
+            f"The coef {coef!r} is neither a number nor a percentile such as pos50: correct it."
+        )
+    return dose
 
 
 def _read(path: Path) -> RulesFile:

@@ -13,8 +13,8 @@ from pvec.backends.session import ModelSession
 from pvec.errors import InputError
 from pvec.steering.instructions import SteeringVector, steering_vector
 from pvec.types import SIGNS, Sign, VectorKind
-from pvec.vectors.accumulate import QUANTILES
 from pvec.vectors.find import find_vector, load_vectors, vector_name
+from pvec.vectors.projection import QUANTILES
 from pvec.vectors.quality import best_layer
 from pvec.vectors.vector import PersonaVector
 

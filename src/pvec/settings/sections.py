@@ -293,7 +293,8 @@ class SteerSettings(Section):
     """Tokens to steer: the answer (from the last prompt token on), the prompt, or all"""
 
     operator: Operator = "add"
-    """Add the vector, ablate its direction, or cap the projection on it"""
+    """Add the vector, ablate its direction, or hold the projection on it below a ceiling (cap) or \
+above a floor"""
 
     coef_unit: Literal["raw", "norm"] = "raw"
     """Unit of the coefficients: the raw vector, or the mean residual norm of the layer"""
@@ -303,7 +304,9 @@ class SteerSettings(Section):
 once), or `auto` (five layers around 55 % of the depth)"""
 
     coef: str = "-2,-1,0,1,2"
-    """Steering strength: a list of coefficients, or `FROM:TO:STEP`; for `cap` the ceilings"""
+    """Steering strength: a list of coefficients, or `FROM:TO:STEP`; for `cap` and `floor` the \
+limits, also as percentiles of the projections of positive (`pos50`), negative (`neg75`) or \
+unsteered answers (`p25`) at each layer"""
 
     incremental: bool = False
     """Steer every layer by the vector's increment over the layer before (implies `--layer all`)"""

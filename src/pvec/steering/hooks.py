@@ -24,7 +24,7 @@ from pvec.steering.positions import (
 )
 from pvec.steering.tables import LayerSteering, Plan, check_instruction, rows_of_roles
 from pvec.steering.tracking import RoleTracker
-from pvec.types import Instruction
+from pvec.types import LIMITS, Instruction
 
 
 class Steerer:
@@ -108,24 +108,35 @@ class Steerer:
         self._rows = self._rows[chosen]
         for steering in self._layers.values():
             steering.touched = steering.touched[chosen]
+            rows = torch.from_numpy(chosen).to(steering.limited.device)
+            steering.limited = steering.limited[rows]
 
     def join(self, other: Steerer) -> None:
         """Append the rows of ``other`` with their counts, as when two batches become one."""
         joined = Steerer(self._decoder, [*self.plans, *other.plans])
         for layer, steering in joined._layers.items():
             steering.touched = np.concatenate([self._counts(layer), other._counts(layer)])
+            parts = [one._beyond(layer) for one in (self, other)]  # noqa: SLF001
+            steering.limited = torch.cat([part.to(parts[0].device) for part in parts])
         self._plans, self._rows, self._layers = joined._plans, joined._rows, joined._layers
 
     def count_on(self, other: Steerer, rows: Sequence[int]) -> None:
         """Count on from ``other``, which ran the tokens before: row ``k`` from its ``rows[k]``."""
         for layer, steering in self._layers.items():
             steering.touched = other._counts(layer)[list(rows)]
+            steering.limited = other._beyond(layer)[list(rows)]
 
     def _counts(self, layer: int) -> np.ndarray:
         """Return the counts ``[B, roles]`` at a layer; zero where no row is steered there."""
         if layer in self._layers:
             return self._layers[layer].touched
         return np.zeros((len(self._rows), NUM_ROLES), dtype=np.int64)
+
+    def _beyond(self, layer: int) -> torch.Tensor:
+        """Return the tokens ``[B]`` beyond a limit at a layer; zero where none is steered there."""
+        if layer in self._layers:
+            return self._layers[layer].limited
+        return torch.zeros(len(self._rows), dtype=torch.int64)
 
     def repeat_plan(self, batch: int) -> None:
         """Start a batch of ``batch`` rows that all carry the first plan, counts at zero."""
@@ -143,6 +154,14 @@ class Steerer:
             int(self._layers[i.layer].touched[row, list(ROLES_OF[i.positions])].sum())
             for i in self._plans[self._rows[row]]
         )
+
+    def limited(self, row: int) -> int | None:
+        """Return how many tokens of ``row`` lay beyond a cap or floor so far, summed over layers;
+        None for a row without one.
+        """
+        if not any(i.operator in LIMITS for i in self._plans[self._rows[row]]):
+            return None
+        return sum(int(steering.limited[row]) for steering in self._layers.values())
 
     def check_complete(self) -> None:
         """Raise ``SteeringError`` if a hook did not run on the tokens last announced."""
@@ -180,6 +199,7 @@ class Steerer:
         self._rows = rows
         for steering in self._layers.values():
             steering.touched = np.zeros((len(rows), NUM_ROLES), dtype=np.int64)
+            steering.limited = torch.zeros(len(rows), dtype=torch.int64)
 
 
 class SteeringHandle:

@@ -7,15 +7,26 @@ here, so that a layer, a coefficient and its unit mean the same in all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from pvec.errors import InputError
 from pvec.models.decoder import describe_layer
-from pvec.types import Instruction, Operator, Positions, VectorKind
+from pvec.types import (
+    LIMITS,
+    AnswerClass,
+    Dose,
+    Instruction,
+    Operator,
+    Percentile,
+    Positions,
+    VectorKind,
+)
+from pvec.vectors.projection import QUANTILES, stored_quantiles
+from pvec.vectors.vector import DEFAULT_KIND
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,13 +44,15 @@ class SteeringVector:
 
     ``mean_norms`` ``[num_layers + 1]`` are the mean residual norms, which coefficients in units of
     them need. ``label`` is for people. A last row that was taken after the final norm
-    (``normed_layer``) is no direction of the residual stream; it is zero here.
+    (``normed_layer``) is no direction of the residual stream; it is zero here. ``quantiles`` are
+    the projections of answers, ``[Q, num_layers + 1]``, that percentiles are read from.
     """
 
     label: str
     rows: NDArray[np.float32]
     mean_norms: NDArray[np.float32] | None = None
     normed_layer: int | None = None
+    quantiles: Mapping[AnswerClass, NDArray[np.float32]] = field(default_factory=dict)
 
     def has(self, layer: int) -> bool:
         """Whether there is a direction to steer with at ``layer``."""
@@ -49,15 +62,16 @@ class SteeringVector:
         self,
         layer: int,
         *,
-        coef: float,
+        coef: Dose,
         positions: Positions = "response",
         operator: Operator = "add",
         unit: CoefUnit = "raw",
     ) -> Instruction:
         """Return the instruction that steers with this vector after block ``layer``.
 
-        Raises ``InputError`` when the vector is zero or absent at that layer, and when ``unit`` is
-        ``norm`` and the residual norm of that layer is not known.
+        A percentile is the limit of a cap or floor at this layer. Raises ``InputError`` when the
+        vector is zero or absent at that layer, when ``unit`` is ``norm`` and the residual norm of
+        that layer is not known, and for percentiles that the file does not hold.
         """
         if layer == self.normed_layer:
             raise InputError(
@@ -73,13 +87,22 @@ class SteeringVector:
         return Instruction(
             vector=np.ascontiguousarray(self.rows[layer], dtype=np.float32),
             layer=layer,
-            coef=self._raw(coef, layer, operator) if unit == "norm" else coef,
+            coef=self._raw(coef, layer, operator, unit),
             positions=positions,
             operator=operator,
             name=self.label,
         )
 
-    def _raw(self, coef: float, layer: int, operator: Operator) -> float:
+    def _raw(self, coef: Dose, layer: int, operator: Operator, unit: CoefUnit) -> float:
+        if isinstance(coef, Percentile):
+            if operator not in LIMITS or unit != "raw":
+                raise InputError(
+                    f"The percentile {coef} is the limit of a cap or floor and has no unit: use "
+                    f"--operator cap or floor, without --coef-unit."
+                )
+            return self._limit(coef, layer)
+        if unit == "raw":
+            return coef
         norm = math.nan if self.mean_norms is None else float(self.mean_norms[layer])
         if not 0 < norm < math.inf:
             raise InputError(
@@ -87,9 +110,27 @@ class SteeringVector:
                 f"coefficients cannot be in units of it: use --coef-unit raw, or extract the "
                 f"vector again with pvec."
             )
-        if operator == "cap":
-            return coef * norm  # the ceiling is a length along the unit vector
+        if operator in LIMITS:
+            return coef * norm  # the limit is a length along the unit vector
         return raw_coefficient(coef, vector=self.rows[layer], mean_norm=norm)
+
+    def _limit(self, percentile: Percentile, layer: int) -> float:
+        """Return a percentile of projections at a layer, linear between those of the file."""
+        values = self.quantiles.get(percentile.of)
+        if values is None or not np.isfinite(values[:, layer]).all():
+            remedy = "measure them with `pvec vector calibrate FILE`"
+            if percentile.of != "unsteered":
+                remedy = "compute the vector again with `pvec vector compute`"
+            raise InputError(
+                f"The vector {self.label!r} has no percentiles of {_WORDS[percentile.of]} answers "
+                f"at {describe_layer(layer)}, which {percentile} asks for: {remedy}."
+            )
+        return float(np.interp(percentile.percent / 100, QUANTILES, values[:, layer]))
+
+
+_WORDS: dict[AnswerClass, str] = {
+    "pos": "positive", "neg": "negative", "unsteered": "unsteered",
+}  # fmt: skip
 
 
 def raw_coefficient(relative_norm: float, *, vector: np.ndarray, mean_norm: float) -> float:
@@ -113,11 +154,14 @@ def steering_vector(
     if vector.last_row_is_normed:
         rows = rows.copy()
         rows[-1] = 0.0
+    described = kind == DEFAULT_KIND and not increments
+    stored = {name: stored_quantiles(vector.stats, name) for name in get_args(AnswerClass)}
     return SteeringVector(
         label=label or vector.trait,
         rows=rows,
         mean_norms=vector.mean_norm,
         normed_layer=vector.num_layers if vector.last_row_is_normed else None,
+        quantiles={k: v for k, v in stored.items() if v is not None} if described else {},
     )
 
 
@@ -136,7 +180,7 @@ def instructions(
     vectors: Sequence[SteeringVector],
     layers: Sequence[int],
     *,
-    coef: float,
+    coef: Dose,
     positions: Positions = "response",
     operator: Operator = "add",
     unit: CoefUnit = "raw",

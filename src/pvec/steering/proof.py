@@ -84,7 +84,11 @@ def due_state(instruction: Instruction, state: torch.Tensor) -> torch.Tensor:
         return state + instruction.coef * vector
     unit = vector / vector.norm()
     along = (state @ unit)[..., None]
-    excess = (along - instruction.coef).clamp(min=0) if instruction.operator == "cap" else along
+    excess = along
+    if instruction.operator == "cap":
+        excess = (along - instruction.coef).clamp(min=0)
+    elif instruction.operator == "floor":
+        excess = (along - instruction.coef).clamp(max=0)
     removed: torch.Tensor = excess * unit
     return state - removed
 

@@ -1,9 +1,9 @@
 """The steering formula: a plan as rows of tables, and what these rows do to tokens.
 
 A plan is the steering of one sequence. After one block it is a chain of additions and clamps
-(``ablate`` and ``cap`` clamp the component along a direction). Additions commute with everything
-but what a later clamp sees of them, so the chain becomes one sum ``delta`` and, for each clamp, a
-unit direction with the part ``offset`` of the earlier additions along it:
+(``ablate``, ``cap`` and ``floor`` clamp the component along a direction). Additions commute with
+everything but what a later clamp sees of them, so the chain becomes one sum ``delta`` and, for each
+clamp, a unit direction with the part ``offset`` of the earlier additions along it:
 
     c = h.u + offset;   h <- h + u * (clamp(c, low, high) - c);   finally h <- h + delta
 
@@ -23,7 +23,7 @@ from torch.nn.functional import embedding
 from pvec.errors import ModelError, SteeringError
 from pvec.models.decoder import Decoder, check_layer, describe_layer
 from pvec.steering.positions import GENERATED, LAST, NUM_ROLES, PAD, PROMPT, ROLES_OF
-from pvec.types import Instruction, ModelInfo, Operator, Positions
+from pvec.types import LIMITS, Instruction, ModelInfo, Operator, Positions
 
 STEERED_ROLES = (PROMPT, LAST, GENERATED)
 """The rows of a plan, in order: prompt but its last token, last prompt token, generated."""
@@ -66,13 +66,15 @@ def steering_change(
     delta: torch.Tensor,
     units: torch.Tensor,
     bounds: torch.Tensor,
+    limited: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return what is added to the residual stream of each token, in the dtype of ``delta``.
 
     ``row`` integers ``[..., T]`` choose rows of the table (``TableRows`` as tensors); the residual
     stream is ``hidden`` ``[..., T, H]`` plus ``residual`` where a model keeps one apart. Additions
     are in the dtype of ``delta``, clamps in float32. Differentiable, and free of in-place edits
-    and of branches on values, so that it can be compiled and captured.
+    and of branches on values, so that it can be compiled and captured. ``limited`` collects, for
+    each clamp, the tokens ``[..., T]`` that lay beyond its cap or floor.
     """
     change = embedding(row, delta)  # [..., T, H]
     if not len(units):
@@ -85,6 +87,8 @@ def steering_change(
         along = ((start + moved) * unit).sum(dim=-1) + bound[..., 0]  # [..., T]
         clamped = torch.minimum(torch.maximum(along, bound[..., 1]), bound[..., 2])
         moved = moved + (clamped - along)[..., None] * unit
+        if limited is not None:
+            limited.append((clamped != along) & (bound[..., 1] != bound[..., 2]))
     return change + moved.to(delta.dtype)
 
 
@@ -144,15 +148,19 @@ def _chain_rows(chain: Sequence[Instruction], *, clamps: int) -> TableRows:
                 delta[row] += instruction.coef * vector
                 continue
             unit = vector / np.linalg.norm(vector)
-            low, high = (
-                (0.0, 0.0) if instruction.operator == "ablate" else (-np.inf, instruction.coef)
-            )
             rows.units[clamp, row] = unit
-            rows.bounds[clamp, row] = float(delta[row] @ unit), low, high
+            rows.bounds[clamp, row] = float(delta[row] @ unit), *_interval(instruction)
             clamp += 1
     with np.errstate(over="ignore"):  # the answer fails, and says why
         rows.delta[:] = delta
     return rows
+
+
+def _interval(clamp: Instruction) -> tuple[float, float]:
+    """Return between which values a clamp holds the component."""
+    if clamp.operator == "cap":
+        return -np.inf, clamp.coef
+    return (clamp.coef, np.inf) if clamp.operator == "floor" else (0.0, 0.0)
 
 
 def check_instruction(instruction: Instruction, decoder: Decoder | ModelInfo) -> None:
@@ -198,6 +206,9 @@ class LayerSteering:
 
     def __init__(self, plans: Sequence[Plan], layer: int) -> None:
         self.touched = np.zeros((0, NUM_ROLES), dtype=np.int64)  # [B, roles]
+        self.limited = torch.zeros(0, dtype=torch.int64)
+        """Tokens so far, ``[B]``, that lay beyond a cap or floor, once for each; on the device."""
+        self._has_limits = any(i.layer == layer and i.operator in LIMITS for p in plans for i in p)
         self.paused = False
         self.applied = 0
         """Forwards that this layer was steered in, recomputations included."""
@@ -236,9 +247,14 @@ class LayerSteering:
         if (delta.device, delta.dtype) != (hidden.device, hidden.dtype):
             self._table = {name: t.to(hidden.device) for name, t in self._table.items()}
             self._table["delta"] = self._table["delta"].to(hidden.dtype)
-        hidden = hidden + steering_change(self._row.to(hidden.device), hidden, **self._table)
+        beyond: list[torch.Tensor] | None = [] if self._has_limits else None
+        change = steering_change(self._row.to(hidden.device), hidden, **self._table, limited=beyond)
+        hidden = hidden + change
         self.applied += 1
         if self._counts is not None:  # gradient checkpointing runs a block again: count it once
             self.touched = self.touched + self._counts
             self._counts = None
+            if beyond:
+                tokens = torch.stack(beyond).sum(dim=(0, -1))  # [B]
+                self.limited = self.limited.to(tokens.device) + tokens
         return hidden

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from pvec.types import VectorKind
+from pvec.types import LIMITS, Dose, Operator, Percentile, VectorKind
 
 Layers = Literal["auto", "all"] | tuple[int, ...]
 
@@ -188,20 +188,32 @@ class MemoryPart(Part):
     """Load the model through unsloth (needs unsloth and a GPU)"""
 
 
+def _coef(value: Any) -> Any:
+    """Read a number or a percentile that is written as text."""
+    if not isinstance(value, str) or Percentile.parse(value) is not None:
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError("input should be a valid number, or a percentile such as pos50") from None
+
+
 class SteeringPart(Part):
     """One vector that steers while training. Several are applied at once."""
 
     vector: str
     """A vector file"""
 
-    operator: Literal["add", "ablate"] = "add"
-    """Add the vector (preventative steering), or project its direction out (CAFT)"""
+    operator: Operator = "add"
+    """Add the vector (preventative steering), project its direction out (`ablate`, CAFT), or hold
+    the projection on it below a ceiling (`cap`) or above a floor (`floor`)"""
 
     layers: Annotated[Layers, BeforeValidator(_layers)] = "auto"
     """Layers to steer at: a list, `all`, or `auto` (the file's best separating layer)"""
 
-    coef: float = 1.0
-    """Multiplies the raw vector; ablation has none"""
+    coef: Annotated[float | str, BeforeValidator(_coef)] = 1.0
+    """Multiplies the raw vector; ablation has none. Of `cap` and `floor` the limit, as a projection
+    or as a percentile of projections at each layer (`p25`, `pos50`, `neg75`)"""
 
     positions: Literal["all", "response"] = "all"
     """Which tokens are steered: all of them, or those that predict the response"""
@@ -220,16 +232,24 @@ class SteeringPart(Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.operator == "ablate":
-            if "coef" in self.model_fields_set:
-                raise ValueError("ablation takes no coef: remove it")
-            if self.incremental or self.schedule != "constant":
-                raise ValueError("incremental and schedule belong to the operator add")
+        if isinstance(self.coef, str) and self.operator not in LIMITS:
+            raise ValueError(f"the percentile {self.coef} is a limit: use operator cap or floor")
+        if self.operator == "ablate" and "coef" in self.model_fields_set:
+            raise ValueError("ablation takes no coef: remove it")
+        if self.operator in LIMITS and "coef" not in self.model_fields_set:
+            raise ValueError(f"{self.operator} needs a limit: add coef, for example pos50")
+        if self.operator != "add" and (self.incremental or self.schedule != "constant"):
+            raise ValueError("incremental and schedule belong to the operator add")
         if self.incremental and self.layers not in ("auto", "all"):
             raise ValueError("incremental steers every layer: remove layers or set it to all")
         if self.ramp_steps is not None and self.schedule != "ramp":
             raise ValueError("ramp_steps belongs to schedule: ramp")
         return self
+
+    @property
+    def dose(self) -> Dose:
+        """The coefficient or limit."""
+        return (Percentile.parse(self.coef) or 0.0) if isinstance(self.coef, str) else self.coef
 
 
 class AlarmPart(Part):

@@ -26,7 +26,7 @@ from pvec.steering.instructions import instructions, steering_vector
 from pvec.steering.positions import IGNORED_LABEL
 from pvec.steering.tables import check_instruction
 from pvec.training.config import Layers, SteeringPart, TrainConfig
-from pvec.types import Instruction, VectorKind
+from pvec.types import LIMITS, Instruction, VectorKind
 from pvec.vectors.quality import best_layer
 from pvec.vectors.vector import PersonaVector
 
@@ -52,7 +52,11 @@ class ScheduledInstruction:
     def description(self) -> str:
         """What the instruction does, in one line."""
         i = self.instruction
-        what = f"add {i.coef:g} x {i.name}" if i.operator == "add" else f"ablate {i.name}"
+        what = f"{i.operator} {i.name}"
+        if i.operator == "add":
+            what = f"add {i.coef:g} x {i.name}"
+        elif i.operator in LIMITS:
+            what = f"{what} at a projection of {i.coef:.4g},"
         ramp = f", rising over {self.ramp_steps} steps" if self.ramp_steps else ""
         return f"{what} at {describe_layer(i.layer)}, {i.positions} positions{ramp}"
 
@@ -79,7 +83,7 @@ def schedule_steering(
         for instruction in instructions(
             [steering_vector(vector, kind=part.kind, increments=part.incremental)],
             layers,
-            coef=part.coef,
+            coef=part.dose,
             positions=part.positions,
             operator=part.operator,
         )

@@ -17,6 +17,7 @@ import numpy as np
 from pvec.errors import InputError, ModelError
 from pvec.stats import Interval
 from pvec.types import SIGNS, Sign, SpanMeans, SpanName, VectorKind
+from pvec.vectors.projection import quantiles_of
 from pvec.vectors.quality import half_cosines, held_out_areas, over_splits
 
 SPAN_OF_KIND: dict[VectorKind, SpanName] = {
@@ -24,9 +25,6 @@ SPAN_OF_KIND: dict[VectorKind, SpanName] = {
     "prompt_avg": "prompt",
     "prompt_last": "prompt_last",
 }
-
-QUANTILES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
-"""Shares of a class's answers below the projections that ``class_quantiles`` returns."""
 
 _MAX_QUESTIONS = 64
 """Sums are kept apart for this many questions; further ones share (only quality figures see it)."""
@@ -79,18 +77,6 @@ class VectorSet:
     mean_norm: np.ndarray
     counts: Mapping[VectorKind, Mapping[Sign, int]]
     missing: Mapping[VectorKind, Mapping[Sign, int]]
-
-
-def quantiles_of(sign: Sign, places: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the quantiles of the projections ``[N, L + 1]`` of a class, as vector files have them.
-
-    NaN where the projections are.
-    """
-    values = np.quantile(places, QUANTILES, axis=0).astype(np.float32)
-    return {
-        f"proj_response_{sign}_q{round(100 * share):02}": row
-        for share, row in zip(QUANTILES, values, strict=True)
-    }
 
 
 class VectorAccumulator:

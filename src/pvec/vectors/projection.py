@@ -10,7 +10,7 @@ import numpy as np
 
 from pvec.errors import InputError
 from pvec.models.decoder import check_layer, describe_layer
-from pvec.types import ProjectionKind, SpanName
+from pvec.types import AnswerClass, ProjectionKind, SpanName
 
 PROJECTION_KINDS: tuple[ProjectionKind, ...] = get_args(ProjectionKind)
 
@@ -20,6 +20,9 @@ SPAN_OF_PROJECTION: dict[ProjectionKind, SpanName] = {
     "cos_sim": "response",
     "prompt_avg": "prompt",
 }
+
+QUANTILES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
+"""Shares of a class's answers below the projections that vector files hold."""
 
 
 def project(activations: np.ndarray, vector: np.ndarray) -> np.ndarray:
@@ -42,6 +45,25 @@ def cosine(activations: np.ndarray, vector: np.ndarray) -> np.ndarray:
     cosines: np.ndarray = np.full_like(along, np.nan)
     np.divide(along, lengths, out=cosines, where=lengths != 0)
     return cosines
+
+
+def quantiles_of(answers: AnswerClass, places: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the quantiles of the projections ``[N, L + 1]`` of a class, as vector files have them.
+
+    NaN where the projections are.
+    """
+    values = np.quantile(places, QUANTILES, axis=0).astype(np.float32)
+    return dict(zip(_quantile_names(answers), values, strict=True))
+
+
+def stored_quantiles(stats: Mapping[str, np.ndarray], answers: AnswerClass) -> np.ndarray | None:
+    """Return the ``QUANTILES`` ``[Q, L + 1]`` that a vector file holds of a class, or None."""
+    names = _quantile_names(answers)
+    return np.stack([stats[name] for name in names]) if all(n in stats for n in names) else None
+
+
+def _quantile_names(answers: AnswerClass) -> list[str]:
+    return [f"proj_response_{answers}_q{round(100 * share):02}" for share in QUANTILES]
 
 
 def column_name(*, model: str, vector: str, kind: ProjectionKind, layer: int) -> str:

@@ -10,13 +10,25 @@ from typing import Literal
 import numpy as np
 
 from pvec.errors import InputError
-from pvec.types import VectorKind
+from pvec.types import AnswerClass, VectorKind
 from pvec.vectors.find import labels
-from pvec.vectors.quality import VectorSummary, middle_layer, summarize
+from pvec.vectors.projection import QUANTILES, stored_quantiles
+from pvec.vectors.quality import VectorSummary, best_layer, middle_layer, summarize
 from pvec.vectors.vector import DEFAULT_KIND, PersonaVector
 
 By = Literal["file", "kind", "layer"]
 """What the rows of a comparison are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Percentiles:
+    """Where answers lie along ``response_avg`` at one layer: for each class that the file describes
+    the projections below which ``percents`` of its answers are.
+    """
+
+    layer: int
+    percents: tuple[float, ...]
+    rows: Mapping[AnswerClass, tuple[float, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +42,7 @@ class VectorDescription:
     hidden_size: int
     norms: Mapping[VectorKind, tuple[float, ...]]
     summary: VectorSummary
+    percentiles: Percentiles
     metadata: Mapping[str, str]
     notes: tuple[str, ...]
 
@@ -65,8 +78,25 @@ def describe(
         hidden_size=vector.hidden_size,
         norms={name: tuple(vector.norms(name).tolist()) for name in vector.kinds},
         summary=summarize(vector, kind=kind),
+        percentiles=percentiles_of(vector),
         metadata=vector.metadata,
         notes=tuple(_notes(vector, kind)),
+    )
+
+
+def percentiles_of(vector: PersonaVector, *, layer: int | None = None) -> Percentiles:
+    """Return the percentiles of a file at a layer (default: the best for steering)."""
+    layer = best_layer(vector) if layer is None else layer
+    order: tuple[AnswerClass, ...] = ("neg", "unsteered", "pos")
+    stored = {name: stored_quantiles(vector.stats, name) for name in order}
+    return Percentiles(
+        layer=layer,
+        percents=tuple(100 * share for share in QUANTILES),
+        rows={
+            name: tuple(float(value) for value in values[:, layer])
+            for name, values in stored.items()
+            if values is not None
+        },
     )
 
 

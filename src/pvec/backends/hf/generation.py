@@ -113,6 +113,7 @@ class Finished:
     row: Row
     reason: FinishReason
     touched: tuple[int, ...]
+    limited: int | None = None
     error: PvecError | None = None
 
 
@@ -123,6 +124,7 @@ def _generation(done: Finished, tokenizer: PreTrainedTokenizerBase) -> Generatio
         text=str(tokenizer.decode(done.row.tokens, skip_special_tokens=True)),
         finish_reason=done.reason,
         touched=done.touched,
+        limited=done.limited,
         detail=NOT_FINITE.format(len(done.row.tokens)) if done.reason == "failed" else "",
     )
 
@@ -226,7 +228,8 @@ class DecodeBatch:
             prompt_tokens=len(row.request.prompt_ids),
             generated_tokens=self._lengths[index] - len(row.request.prompt_ids),
         )
-        return Finished(row=row, reason=reason, touched=touched)
+        limited = self._steerer.limited(index)
+        return Finished(row=row, reason=reason, touched=touched, limited=limited)
 
     def _keep(self, indices: list[int]) -> None:
         self.rows = [self.rows[i] for i in indices]

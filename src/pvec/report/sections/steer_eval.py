@@ -25,6 +25,7 @@ from pvec.report.sections.side_effects import effects_table, pareto_figure
 from pvec.report.sections.steer_overview import overview_section
 from pvec.report.sections.sweep_lines import control_line, sweep_line
 from pvec.report.style import number, short_number, true_minus
+from pvec.types import LIMITS, Percentile
 
 _LINES = 6
 """More lines than this in one figure cannot be told apart; the heat map has them all."""
@@ -101,7 +102,9 @@ def _picked(run: RunData, pick: Pick) -> str:
 def _amount(run: RunData, point: Point) -> str:
     if point.operator == "ablate":
         return "ablate"
-    operator = "cap at " if point.operator == "cap" else ""
+    if point.percentile:
+        return f"{point.operator} at {point.percentile}"
+    operator = f"{point.operator} at " if point.operator in LIMITS else ""
     unit = " norms" if run.settings.get("steer", {}).get("coef_unit") == "norm" else ""
     return f"{operator}coefficient {short_number(point.coef)}{unit}"
 
@@ -174,23 +177,34 @@ def _dose_response(
         for metric in sweep.metrics
     ]
     hidden = len({p.layers for p in points}) - len(layers)
-    caption = "Mean scores by coefficient; dashed: a random vector of the same norm."
+    axis = _axis(points[0])
+    caption = f"Mean scores by {axis}; dashed: a random vector of the same norm."
     if hidden:
         caption += f" {hidden} further layers are in the heat map."
     if pick:
-        caption += f" Picked: {pick.point.where}, coefficient {short_number(pick.point.coef)}."
+        caption += f" Picked: {pick.point.where}, {_amount(run, pick.point)}."
     return line_chart(
         name=f"{name}_dose_response",
         title=f"{points[0].vector}: dose and response",
         caption=caption,
         x=XAxis(
-            label="coefficient",
+            label=axis,
             references=[Reference(x=pick.point.coef, label="picked")] if pick else [],
             top=_dose_scale(run, pick.point if pick else points[0]),
         ),
         panels=panels,
         ordered=len(layers) > 1,
     )
+
+
+def _axis(point: Point) -> str:
+    """Return what the coefficients of a sweep are."""
+    word = {"cap": "ceiling", "floor": "floor"}.get(point.operator or "", "coefficient")
+    percentile = Percentile.parse(point.percentile)
+    if percentile is None:
+        return word
+    answers = {"pos": "positive", "neg": "negative"}.get(percentile.of, percentile.of)
+    return f"{word}, percentile of {answers} answers"
 
 
 def _dose_scale(run: RunData, point: Point) -> Scale | None:
@@ -226,7 +240,7 @@ def _layer_by_coefficient(
     marked = (choices.index(pick.point.layers), coefs.index(pick.point.coef)) if pick else None
     return heat_map(
         Grid(
-            columns=("coefficient", coefs),
+            columns=(_axis(points[0]), coefs),
             rows=("layer", ["+".join(map(str, choice)) for choice in choices]),
             values=[[means.get((choice, coef), math.nan) for coef in coefs] for choice in choices],
             value_label=metric,
@@ -243,6 +257,8 @@ def _points_table(sweep: SweepSummary) -> Table:
     columns: list[str] = ["condition"]
     for metric in sweep.metrics:
         columns += [f"{metric} (95 %)", "vs unsteered"]
+    limits = any(point.limited is not None for point in sweep.points)
+    columns += ["beyond the limit"] if limits else []
     columns += ["n", "missing"] if sweep.missing else ["n"]
     rows = []
     for point in sweep.points:
@@ -250,6 +266,8 @@ def _points_table(sweep: SweepSummary) -> Table:
         for metric in sweep.metrics:
             cells += [point.scores[metric], Difference.of(point.differences.get(metric))]
         scores = [point.scores[metric] for metric in sweep.metrics]
+        if limits:
+            cells.append("" if point.limited is None else f"{point.limited:.0%}")
         cells += [min((score.n for score in scores), default=0)]
         cells += [sum(score.missing for score in scores)] if sweep.missing else []
         rows.append(tuple(cells))
