@@ -3,6 +3,7 @@
     python benchmarks/serve.py [--model MODEL --vector FILE --layer N] [--requests N]
     python benchmarks/serve.py --rate 4           # requests that arrive at random, 4 per second
     python benchmarks/serve.py --memory 5000      # memory over so many measured requests
+    python benchmarks/serve.py --backend vllm     # in vLLM's environment
 
 Two servers of one model on one thread each: one without vectors, one that steers every answer and
 measures every token (and, in a third column, reports it). The same client keeps 1, 8 and 32 streams
@@ -10,7 +11,8 @@ open at each of them in turns. Ratios are of tokens per second of the server pro
 which a busy machine changes little; above 1: faster than plain. The time to the first token is by
 the clock (95th percentile, against plain). With `--rate` requests do not wait for answers: they
 arrive at the moments of a Poisson process, the same for each way. Memory is that of the measuring
-server's process.
+server's process. With ``--backend vllm`` plain serving is stock ``vllm serve``, the others are
+pvec's server on vLLM, and two more columns compare it with pvec's on transformers, both steered.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ import itertools
 import json
 import os
 import random
+import socket
 import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +52,15 @@ class Server:
     model: str
 
     def cpu(self) -> float:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
+        """Return the CPU seconds of the server and the processes that it started."""
+        total, processes = 0, [self.process.pid]
+        while processes:
+            folder = Path(f"/proc/{processes.pop()}")
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])
+            for task in (folder / "task").iterdir():
+                processes += map(int, (task / "children").read_text().split())
+        return total / TICKS
 
     def memory(self) -> float:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
@@ -62,6 +73,7 @@ class Totals:
 
     tokens: int = 0
     cpu: float = 0.0
+    seconds: float = 0.0
     first: list[float] = field(default_factory=list)
 
     @property
@@ -70,31 +82,64 @@ class Totals:
 
 
 @contextmanager
-def served(model: str, *vectors: str) -> Iterator[Server]:
+def served(model: str, *vectors: str, backend: str = "hf") -> Iterator[Server]:
     command = [
-        sys.executable,
-        "-m",
-        "pvec",
-        "serve",
-        "--model",
-        model,
-        "--port",
-        "0",
-        "--json",
-        "-q",
+        *(sys.executable, "-m", "pvec", "serve", "--model", model, "--backend", backend),
+        *("--dtype", "float32", "--port", "0", "--json", "-q"),
     ]
     for vector in vectors:
         command += ["--vector", vector]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:  # noqa: S603
+    with started(command) as process:
         assert process.stdout is not None
         lines: list[str] = []
         while "}\n" not in lines:
             lines.append(process.stdout.readline())
             assert lines[-1], "the server did not start"
         found = json.loads("".join(lines))
+        yield Server(process, found["url"], found["model"])
+
+
+@contextmanager
+def stock(model: str) -> Iterator[Server]:
+    """vLLM's own server, with the engine's settings that pvec's has."""
+    from pvec.models.files import ModelSpec
+    from pvec.models.load import inspect_model
+
+    folder = str(inspect_model(ModelSpec(model=model)).files.folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cache = os.environ["PVEC_BACKEND__VLLM__KV_CACHE_MEMORY_BYTES"]
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            folder,
+            "--dtype",
+            "float32",
+        ),
+        *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "plain"),
+        *("--kv-cache-memory-bytes", cache, "--generation-config", "vllm"),
+        *("--no-async-scheduling", "--disable-uvicorn-access-log"),
+    ]
+    url = f"http://127.0.0.1:{port}"
+    with started(command) as process:
+        while True:
+            assert process.poll() is None, "vLLM's server did not start"
+            with suppress(OSError), urllib.request.urlopen(f"{url}/health"):  # noqa: S310
+                break
+            time.sleep(0.5)
+        yield Server(process, url, "plain")
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:  # noqa: S603
         try:
-            yield Server(process, found["url"], found["model"])
+            yield process
         finally:
             process.terminate()
 
@@ -129,7 +174,7 @@ async def round_of(server: Server, pvec: Any, totals: Totals, args: Any, streams
             await asyncio.sleep(seconds)
             answers.append(await ask(client, server, pvec, seed, args.max_tokens))
 
-        before = server.cpu()
+        before, start = server.cpu(), time.perf_counter()
         if args.rate:
             rng = random.Random(0)
             gaps = (rng.expovariate(args.rate) for _ in seeds)
@@ -138,6 +183,7 @@ async def round_of(server: Server, pvec: Any, totals: Totals, args: Any, streams
         else:
             await asyncio.gather(*(one() for _ in range(streams)))
         totals.cpu += server.cpu() - before
+        totals.seconds += time.perf_counter() - start
     totals.tokens += sum(used for _, used in answers)
     totals.first += [first for first, _ in answers if first]
 
@@ -145,18 +191,22 @@ async def round_of(server: Server, pvec: Any, totals: Totals, args: Any, streams
 def compare(args: Any, entry: dict[str, Any]) -> None:
     """Print a row for each number of streams, or for the rate."""
     with ExitStack() as stack:
-        plain = stack.enter_context(served(args.model))
-        steered = stack.enter_context(served(args.model, f"v={args.vector}"))
+        vector, vllm = f"v={args.vector}", args.backend == "vllm"
+        plain = stack.enter_context(stock(args.model) if vllm else served(args.model))
+        steered = stack.enter_context(served(args.model, vector, backend=args.backend))
         ways = {
             "plain": (plain, None),
             "steered": (steered, {"steer": [entry]}),
             "tokens": (steered, {"steer": [entry], "tokens": True}),
         }
+        if vllm:
+            ways["hf"] = (stack.enter_context(served(args.model, vector)), {"steer": [entry]})
         print(
             f"| {'rate' if args.rate else 'streams'} | plain tokens/CPU s | steered, measured "
             "| with tokens | p50 first token, plain | steered / plain | p95 | steered / plain |"
+            + (" steered, vllm / hf | by the clock |" if vllm else "")
         )
-        print("|---|---:|---:|---:|---:|---:|---:|---:|")
+        print("|---|---:|---:|---:|---:|---:|---:|---:|" + ("---:|---:|" if vllm else ""))
         for streams in [args.rate] if args.rate else args.streams:
             totals = {name: Totals() for name in ways}
             for _ in range(args.rounds):
@@ -168,6 +218,10 @@ def compare(args: Any, entry: dict[str, Any]) -> None:
                 for name in ("plain", "steered")
             ]
             cells = [f"{own:.3f} s | {other / own:.2f}" for own, other in zip(*late, strict=True)]
+            if vllm:
+                mine, its = totals["steered"], totals["hf"]
+                clock = (mine.tokens / mine.seconds) / (its.tokens / its.seconds)
+                cells += [f"{mine.speed / its.speed:.2f}", f"{clock:.2f}"]
             print(
                 f"| {streams:g} | {base:,.0f} | {totals['steered'].speed / base:.2f} "
                 f"| {totals['tokens'].speed / base:.2f} | {' | '.join(cells)} |",
@@ -178,7 +232,7 @@ def compare(args: Any, entry: dict[str, Any]) -> None:
 def measure_memory(args: Any, entry: dict[str, Any]) -> None:
     """Print the measuring server's memory after every tenth of ``--memory`` requests."""
     args.requests = max(args.memory // 10, 1)
-    with served(args.model, f"v={args.vector}") as server:
+    with served(args.model, f"v={args.vector}", backend=args.backend) as server:
         print("| requests | MiB |\n|---:|---:|")
         for tenth in range(1, 11):
             asyncio.run(
@@ -199,7 +253,9 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=STREAMS)
     parser.add_argument("--rate", type=float, help="requests per second instead of streams")
     parser.add_argument("--memory", type=int, metavar="N", help="memory over N requests instead")
+    parser.add_argument("--backend", choices=("hf", "vllm"), default="hf")
     args = parser.parse_args()
+    os.environ.setdefault("PVEC_BACKEND__VLLM__KV_CACHE_MEMORY_BYTES", str(2**28))
     entry = {"vector": "v", "coef": args.coef} | ({"layer": args.layer} if args.layer else {})
     (measure_memory if args.memory else compare)(args, entry)
 

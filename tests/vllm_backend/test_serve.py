@@ -52,7 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     options = {"max_coef": 3.0, "max_body": 20_000, "max_requests": 40, "max_answer": 200}
     args = (
         "--enable-auto-tool-choice --tool-call-parser hermes "
-        """--structured-outputs-config '{"disable_any_whitespace": true}'"""
+        """--structured-outputs-config '{"backend": "xgrammar", "disable_any_whitespace": true}'"""
     )
     with running_server(
         backend="vllm", rules=folder / "rules.yaml", vllm_args=args, **options
@@ -124,6 +124,26 @@ def test_more_steerings_than_slots_share_the_batch_and_keep_their_answers(
     assert len({text_of(answer) for answer in alone}) > 3
 
 
+def test_a_prompt_in_the_cache_keeps_its_steering_and_its_projections(client: OpenAI) -> None:
+    turns: Any = [*MESSAGES, {"role": "assistant", "content": "Join a club. " * 30}, *MESSAGES]
+    cached = metric(client, "vllm:prefix_cache_hits_total")
+    body = steered(0.5, positions="all", layer=2)
+    first, second = (ask(client, body, messages=turns, max_tokens=9) for _ in range(2))
+    assert metric(client, "vllm:prefix_cache_hits_total") > cached + 64
+    assert text_of(first) == text_of(second)
+    assert (
+        first.pvec["touched"]
+        == second.pvec["touched"]
+        == first.usage.prompt_tokens + len(first.pvec["tokens"])
+    )
+    one, two = (answer.pvec["vectors"]["evil"] for answer in (first, second))
+    assert [one["prompt"], *one["tokens"]] == pytest.approx(
+        [two["prompt"], *two["tokens"]], abs=1e-4
+    )
+    other = ask(client, steered(0.5, positions="prompt", layer=2), messages=turns, max_tokens=9)
+    assert other.pvec["touched"] == first.usage.prompt_tokens
+
+
 def test_structured_output_tools_and_logprobs_are_vllms_own(client: OpenAI) -> None:
     body = steered(1.0)
     choice = ask(client, body | {"structured_outputs": {"choice": ["red wine", "green tea"]}})
@@ -135,13 +155,14 @@ def test_structured_output_tools_and_logprobs_are_vllms_own(client: OpenAI) -> N
     form = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema}}
     formed = ask(client, body, response_format=form, max_tokens=60)
     assert json.loads(text_of(formed))["answer"] in ("yes", "no")
-    function = {"name": "reply", "description": "Reply", "parameters": schema}
+    function = {"name": "reply", "parameters": schema}
     called = ask(
         client, body, tools=[{"type": "function", "function": function}], max_tokens=60,
         tool_choice={"type": "function", "function": {"name": "reply"}},
     )  # fmt: skip
     (call,) = called.choices[0].message.tool_calls
-    assert json.loads(call.function.arguments)["answer"] in ("yes", "no")
+    assert call.function.name == "reply"
+    json.loads(call.function.arguments)
     assert called.pvec["touched"] > 0
     measured = ask(client, body, logprobs=True, top_logprobs=2, max_tokens=5)
     assert [t.token for t in measured.choices[0].logprobs.content] == measured.pvec["tokens"]
@@ -199,7 +220,7 @@ def test_steering_that_does_not_reach_the_model_is_an_error_without_text(
     ("options", "part"),
     [
         ({"vllm_args": "--no-such-thing"}, "vLLM's server refuses them"),
-        ({"vllm_args": "--max-model-len 64"}, "pvec sets: use its own"),
+        ({"vllm_args": "--max-num-seqs 8"}, "which pvec sets"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_the_engine_starts(

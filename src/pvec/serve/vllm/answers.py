@@ -20,12 +20,13 @@ from pvec.steering.positions import expected_touched
 class TrackedAnswer:
     """An answer in the engine, which is asked for one token more than ``answer.limit``.
 
-    A token is run, and so measured, in the step that samples the next one. Until then its output is
-    held back: what vLLM's server sees of an answer was steered and measured. The token too many
-    only measures the last one.
+    A token is run, and so measured, in the step that samples the next one. Until then the output of
+    the last one is held back, and with ``hold`` that of every one: the token is sent with its
+    projections, or a stop text may make it the last. The token too many only measures the last one.
     """
 
     answer: Answer
+    hold: bool = False
     id: str = ""
     """The engine's name of it, empty until it is there."""
     along: list[np.ndarray] = field(default_factory=list)
@@ -57,7 +58,8 @@ class TrackedAnswer:
             return released
         self._held = output
         if output.finish_reason is None:
-            return released
+            wait = self.hold or self._received == self.answer.limit
+            return released if wait else self._release()
         if output.finish_reason is FinishReason.LENGTH:
             self.reason = "length"  # the model's context is full
         return [*released, *self._release(end=output.finish_reason is FinishReason.STOP)]

@@ -28,6 +28,7 @@ _STEERED = {"/v1/chat/completions": True, "/v1/completions": False}
 """The endpoints with a field ``pvec``, and whether each is a chat."""
 
 _DONE = b"data: [DONE]"
+_RUNNING = b'"finish_reason":null'
 
 
 def make_vllm_app(service: VLLMService, inner: FastAPI) -> FastAPI:
@@ -46,12 +47,13 @@ class Endpoints:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it with ``ApiError``."""
         if scope["type"] != "http":
-            raise ApiError(404, "There is no such address here.")
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["method"] == "POST":
-            self._service.admit(0)
             if scope["path"] in _STEERED:
                 await self._steered(scope, receive, send)
                 return
+            self._service.admit(1)
         await self._inner(scope, receive, send)
 
     async def _steered(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -136,7 +138,8 @@ class Reply:
         """Yield the events to send instead of one of vLLM's."""
         if self._failed:
             return  # a stream that has failed ends without [DONE]
-        if event == _DONE or not event.startswith(b"data: "):
+        usual = not self._job.tokens and _RUNNING in event
+        if event == _DONE or usual or not event.startswith(b"data: "):
             yield event + b"\n\n"
             return
         chunk = json.loads(event.removeprefix(b"data: "))
@@ -157,7 +160,7 @@ class Reply:
         tracked, done = self._job.tracked[choice["index"]], choice.get("finish_reason") is not None
         if self._job.tokens:
             delta = tracked.delta()
-            text = choice["text"] if "text" in choice else choice["delta"]
+            text = choice["text"] if "text" in choice else any(choice["delta"].values())
             if text or delta.pieces or not done:
                 tokens = self._service.token_report(self._job, delta)
                 running = {**choice, "finish_reason": None} if done else choice

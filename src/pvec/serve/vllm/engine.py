@@ -19,6 +19,9 @@ from pvec.serve.vllm.answers import TrackedAnswer
 from pvec.steering.tables import plan_rows
 from pvec.types import Instruction
 
+_ADAPTER = 2**31 - 1
+"""The number of the model's own adapter; vLLM's server numbers its others from 1."""
+
 Begin = Callable[[Sequence[int], Any], list[TrackedAnswer]]
 """Gives the answers of a request with these prompt ids and ``SamplingParams``, or raises."""
 
@@ -43,7 +46,7 @@ class SteeredLLM(AsyncLLM):  # type: ignore[misc]
         self._pvec_freed = asyncio.Condition()
         self._pvec_numbers = itertools.count()
         self._pvec_batches: dict[int, list[TrackedAnswer]] = {}
-        self._pvec_adapter = None if adapter is None else LoRARequest("pvec", 1, adapter)
+        self._pvec_adapter = None if adapter is None else LoRARequest("pvec", _ADAPTER, adapter)
         self._pvec_intercept(self.output_processor)
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> Any:

@@ -65,6 +65,7 @@ class VLLMService(Service):
         self._job_of: dict[TrackedAnswer, VLLMJob] = {}
         adapter = None if session.metadata.adapter is None else str(session.metadata.adapter)
         options = builder.options
+        self._check(rules.plan(None))
         llm.steer(
             begin=self._begin, ended=self._ended, slots=options.slots, clamps=options.clamps,
             adapter=adapter,
@@ -170,13 +171,12 @@ class VLLMService(Service):
             job = VLLMJob(
                 id=new_id("pvec"), plan=self.rules.plan(None), unread=True, places=params.n
             )
-            self._check(job.plan)
             self._jobs[job.id] = job
         elif identity in self._jobs:
             job = self._jobs[identity]
         else:
             raise ValueError("'vllm_xargs' must not have 'pvec': send the field 'pvec'.")
-        first = len(job.answers)
+        first, most = len(job.answers), self.rules.limits.max_answer
         for index in range(params.n):
             number = first + index
             answer = Answer(
@@ -186,19 +186,20 @@ class VLLMService(Service):
                     sampling=Sampling(
                         temperature=params.temperature,
                         top_p=params.top_p,
-                        max_tokens=params.max_tokens,
+                        max_tokens=min(params.max_tokens, most),
                         seed=job.seed + index,
                     ),
                     steering=job.plan.steering,
                 ),
-                limit=params.max_tokens,
+                limit=min(params.max_tokens, most),
                 text=AnswerText(self._builder.tokenizer, stops=job.stops),
                 index=number,
                 seed=job.seed + index,
                 capped=job.plan.capped,
             )
             job.answers.append(answer)
-            job.tracked.append(TrackedAnswer(answer=answer))
+            hold = job.tokens or bool(params.stop)
+            job.tracked.append(TrackedAnswer(answer=answer, hold=hold))
         self._job_of |= dict.fromkeys(job.tracked[first:], job)
         return job.tracked[first:]
 

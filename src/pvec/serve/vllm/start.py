@@ -102,6 +102,8 @@ async def vllm_service(
         session.settings.serve.vllm_args,
         arguments | {"skip_tokenizer_init": False, "disable_log_stats": False},
     )
+    for module in args.lora_modules or ():
+        check_served_adapter(metadata.files.folder, Path(module.path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vLLM's own, about what it uses itself
         llm = _start(metadata.id, args)
@@ -136,7 +138,8 @@ def server_arguments(text: str, ours: dict[str, Any]) -> Namespace:
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> Any:
-            raise InputError(f"--vllm-args: vLLM's server refuses them ({message}): correct them.")
+            why = " ".join(message.split())[:300]
+            raise InputError(f"--vllm-args: vLLM's server refuses them ({why}): correct them.")
 
     parser = make_arg_parser(Parser())
     args: Namespace = parser.parse_args(shlex.split(text))
@@ -144,8 +147,9 @@ def server_arguments(text: str, ours: dict[str, Any]) -> Namespace:
     for key in ours:
         if getattr(args, key) != parser.get_default(key):
             raise InputError(
-                f"--vllm-args has --{key.replace('_', '-')}, which pvec sets: use its own option "
-                f"(--host, --api-key, --served-name, --set backend.vllm.{key}=…)."
+                f"--vllm-args has --{key.replace('_', '-')}, which pvec sets: use its own "
+                f"option or setting (--host, --port, --api-key, --served-name, --model, --dtype, "
+                f"backend.vllm.{key})."
             )
     vars(args).update(ours, disable_fastapi_docs=True)
     try:
