@@ -116,6 +116,21 @@ coverage: $(STAMP) ## Run all tests but vLLM's and report the coverage in build/
 	$(PYTEST) -m 'not vllm and not real and not browser' --cov=pvec --cov-report=term:skip-covered \
 	  --cov-report=html:build/coverage
 
+# litellm takes 230 MB and changes packages of the others: on top of the environment, not in it.
+PROVIDERS_VENV  ?= .venv-providers
+PROVIDERS_STAMP := $(PROVIDERS_VENV)/.pvec-installed
+
+$(PROVIDERS_STAMP): $(STAMP) constraints.txt
+	test -x $(PROVIDERS_VENV)/bin/python || $(BIN)/python -m venv $(PROVIDERS_VENV)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(PROVIDERS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(PROVIDERS_VENV)/bin/python -m pip install --quiet -c constraints.txt litellm
+	@touch $@
+
+.PHONY: test-providers
+test-providers: $(PROVIDERS_STAMP) ## Test the judges of Anthropic and Gemini through litellm
+	PYTHONPATH=src $(OFFLINE) $(PROVIDERS_VENV)/bin/python -m pytest tests/faults/test_judge_providers.py
+
 # vLLM pins its own torch build, so its tests live in an environment of their own. The CPU packaging
 # brings CUDA builds of three packages that cannot be imported beside a CPU torch: out with them.
 VLLM_VENV  ?= .venv-vllm

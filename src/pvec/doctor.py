@@ -43,6 +43,8 @@ EXTRAS = {
     "eval": "capability tasks of lm-eval (steer-eval --tasks)",
     "serve": "the server (`pvec serve`)",
     "inspect": "evaluations with inspect_ai (examples/inspect)",
+    "quantize": "int8 weights (--quantize int8)",
+    "litellm": "judges of Anthropic, Gemini and others (--judge-model litellm:…)",
     "ray": "projection on a Ray cluster (project --engine ray)",
 }
 """The optional parts of pvec by the extra that installs them, and what each is for."""

@@ -307,6 +307,8 @@ class ModelInfo:
     device: str
     adapter: str | None = None
     bundled: bool = False
+    quantize: str | None = None
+    """How the weights were quantised on loading."""
     notes: tuple[str, ...] = ()
     """Choices made for the user and why ("float32: no accelerator found"), to show once."""
 

@@ -12,6 +12,7 @@ from pvec.errors import JudgeError
 from pvec.judges.cost import Budget, Price
 from pvec.judges.openai import OpenAIJudge
 from pvec.judges.pacing import Patience
+from pvec.judges.server import Server
 from pvec.types import JudgeQuery, Score
 from tests.helpers.judge_server import (
     FAULTS,
@@ -178,8 +179,12 @@ def test_retry_after_holds_every_request_back() -> None:
 # -- what ends the whole run ----------------------------------------------------------------------
 
 
+def named_key(server: JudgeServer) -> Server:
+    return Server("judge", base_url=server.url, key=KEY, timeout=60.0, key_name="MY_KEY")
+
+
 def test_a_refused_key_is_found_by_the_check_and_never_shown() -> None:
-    with JudgeServer(key="another") as server, judge(server, key=KEY, key_name="MY_KEY") as asked:
+    with JudgeServer(key="another") as server, OpenAIJudge(named_key(server)) as asked:
         with pytest.raises(JudgeError, match=r"refused the key .* MY_KEY") as caught:
             asked.check()
         assert server.asked.total() == 1

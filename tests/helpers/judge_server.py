@@ -152,6 +152,8 @@ class JudgeServer:
     """Request parameters that are refused with a 400 that names them."""
     dialect: Callable[[str, dict[str, Any]], tuple[int, Any] | None] | None = None
     """Status and body that a server of some make gives to a path and a request; None answers."""
+    batches: Any = None
+    """``tests.helpers.batch_server.Batches``; without them the server has no batch endpoint."""
     capacity: int | None = None
     """More requests at once than this get a 429."""
     delay: float = 0.0
@@ -221,7 +223,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 256
     daemon_threads = True
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handleerror_body(self, request: Any, client_address: Any) -> None:
         """Stay quiet: clients that hang up are what the tests are about."""
 
 
@@ -243,12 +245,20 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self._batched(b""):
+            return
+        if not self.path.startswith("/v1/models"):
+            self._send(404, error_body("no such path"))
+            return
         models = self.server.judge.models or ["judge"]
         self._send(200, {"object": "list", "data": [{"id": name} for name in models]})
 
     def do_POST(self) -> None:
         judge = self.server.judge
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        data = self._read()
+        if self._batched(data):
+            return
+        body = json.loads(data)
         prompt = body["messages"][-1]["content"]
         nth, inside = judge.enter(prompt, body)
         try:
@@ -263,7 +273,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             if judge.capacity is not None and inside > judge.capacity:
                 judge.count(judge.faults, "over capacity")
-                self._send(429, _error("too many requests"), {"Retry-After": "0.02"})
+                self._send(429, error_body("too many requests"), {"Retry-After": "0.02"})
                 return
             fault = judge.fault(prompt, nth)
             if fault in ODD_REPLIES:
@@ -280,27 +290,47 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             judge.leave()
 
+    def _read(self) -> bytes:
+        """Return the body of a request, in chunks or in one."""
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        data = b""
+        while size := int(self.rfile.readline(), 16):
+            data += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return data
+
+    def _batched(self, data: bytes) -> bool:
+        judge = self.server.judge
+        if judge.batches is None or not self.path.startswith(("/v1/files", "/v1/batches")):
+            return False
+        with judge.lock:
+            reply = judge.batches.handle(judge, self.command, self.path, self.headers, data)
+        self._send(*reply)
+        return True
+
     def _refused(self, body: dict[str, Any]) -> bool:
         judge = self.server.judge
         if self.path != "/v1/chat/completions":
-            self._send(404, _error("no such path"))
+            self._send(404, error_body("no such path"))
         elif judge.key is not None and self.headers["Authorization"] != f"Bearer {judge.key}":
             given = str(self.headers["Authorization"]).removeprefix("Bearer ")
-            self._send(401, _error(f"Incorrect API key provided: {given}"))
+            self._send(401, error_body(f"Incorrect API key provided: {given}"))
         elif judge.models is not None and body["model"] not in judge.models:
-            self._send(404, _error(f"The model {body['model']} does not exist"))
+            self._send(404, error_body(f"The model {body['model']} does not exist"))
         elif rejected := [name for name in judge.rejects if name in body]:
             message = f"Unsupported parameter: '{rejected[0]}' is not supported with this model."
             if rejected[0] == "max_tokens":
                 message += " Use 'max_completion_tokens' instead."
-            self._send(400, _error(message, param=rejected[0], code="unsupported_parameter"))
+            self._send(400, error_body(message, param=rejected[0], code="unsupported_parameter"))
         else:
             return False
         return True
 
     def _misbehave(self, fault: str, prompt: str, body: dict[str, Any]) -> None:
         answer = json.dumps(completion(self.server.judge.notify(prompt), body)).encode()
-        limited = _error("Rate limit reached", code="rate_limit_exceeded")
+        limited = error_body("Rate limit reached", code="rate_limit_exceeded")
         soon = format_datetime(datetime.now(UTC) + timedelta(seconds=0.05), usegmt=True)
         plain: dict[str, tuple[int, Any, dict[str, str]]] = {
             "429 seconds": (429, limited, {"Retry-After": "0.02"}),
@@ -308,21 +338,27 @@ class _Handler(BaseHTTPRequestHandler):
             "429 date": (429, limited, {"Retry-After": soon}),
             "429 bare": (429, limited, {}),
             "429 tomorrow": (429, limited, {"Retry-After": "86400"}),
-            "429 quota": (429, _error("You exceeded your quota", code="insufficient_quota"), {}),
-            "400": (400, _error("this model's context is too short"), {}),
-            "403": (403, _error("your country is not supported"), {}),
-            "500": (500, _error("the server had an error"), {}),
-            "503 retry-after": (503, _error("overloaded"), {"Retry-After": "0.02"}),
+            "429 quota": (
+                429,
+                error_body("You exceeded your quota", code="insufficient_quota"),
+                {},
+            ),
+            "400": (400, error_body("this model's context is too short"), {}),
+            "403": (403, error_body("your country is not supported"), {}),
+            "500": (500, error_body("the server had an error"), {}),
+            "503 retry-after": (503, error_body("overloaded"), {"Retry-After": "0.02"}),
             "truncated json": (200, answer[: len(answer) // 2], {}),
             "garbage": (200, b"<html>502 Bad Gateway</html>", {}),
             "no choices": (200, {"choices": []}, {}),
             "error body": (200, {"error": {"message": "upstream failed", "code": 502}}, {}),
-            "401": (401, _error("Incorrect API key provided"), {}),
-            "404": (404, _error("not found"), {}),
-            "402": (402, _error("Insufficient credits"), {}),
+            "401": (401, error_body("Incorrect API key provided"), {}),
+            "404": (404, error_body("not found"), {}),
+            "402": (402, error_body("Insufficient credits"), {}),
             "filter": (
                 400,
-                _error("The prompt triggered the content management policy", code="content_filter"),
+                error_body(
+                    "The prompt triggered the content management policy", code="content_filter"
+                ),
                 {},
             ),
             "403 flagged": (
@@ -373,7 +409,7 @@ def _bodies(answer: bytes, limited: dict[str, Any]) -> dict[str, tuple[int, Any,
     failed = {"message": "upstream failed", "code": 502}
     gzip = {"Content-Encoding": "gzip"}
     return {
-        **{str(status): (status, _error("try again"), {}) for status in (408, 409, 425)},
+        **{str(status): (status, error_body("try again"), {}) for status in (408, 409, 425)},
         "502 page": (502, b"<html><h1>Bad Gateway</h1></html>", {}),
         "503 list": (503, b'[{"error": {"code": 503, "message": "overloaded"}}]', {}),
         "504 string": (504, b'"gateway time-out"', {}),
@@ -454,7 +490,7 @@ def odd(kind: str, body: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
-def _error(message: str, **fields: str) -> dict[str, Any]:
+def error_body(message: str, **fields: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "error", "param": None, "code": None, **fields}}
 
 

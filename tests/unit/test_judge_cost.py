@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from pvec.errors import InputError
-from pvec.judges.cost import Budget, Price, estimate, known_price, parse_price
+from pvec.judges.choice import choose_judge
+from pvec.judges.cost import OWN_PRICES, Budget, Price, estimate, known_price, parse_price
+from pvec.settings.sections import JudgeSettings
 
 CENT = Price(prompt=10_000.0, completion=20_000.0)
 """One cent a prompt token, two a written one."""
@@ -17,6 +24,63 @@ def test_a_dated_or_prefixed_name_has_the_price_of_its_model() -> None:
     assert known_price("gpt-4.1-mini-2025-04-14") == price
     assert known_price("openai/gpt-4.1-mini") == price
     assert known_price("gpt-4.1-mini-mine") is None
+
+
+def test_a_batch_costs_half() -> None:
+    assert known_price("gpt-4.1-mini", batch=True) == Price(prompt=0.2, completion=0.8)
+    whole, half = (known_price("gpt-4.1", batch=batch) for batch in (False, True))
+    one, other = (estimate(["x" * 4000], price=price).dollars for price in (whole, half))
+    assert one is not None
+    assert other == pytest.approx(one / 2)
+    settings = JudgeSettings(model="m", price="4,8", batch=True, base_url="http://localhost/v1")
+    assert choose_judge(settings, bundled=False).price == Price(prompt=2.0, completion=4.0)
+
+
+def test_repeats_are_part_of_an_estimate() -> None:
+    once, thrice = (estimate(["x" * 400], price=CENT, repeats=n) for n in (1, 3))
+    assert thrice.calls == 3
+    assert thrice.dollars == pytest.approx(3 * (once.dollars or 0))
+
+
+def test_every_listed_price_has_a_date_and_a_source() -> None:
+    for provider in json.loads(OWN_PRICES.read_text()).values():
+        assert re.fullmatch(r"20\d\d-\d\d", provider["as_of"])
+        assert provider["source"].startswith("https://")
+        assert all(0 < prompt < completion for prompt, completion in provider["models"].values())
+
+
+def test_a_file_of_prices_comes_before_pvecs_own_and_a_price_before_both(tmp_path: Path) -> None:
+    file = tmp_path / "prices.json"
+    mine = {"source": "contract", "as_of": "2026-11", "batch": 0.25, "models": {}}
+    file.write_text(json.dumps({"mine": mine | {"models": {"gpt-4.1": [1, 4], "own": [3, 5]}}}))
+    assert known_price("gpt-4.1", prices=file) == Price(prompt=1, completion=4)
+    assert known_price("own", prices=file, batch=True) == Price(prompt=0.75, completion=1.25)
+    assert known_price("gpt-4.1-mini", prices=file) == known_price("gpt-4.1-mini")
+    assert "prices of 2026-11" in str(estimate(["x"], price=known_price("own", prices=file)))
+    settings = JudgeSettings(model="own", price="9,9", prices=file, base_url="http://localhost/v1")
+    assert choose_judge(settings, bundled=False).price == Price(prompt=9, completion=9)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"a": {}}', '{"a": {"source": "x", "models": {"m": [1]}}}']
+)
+def test_a_file_that_is_no_table_of_prices_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "prices.json").write_text(text)
+    with pytest.raises(InputError, match=r"prices\.json is no table of prices \(at "):
+        known_price("gpt-4.1", prices=tmp_path / "prices.json")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"batch": True, "model": "contrast"}, "--judge-batch needs a judge on a server"),
+        ({"repeats": 3, "model": "tiny"}, "--judge-repeats has no effect with tiny"),
+        ({"batch_wait": 1.0, "model": "m"}, "--judge-batch-wait has no effect without"),
+    ],
+)
+def test_options_without_effect_are_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        choose_judge(JudgeSettings(base_url="http://localhost/v1", **fields), bundled=False)
 
 
 def test_an_estimate_counts_calls_tokens_and_dollars() -> None:

@@ -53,7 +53,8 @@ class ModelSession(Closing):
     ) -> None:
         from pvec.backends.registry import choose_backend
         from pvec.models.files import read_config
-        from pvec.models.load import inspect_model
+        from pvec.models.load import choose_device, inspect_model
+        from pvec.models.quantise import check_quantise
         from pvec.models.weights import check_quantisation
 
         self.settings = settings
@@ -67,8 +68,17 @@ class ModelSession(Closing):
             bundled=self.metadata.bundled,
             gguf=self.metadata.files.gguf is not None,
         )
+        config = read_config(self.metadata.files.folder)
         if self.choice.name == "hf":
-            check_quantisation(read_config(self.metadata.files.folder), name=self.metadata.id)
+            check_quantisation(config, name=self.metadata.id)
+        if self.spec.quantize is not None:
+            check_quantise(
+                self.spec,
+                config,
+                device=choose_device(self.spec.device)[0],
+                gguf=self.metadata.files.gguf is not None,
+                vllm=self.choice.name == "vllm",
+            )
         if self.thinking and not self.metadata.thinking_switch:
             notify(
                 "the chat template has no thinking switch, so --thinking on changes nothing: the "
@@ -88,6 +98,8 @@ class ModelSession(Closing):
         stored = self.metadata.stored_dtype if self.choice.name == "hf" else "float32"
         dtype, _ = choose_dtype(self.spec.dtype, choose_device(self.spec.device)[0], stored=stored)
         name = str(dtype).removeprefix("torch.")
+        if self.spec.quantize is not None:
+            name += f"+{self.spec.quantize}"
         stop = "" if self.metadata.added_stop is None else f"/stop {self.metadata.added_stop}"
         chat = f"{self.metadata.chat_hash}{stop}"
         return f"{self.metadata.fingerprint}/{chat}/{self.choice.name}/{name}"

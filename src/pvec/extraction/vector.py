@@ -320,7 +320,7 @@ def _provenance(session: ModelSession, result: VectorSet) -> dict[str, str]:
         "model_fingerprint": info.fingerprint,
         "model_type": session.metadata.model_type,
         "adapter": info.adapter or "",
-        "dtype": info.dtype,
+        "dtype": f"{info.dtype}, {info.quantize} weights" if info.quantize else info.dtype,
         "kept_pos": str(counts["pos"]),
         "kept_neg": str(counts["neg"]),
     }

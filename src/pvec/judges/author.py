@@ -19,6 +19,7 @@ from pvec.errors import JudgeError, ModelError
 from pvec.judges.client import Endpoint, GaveUp, Role
 from pvec.judges.cost import Budget, known_price
 from pvec.judges.pacing import Patience
+from pvec.judges.server import Server
 from pvec.traits.check import INSTRUCTION_PAIRS, QUESTIONS_PER_SET
 from pvec.traits.trait import InstructionPair, Trait
 from pvec.types import Message
@@ -148,9 +149,7 @@ class Author(Closing):
         self.model = model
         self._budget = Budget(limit=None, price=known_price(model))
         self._endpoint = Endpoint(
-            model,
-            base_url=base_url,
-            key=key,
+            Server(model, base_url=base_url, key=key, timeout=patience.timeout),
             budget=self._budget,
             patience=patience,
             role=_role(),

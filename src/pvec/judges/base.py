@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from pvec.closing import Closing
 from pvec.types import JudgeQuery, Score
@@ -45,9 +46,15 @@ class Judge(Closing):
         Raises ``JudgeError`` when it cannot. Costs at most one short request.
         """
 
+    def work_in(self, folder: Path, *, name: str, notify: Callable[[str], None]) -> None:
+        """Take note of the run ``folder`` whose answers are scored, of the ``name`` under which the
+        scores are kept, and of who shows notes; for a judge whose work outlives the process.
+        """
+
     @abstractmethod
     def score(self, queries: Iterable[JudgeQuery]) -> Iterator[Score]:
-        """Yield one ``Score`` per query as it finishes, in any order, in constant memory.
+        """Yield one ``Score`` per query as it finishes, in any order, in constant memory; also
+        scores that an earlier call has asked for and not waited for.
 
         A query that could not be answered gives a score with ``status="error"``. Raises
         ``JudgeError`` when going on is pointless (key refused, no credit, nothing but errors),

@@ -17,7 +17,7 @@ from pvec.judges.cost import Budget
 from pvec.judges.dialect import Dialect
 from pvec.judges.pacing import Pacer, Patience, retry_after
 from pvec.judges.reply import MalformedReply, Reply, Usage, parse_reply, parse_usage
-from pvec.judges.server import KEY_NAME, Rejection, Server
+from pvec.judges.server import Rejection, Server
 from pvec.judges.transport import LoopThread
 from pvec.types import Message
 
@@ -85,27 +85,22 @@ class _Trouble(Exception):  # noqa: N818 - never leaves this file
 class Endpoint(Closing):
     """A server that is asked until it answers; a context manager, so that connections are closed.
 
-    ``key_name`` is the environment variable that messages tell the user to set. ``concurrency`` is
-    the most requests in flight; the number adapts below it.
+    ``concurrency`` is the most requests in flight; the number adapts below it.
     """
 
     def __init__(
         self,
-        model: str,
+        server: Server,
         *,
-        base_url: str | None,
-        key: str | None,
-        key_name: str = KEY_NAME,
         budget: Budget,
         patience: Patience,
         concurrency: int = 1,
         role: Role = JUDGE,
     ) -> None:
-        self.server = Server(model, base_url=base_url, key=key, timeout=patience.timeout)
+        self.server = server
         self.budget = budget
         self.halted: str | None = None
         self.dialect = Dialect(role.options)
-        self._key_name = key_name
         self._pacer = Pacer(most=concurrency)
         self._patience = patience
         self._role = role
@@ -274,7 +269,7 @@ class Endpoint(Closing):
         refused = "refused the key" if status == 401 else f"refused access to {self.server.model!r}"
         return (
             f"The {role.name} at {self.server.host} {refused} ({reason}): set a valid key in "
-            f"{self._key_name}, or choose another {role.name} ({role.others})."
+            f"{self.server.key_name}, or choose another {role.name} ({role.others})."
         )
 
     def _describe_dropped(self, error: Exception) -> str:

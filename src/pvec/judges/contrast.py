@@ -24,7 +24,7 @@ import numpy as np
 
 from pvec.errors import ModelError
 from pvec.judges.base import Judge
-from pvec.judges.local import Identified, LocalModel
+from pvec.judges.local import Identified, LocalModel, weights_name
 from pvec.judges.prompts import COHERENCE, CONTRAST, Metric
 from pvec.models.chat import encode_pair, encode_prompt, prompt_ids
 from pvec.models.template import render_prompt
@@ -69,7 +69,7 @@ class ContrastQuery(JudgeQuery):
 def contrast_name(model: Identified, *, tokens: int, most_pairs: int | None = None) -> str:
     """Return the name under which a contrast judge's scores are kept."""
     pairs = "" if most_pairs is None else f", {most_pairs} pairs"
-    return f"{CONTRAST}{model.id}#{model.fingerprint} ({tokens} tokens{pairs})"
+    return f"{CONTRAST}{model.id}#{weights_name(model)} ({tokens} tokens{pairs})"
 
 
 def contrast_query(

@@ -4,39 +4,85 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, TypeAdapter, ValidationError
+
+from pvec.documents import read_json
 from pvec.errors import InputError
 
-PRICES_AS_OF = "2025-11"
-"""The month the table below was written; providers change prices, so estimates name it."""
+OWN_PRICES = Path(__file__).with_name("prices.json")
+"""Prices by provider and model, with their date and source; providers change them."""
+
+
+_MOST_DENSE = 1.0 / 3.0
+"""Tokens per character, on the safe side of the usual quarter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
-    """US dollars per million tokens."""
+    """US dollars per million tokens. ``origin`` says where the price is from, and of when."""
 
     prompt: float
     completion: float
+    origin: str = field(default="the price given", compare=False)
 
     def cost(self, *, prompt_tokens: float, completion_tokens: float) -> float:
         """Return US dollars."""
         return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
 
-
-_PRICES = {
-    "gpt-4.1": Price(prompt=2.00, completion=8.00),
-    "gpt-4.1-mini": Price(prompt=0.40, completion=1.60),
-    "gpt-4.1-nano": Price(prompt=0.10, completion=0.40),
-    "gpt-4o": Price(prompt=2.50, completion=10.00),
-    "gpt-4o-mini": Price(prompt=0.15, completion=0.60),
-}
+    def discounted(self, factor: float, reason: str) -> Price:
+        """Return this price times ``factor``, for a ``reason`` that estimates name."""
+        origin = f"{self.origin}, {reason}"
+        return Price(
+            prompt=factor * self.prompt, completion=factor * self.completion, origin=origin
+        )
 
 
-def known_price(model: str) -> Price | None:
-    """Return the list price of a well-known judge model; a date or provider in the name is cut."""
-    bare = re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model.rsplit("/", 1)[-1])
-    return _PRICES.get(bare)
+class _Provider(BaseModel):
+    """The prices of one provider: ``models`` maps a name to dollars per million prompt and
+    completion tokens, ``batch`` is what its batch endpoint charges of them.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: str
+    as_of: str
+    batch: float = Field(default=0.5, gt=0, le=1)
+    models: dict[str, tuple[NonNegativeFloat, NonNegativeFloat]]
+
+
+def known_price(model: str, *, batch: bool = False, prices: Path | None = None) -> Price | None:
+    """Return the list price of a model, from ``prices`` (a file like pvec's own ``OWN_PRICES``)
+    before pvec's own; a date or provider in its name is cut.
+
+    Raises ``InputError`` for a file that is no such table.
+    """
+    bare = re.sub(r"-(\d{4}-\d{2}-\d{2}|\d{8})$", "", model.rsplit("/", 1)[-1])
+    for path in (prices, OWN_PRICES):
+        for provider in _read_prices(path).values() if path else ():
+            if bare in provider.models:
+                prompt, completion = provider.models[bare]
+                origin = f"prices of {provider.as_of}"
+                price = Price(prompt=prompt, completion=completion, origin=origin)
+                return price.discounted(provider.batch, "in a batch") if batch else price
+    return None
+
+
+def _read_prices(path: Path) -> dict[str, _Provider]:
+    document = read_json(path)
+    try:
+        return TypeAdapter(dict[str, _Provider]).validate_python(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise InputError(
+            f"{path} is no table of prices (at {place}: {first['msg'].lower()}): give each "
+            'provider a "source", an "as_of" and "models" with dollars per million prompt and '
+            'completion tokens, such as {"mine": {"source": "contract", "as_of": "2026-11", '
+            '"models": {"gpt-4.1-mini": [0.40, 1.60]}}}.'
+        ) from None
 
 
 def parse_price(text: str) -> Price:
@@ -70,12 +116,13 @@ class Estimate:
     prompt_tokens: int
     completion_tokens: int
     dollars: float | None
+    origin: str = "the price given"
 
     def __str__(self) -> str:
         tokens = f"{self.calls:,} judge calls, about {self.prompt_tokens:,} prompt tokens"
         if self.dollars is None:
             return f"{tokens}, cost unknown"
-        return f"{tokens}, about ${self.dollars:.2f} at prices of {PRICES_AS_OF}"
+        return f"{tokens}, about ${self.dollars:.2f} at {self.origin}"
 
 
 def estimate(
@@ -84,14 +131,22 @@ def estimate(
     price: Price | None,
     count_tokens: Callable[[str], int] = rough_tokens,
     completion_tokens: int = 1,
+    repeats: int = 1,
 ) -> Estimate:
-    """Estimate what asking ``prompts`` costs; ``count_tokens`` may be a real tokenizer's."""
+    """Estimate what asking ``prompts`` costs, each ``repeats`` times; ``count_tokens`` may be a
+    real tokenizer's.
+    """
     per_chat = 8  # role markers around a single-turn chat
     counts = [count_tokens(prompt) + per_chat for prompt in prompts]
-    total, written = sum(counts), completion_tokens * len(counts)
+    calls, total = repeats * len(counts), repeats * sum(counts)
+    written = completion_tokens * calls
     dollars = price.cost(prompt_tokens=total, completion_tokens=written) if price else None
     return Estimate(
-        calls=len(counts), prompt_tokens=total, completion_tokens=written, dollars=dollars
+        calls=calls,
+        prompt_tokens=total,
+        completion_tokens=written,
+        dollars=dollars,
+        origin=price.origin if price else "",
     )
 
 
@@ -114,11 +169,16 @@ class Budget:
         self.completion_tokens = 0
         self._price = price or Price(prompt=0.0, completion=0.0)
         self._reserved = 0.0
-        self._characters = 0
+        self._characters = self._counted = 0
 
-    def reserve(self, *, characters: int, completion_tokens: int) -> float | None:
-        """Set money aside for one request; None when that would pass the limit."""
-        tokens = characters * self._tokens_per_character()
+    def reserve(
+        self, *, characters: int, completion_tokens: int, cautious: bool = False
+    ) -> float | None:
+        """Set money aside for one request; None when that would pass the limit.
+
+        ``cautious`` is for requests of which many are sent before one comes back.
+        """
+        tokens = characters * max(self._tokens_per_character(), _MOST_DENSE if cautious else 0.0)
         amount = self._price.cost(prompt_tokens=tokens, completion_tokens=completion_tokens)
         if self.limit is not None and self.spent + self._reserved + amount > self.limit:
             return None
@@ -126,13 +186,22 @@ class Budget:
         return amount
 
     def settle(
-        self, reserved: float, *, prompt_tokens: int, completion_tokens: int, characters: int
+        self,
+        reserved: float,
+        *,
+        prompt_tokens: int,
+        completion_tokens: int,
+        characters: int | None,
     ) -> None:
-        """Replace a reservation by what the server says was used."""
+        """Replace a reservation by what the server says was used, for a prompt of that many
+        ``characters`` (None: unknown, which teaches nothing about later ones).
+        """
         self._reserved -= reserved
         self.prompt_tokens += prompt_tokens
         self.completion_tokens += completion_tokens
-        self._characters += characters
+        if characters is not None:
+            self._characters += characters
+            self._counted += prompt_tokens
         self.spent += self._price.cost(
             prompt_tokens=prompt_tokens, completion_tokens=completion_tokens
         )
@@ -145,5 +214,5 @@ class Budget:
 
     def _tokens_per_character(self) -> float:
         if not self._characters:
-            return 1.0 / 3.0  # on the safe side of the usual quarter
-        return self.prompt_tokens / self._characters
+            return _MOST_DENSE
+        return self._counted / self._characters

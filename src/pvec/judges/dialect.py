@@ -46,6 +46,12 @@ class Dialect:
             return dict(self._options)
         return {**self._options, self._limit_name: max(max_tokens, self._fewest_tokens)}
 
+    def vary(self) -> None:
+        """Ask for replies that differ from one request to the next, where the server takes it."""
+        self._options.pop("seed", None)
+        if "temperature" in self._options:
+            self._options["temperature"] = 1
+
     def adapt(self, error: ErrorReply, *, sent: Mapping[str, Any], max_tokens: int | None) -> bool:
         """Change what the server rejects of ``sent``; whether another try will send something else.
 

@@ -74,13 +74,22 @@ class Identified(Protocol):
         """Hash of its weights."""
 
     @property
+    def quantize(self) -> str | None:
+        """How the weights were quantised on loading."""
+
+    @property
     def bundled(self) -> bool:
         """Whether it ships with pvec."""
 
 
 def local_name(model: Identified) -> str:
     """Return the name under which a model's scores are kept."""
-    return f"{'tiny' if model.bundled else f'local:{model.id}'}#{model.fingerprint}"
+    return f"{'tiny' if model.bundled else f'local:{model.id}'}#{weights_name(model)}"
+
+
+def weights_name(model: Identified) -> str:
+    """Return what tells a model's weights from others: their hash, and how they were quantised."""
+    return model.fingerprint + (f"+{model.quantize}" if model.quantize else "")
 
 
 class LocalJudge(Judge):

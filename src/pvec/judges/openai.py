@@ -21,9 +21,9 @@ from pvec.judges.cost import Budget
 from pvec.judges.dialect import MOST_TOKENS
 from pvec.judges.pacing import Patience
 from pvec.judges.reply import Reply
-from pvec.judges.scales import Reading, read_text, read_tokens
-from pvec.judges.server import KEY_NAME
-from pvec.types import JudgeQuery, Message, Score, ScoreStatus
+from pvec.judges.scales import Reading, mean_reading, read_text, read_tokens
+from pvec.judges.server import Server
+from pvec.types import JudgeQuery, JudgeScale, Message, Score
 
 DEFAULT_MODEL = "gpt-4.1-mini-2025-04-14"
 """The paper's judge family, pinned to a dated version so that scores stay comparable."""
@@ -40,34 +40,37 @@ _HOPELESS = 20
 class OpenAIJudge(Judge):
     """Scores through ``/chat/completions``; see ``Judge`` for what each method promises.
 
-    ``key`` may be None for a server that needs none. ``concurrency`` is the most requests in
-    flight; the number adapts below it. With ``require_logprobs`` a server without usable logprobs
-    is an error instead of being read as text.
+    ``model`` is its name on the server at ``base_url``, or a server that is asked in another way
+    (``judges.providers``). ``key`` may be None for a server that needs none. ``concurrency`` is the
+    most requests in flight; the number adapts below it. With ``require_logprobs`` a server without
+    usable logprobs is an error instead of being read as text. ``repeats`` is how often a server
+    without logprobs is asked for each score: the score is the mean of what it writes at
+    temperature 1.
     """
 
     def __init__(
         self,
-        model: str = DEFAULT_MODEL,
+        model: str | Server = DEFAULT_MODEL,
         *,
         base_url: str | None = None,
         key: str | None = None,
-        key_name: str = KEY_NAME,
         concurrency: int = 64,
         patience: Patience | None = None,
         budget: Budget | None = None,
         require_logprobs: bool = False,
+        repeats: int = 1,
     ) -> None:
         self.budget = budget or Budget(limit=None, price=None)
+        patience = patience or Patience()
+        if isinstance(model, str):
+            model = Server(model, base_url=base_url, key=key, timeout=patience.timeout)
         self._endpoint = Endpoint(
-            model,
-            base_url=base_url,
-            key=key,
-            key_name=key_name,
-            budget=self.budget,
-            patience=patience or Patience(),
-            concurrency=concurrency,
+            model, budget=self.budget, patience=patience, concurrency=concurrency
         )
-        self.name = f"openai:{model}@{self._endpoint.server.host}"
+        self.name = self._endpoint.server.name
+        if repeats > 1:
+            self.name += f" (mean of {repeats})"
+        self.repeats = repeats
         self._window = 2 * concurrency
         self._require_logprobs = require_logprobs
         self._reads: Literal["logprobs", "text"] = "logprobs"
@@ -83,8 +86,10 @@ class OpenAIJudge(Judge):
         """How scores are read where that is not the usual way."""
         notes = []
         if self._reads == "text":
-            notes.append(f"scores are read from the judge's text, because {self._reason_for_text}")
-        if "temperature" in self._endpoint.dialect.dropped:
+            mean = f", each the mean of {self.repeats} replies" if self.repeats > 1 else ""
+            reason = self._reason_for_text
+            notes.append(f"scores are read from the judge's text{mean}, because {reason}")
+        if "temperature" in self._endpoint.dialect.dropped and self.repeats == 1:
             notes.append("the judge does not take temperature 0: its scores vary from run to run")
         return tuple(notes)
 
@@ -158,23 +163,26 @@ class OpenAIJudge(Judge):
 
     async def _judge(self, query: JudgeQuery) -> Score | None:
         """Return the score of one query, or None when it was not asked."""
-        in_text = self._reads == "text" or query.scale == "binary-text"
-        tokens = self._tokens_for(query) if in_text else 1
-        try:
-            reply = await self._endpoint.ask(query.messages, max_tokens=tokens)
-        except Halted:
-            return None
-        except GaveUp as error:
-            status: ScoreStatus = "refusal" if error.filtered else "error"
-            reading = Reading(score=None, status=status, detail=str(error))
-            if not error.filtered:
-                await self._note_failure(error)
-        except JudgeError as error:
-            self._endpoint.halt(str(error))
-            raise
-        else:
-            self._failed_in_a_row, self._answered = 0, True
-            reading = self._read(reply, query=query, in_text=in_text)
+        readings = []
+        for _ in range(self.repeats):
+            try:
+                tokens = self._tokens_for(query.scale)
+                reply = await self._endpoint.ask(query.messages, max_tokens=tokens)
+            except Halted:
+                return None
+            except GaveUp as error:
+                readings.append(reading_of_failure(error))
+                if not error.filtered:
+                    await self._note_failure(error)
+            except JudgeError as error:
+                self._endpoint.halt(str(error))
+                raise
+            else:
+                self._failed_in_a_row, self._answered = 0, True
+                readings.append(self._read(reply, scale=query.scale))
+        return self._score(query, mean_reading(readings))
+
+    def _score(self, query: JudgeQuery, reading: Reading) -> Score:
         return Score(
             id=query.id,
             response_id=query.response_id,
@@ -205,20 +213,25 @@ class OpenAIJudge(Judge):
         self._endpoint.halt("the judge fails")
         raise JudgeError(self._hopeless(str(failure))) from failure
 
-    def _tokens_for(self, query: JudgeQuery) -> int:
-        return max(self._text_tokens, _VERDICT_TOKENS if query.scale == "binary-text" else 0)
+    def _in_text(self, scale: JudgeScale) -> bool:
+        return self._reads == "text" or scale == "binary-text"
 
-    def _read(self, reply: Reply, *, query: JudgeQuery, in_text: bool) -> Reading:
+    def _tokens_for(self, scale: JudgeScale) -> int:
+        if not self._in_text(scale):
+            return 1
+        return max(self._text_tokens, _VERDICT_TOKENS if scale == "binary-text" else 0)
+
+    def _read(self, reply: Reply, *, scale: JudgeScale) -> Reading:
         if reply.refusal is not None or reply.finish_reason == "content_filter":
             detail = reply.refusal or "stopped by the server's content filter"
             return Reading(score=None, status="refusal", detail=detail)
-        if in_text:
-            return read_text(reply.text, scale=query.scale)
+        if self._in_text(scale):
+            return read_text(reply.text, scale=scale)
         if reply.positions:
-            return read_tokens(reply.positions[0], scale=query.scale)
+            return read_tokens(reply.positions[0], scale=scale)
         if self._require_logprobs:
             return Reading(score=None, status="error", detail="the reply came without logprobs")
-        reading = read_text(reply.text, scale=query.scale)
+        reading = read_text(reply.text, scale=scale)
         detail = "; ".join(filter(None, (reading.detail, "read as text, no logprobs")))
         return Reading(score=reading.score, status=reading.status, detail=detail)
 
@@ -252,6 +265,11 @@ class OpenAIJudge(Judge):
     def _choose_reading(self, reply: Reply) -> None:
         reason = _why_text(reply)
         if reason is None:
+            if self.repeats > 1:
+                raise JudgeError(
+                    f"The judge {self.name} gives logprobs, so one request already reads the mean "
+                    "over all its replies: omit --judge-repeats."
+                )
             return
         if self._require_logprobs:
             msg = (
@@ -260,6 +278,8 @@ class OpenAIJudge(Judge):
             )
             raise JudgeError(msg)
         self._reads, self._reason_for_text = "text", reason
+        if self.repeats > 1:
+            self._endpoint.dialect.vary()
         if read_text(reply.text, scale="0-100").score is None:
             self._allow_thinking()
 
@@ -272,6 +292,13 @@ class OpenAIJudge(Judge):
             )
             raise JudgeError(msg)
         self._text_tokens = MOST_TOKENS
+
+
+def reading_of_failure(failure: GaveUp) -> Reading:
+    """Return what a request that failed for good says of the score."""
+    return Reading(
+        score=None, status="refusal" if failure.filtered else "error", detail=str(failure)
+    )
 
 
 def _why_text(reply: Reply) -> str | None:

@@ -107,7 +107,7 @@ def _estimate(
             for metric in metrics
         ),
     )
-    return estimate(prompts, price=scorer.choice.price)
+    return estimate(prompts, price=scorer.choice.price, repeats=scorer.choice.repeats)
 
 
 def _forward_passes(

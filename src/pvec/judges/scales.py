@@ -92,6 +92,23 @@ def read_text(text: str, *, scale: JudgeScale) -> Reading:
     return Reading(score=None, status="unparsable", detail=detail)
 
 
+def mean_reading(readings: Sequence[Reading]) -> Reading:
+    """Return the mean of several readings of one answer; missing when half of them are.
+
+    >>> mean_reading([Reading(score=40.0), Reading(score=60.0)]).score
+    50.0
+    """
+    scores = [reading.score for reading in readings if reading.score is not None]
+    missing = next((reading for reading in readings if reading.score is None), None)
+    if missing is None:
+        detail = next((reading.detail for reading in readings if reading.detail), "")
+        return Reading(score=math.fsum(scores) / len(scores), detail=detail)
+    if 2 * len(scores) <= len(readings):
+        return missing
+    detail = f"mean of {len(scores)} of {len(readings)} replies ({missing.detail})"
+    return Reading(score=math.fsum(scores) / len(scores), detail=detail)
+
+
 # -- tokens -----------------------------------------------------------------------------------
 
 

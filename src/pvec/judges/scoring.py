@@ -153,7 +153,7 @@ class ResponseScorer(Closing):
         instruction pairs, and unless an ``extraction`` calibrates it, a calibration, which may be
         in the run's ``manifest``. Raises ``JudgeError`` or ``InputError``.
         """
-        if self.choice.kind == "openai":
+        if self.choice.kind in ("openai", "litellm"):
             self.judge.check()
         if self.choice.kind != "contrast":
             return
@@ -195,6 +195,7 @@ class ResponseScorer(Closing):
             report = self._score_by_contrast(run, self.judge, records, metrics, on_progress)
         else:
             scale = self._settings.judge.scale
+            self.judge.work_in(run.path, name=self.name, notify=self._notify)
             report = score_responses(
                 records,
                 [scaled(metric, scale) for metric in metrics],
@@ -271,7 +272,8 @@ def score_responses(
             failed=failed,
         )
 
-    left = sum(1 for _ in queries())
+    wanted = {query.id for query in queries()}
+    left = len(wanted)
     skipped = len(responses) * len(metrics) - left
     counts: Counter[str] = Counter()
     detail = ""
@@ -284,7 +286,11 @@ def score_responses(
 
     show()
     for score in judge.score(queries()):
+        if score.id in scored:  # asked for by an earlier call, and again meanwhile
+            continue
         on_score(score)
+        if score.id not in wanted:
+            continue
         counts[score.status] += 1
         detail = score.detail or detail
         show()

@@ -39,12 +39,12 @@ class Rejection(Exception):  # noqa: N818 - carries what the server said
         self.sent = sent
 
 
-def server_url(given: str | None, *, option: str) -> str | None:
+def server_url(given: str | None, *, option: str, use_environment: bool = True) -> str | None:
     """Return the base URL of a server: as given, or the environment's; None is OpenAI's own.
 
     Raises ``InputError`` that names ``option`` when it is not a URL.
     """
-    url = given or os.environ.get("OPENAI_BASE_URL") or None
+    url = given or (use_environment and os.environ.get("OPENAI_BASE_URL")) or None
     if url is None:
         return None
     try:
@@ -72,20 +72,37 @@ def api_key(*secrets: SecretStr | None) -> str | None:
     return key or None
 
 
+def sendable(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Return messages without halves of surrogate pairs, which an answer may hold."""
+    return [
+        {k: v.encode("utf-8", "replace").decode() for k, v in message.items()}
+        for message in messages
+    ]
+
+
 class Server:
     """A chat endpoint of an OpenAI-compatible server. Belongs to one event loop.
 
     ``key`` is kept inside the client and cut out of every message. ``timeout`` is in seconds, for
-    one whole reply.
+    one whole reply. ``name`` tells judges apart, ``key_name`` is the environment variable that
+    messages tell the user to set.
     """
 
     def __init__(
-        self, model: str, *, base_url: str | None, key: str | None, timeout: float
+        self,
+        model: str,
+        *,
+        base_url: str | None,
+        key: str | None,
+        timeout: float,
+        key_name: str = KEY_NAME,
     ) -> None:
         self.model = model
         self.url = base_url or OPENAI_URL
         self.host = urlsplit(self.url).netloc.rsplit("@", 1)[-1] or safe_url(self.url)
         self.timeout = timeout
+        self.name = f"openai:{model}@{self.host}"
+        self.key_name = key_name
         self._key = key
         self._client: AsyncOpenAI | None = None
 
@@ -95,11 +112,7 @@ class Server:
 
         if self._client is None:
             self._client = self._open_client()
-        # Half of a surrogate pair, which an answer may hold, cannot be sent.
-        chat: Any = [
-            {k: v.encode("utf-8", "replace").decode() for k, v in message.items()}
-            for message in messages
-        ]
+        chat: Any = sendable(messages)
         try:
             # The client's time-out is per read; a server that drips bytes must not hold a slot.
             async with asyncio.timeout(self.timeout):
@@ -119,19 +132,21 @@ class Server:
     def _open_client(self) -> AsyncOpenAI:
         from openai import AsyncOpenAI
 
+        return AsyncOpenAI(**self.access(), max_retries=0, http_client=bounded_client())
+
+    def access(self) -> dict[str, Any]:
+        """Return the arguments with which the ``openai`` package reaches this server."""
         # A query, such as Azure's api-version, belongs behind the path of each request.
         parts = urlsplit(self.url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         key = self._key or "none"  # servers of one's own ask for none
-        return AsyncOpenAI(
-            api_key=key,
-            base_url=urlunsplit((parts.scheme, parts.netloc, parts.path, "", "")),
-            default_query=query,
-            default_headers={"api-key": key} if "api-version" in query else None,
-            max_retries=0,
-            timeout=self.timeout,
-            http_client=bounded_client(),
-        )
+        return {
+            "api_key": key,
+            "base_url": urlunsplit((parts.scheme, parts.netloc, parts.path, "", "")),
+            "default_query": query,
+            "default_headers": {"api-key": key} if "api-version" in query else None,
+            "timeout": self.timeout,
+        }
 
     async def close(self) -> None:
         """Close the connections; another request would open them again."""

@@ -16,6 +16,7 @@ from pvec.errors import InputError, ModelError, did_you_mean
 from pvec.models.gguf import transformers_folder
 from pvec.models.gguf_header import GGUFHeader, is_gguf, read_gguf_header
 from pvec.models.hub import download, gguf_files, gguf_inside
+from pvec.models.quantise import Quantisation
 
 BUNDLED = "tiny"
 """The word for the model that ships with pvec; its own judge, if it has one, is ``tiny/judge``."""
@@ -39,6 +40,7 @@ class ModelSpec:
     adapter: str | None = None
     merge_adapter: bool = False
     dtype: Dtype = "auto"
+    quantize: Quantisation | None = None
     device: str = "auto"
     device_map: str | None = None
     """As in transformers; None spreads the model only when it does not fit on one GPU."""

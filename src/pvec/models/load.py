@@ -16,6 +16,7 @@ from pvec.models.files import ModelFiles, ModelSpec, locate_model, read_config
 from pvec.models.fingerprint import chat_fingerprint, model_fingerprint
 from pvec.models.libraries import explained, quiet_transformers
 from pvec.models.precision import cpu_dtype, stored_dtype
+from pvec.models.quantise import check_quantise, quantise_config
 from pvec.models.template import chat_format, end_of_turn
 from pvec.models.weights import load_weights, model_config
 from pvec.types import ModelInfo, Progress
@@ -53,6 +54,7 @@ class ModelMetadata:
     stored_dtype: str
     tokenizer: PreTrainedTokenizerBase
     files: ModelFiles
+    quantize: str | None
     bundled: bool
     adapter: str | None
     notes: tuple[str, ...]
@@ -123,6 +125,7 @@ def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelMetadata:
         stored_dtype=stored_dtype(files, config),
         tokenizer=tokenizer,
         files=files,
+        quantize=spec.quantize,
         bundled=files.bundled,
         adapter=str(files.adapter_folder) if files.adapter_folder else None,
         notes=(*files.notes, *notes),
@@ -147,14 +150,23 @@ def load_model(
     metadata = metadata or inspect_model(spec)
     device, device_note = choose_device(spec.device)
     dtype, dtype_note = choose_dtype(spec.dtype, device, stored=metadata.stored_dtype)
-    placement = _device_map(spec, metadata.files, device, itemsize=dtype.itemsize)
-    notes = [*metadata.notes, f"{str(dtype).removeprefix('torch.')}: {dtype_note}"]
     files = metadata.files
+    config = read_config(files.folder)
+    check_quantise(spec, config, device=device, gguf=files.gguf is not None)
+    placement = _device_map(spec, files, device, itemsize=dtype.itemsize)
+    notes = [*metadata.notes, f"{str(dtype).removeprefix('torch.')}: {dtype_note}"]
     if not (files.gguf or spec.allow_pickle or any(files.folder.glob("*.safetensors"))):
         raise ModelError(
             f"{spec.model!r} has no safetensors weights, and .bin weights can run code when "
             f"loaded: convert them, or use --allow-pickle if you trust them."
         )
+    options: dict[str, Any] = {"device_map": placement}
+    quantised = spec.quantize is not None or "quantization_config" in config
+    if quantised:  # what packs the weights puts them where they stay
+        options["device_map"] = placement or device
+    if spec.quantize is not None:
+        options["quantization_config"] = quantise_config(spec.quantize, dtype)
+        notes.append(f"{spec.quantize} weights: activations differ from the full-precision model's")
     model: Any
     model, weight_notes = load_weights(
         files.folder,
@@ -163,8 +175,8 @@ def load_model(
         on_progress=on_progress,
         pickle=spec.allow_pickle,
         dtype=dtype,
-        device_map=placement,
         trust_remote_code=spec.trust_remote_code,
+        **options,
     )
     notes += weight_notes
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
@@ -175,9 +187,9 @@ def load_model(
         notes += adapter_notes
         if spec.merge_adapter:
             model = model.merge_and_unload()
-    if placement is None:
+    if placement is None and not quantised:
         model.to(device)
-    else:
+    elif placement is not None:
         device_note = f"spread by device_map {placement!r}"
     model.eval().requires_grad_(False)
     info = ModelInfo(
@@ -189,6 +201,7 @@ def load_model(
         device=device,
         adapter=metadata.adapter,
         bundled=metadata.bundled,
+        quantize=spec.quantize,
         notes=(*notes, f"{device}: {device_note}"),
     )
     return LoadedModel(model=model, tokenizer=metadata.tokenizer, info=info)

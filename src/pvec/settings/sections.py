@@ -71,6 +71,10 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; `auto` chooses by device and notes the reason"""
 
+    quantize: Literal["int8", "8bit", "4bit"] | None = None
+    """Quantise the weights on loading: `int8` with torchao, also on a CPU; `8bit` or `4bit` with \
+bitsandbytes on an NVIDIA GPU"""
+
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device of the model; `auto` uses an accelerator if one is available"""
 
@@ -189,8 +193,9 @@ class JudgeSettings(Section):
 
     model: str | None = None
     """Judge: a model name of the server, `contrast` for the model itself by likelihood (no key), \
-`contrast:MODEL` for another model by likelihood, `local:MODEL` for any causal LM that rates, or \
-`tiny` (default: `tiny` for the bundled model, gpt-4.1-mini-2025-04-14 otherwise)"""
+`contrast:MODEL` for another model by likelihood, `local:MODEL` for any causal LM that rates, \
+`litellm:PROVIDER/MODEL` for Anthropic, Gemini and others, or `tiny` (default: `tiny` for the \
+bundled model, gpt-4.1-mini-2025-04-14 otherwise)"""
 
     base_url: str | None = None
     """Address of an OpenAI-compatible server (default: OPENAI_BASE_URL, else OpenAI's)"""
@@ -225,8 +230,24 @@ answer's own)"""
     """Stop before the judge costs more than this many US dollars; everything is kept"""
 
     price: str | None = None
-    """US dollars per million prompt and completion tokens, such as `0.40,1.60` (default: the list \
-price of well-known judges)"""
+    """US dollars per million prompt and completion tokens, such as `0.40,1.60`, before the \
+discount of a batch (default: the list price of well-known judges)"""
+
+    prices: Path | None = None
+    """File with prices that come before pvec's own list, in the same form \
+(`src/pvec/judges/prices.json`); `--price` comes before both"""
+
+    batch: bool = False
+    """Use the batch endpoint of the judge's server: about half the price, done within 24 hours; \
+interrupt it at will, the same command collects the scores"""
+
+    batch_wait: float | None = Field(default=None, ge=0)
+    """Hours to wait for a batch before the command ends without its scores (default: until it is \
+done)"""
+
+    repeats: int | None = Field(default=None, ge=1, le=100)
+    """How often a judge without logprobs is asked for each score, which is the mean (default: 3 \
+for `litellm:` judges without logprobs, otherwise 1)"""
 
 
 class AuthorSettings(Section):

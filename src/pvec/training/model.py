@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pvec.backends.session import Notify, ignore
 from pvec.errors import InputError, install_command
 from pvec.models.files import ModelFiles
+from pvec.models.quantise import quantise_config
 from pvec.models.weights import load_weights
 from pvec.training.config import TrainConfig
 from pvec.types import Progress
@@ -93,7 +94,8 @@ def load_for_training(
     if config.model.attention:
         options["attn_implementation"] = config.model.attention
     if config.model.quantize:
-        options |= {"quantization_config": _quantisation(config, dtype), "device_map": device}
+        packed = quantise_config(config.model.quantize, dtype)
+        options |= {"quantization_config": packed, "device_map": device}
     model, notes = load_weights(
         files.folder, name=config.model.id, gguf=files.gguf, on_progress=on_progress, **options
     )
@@ -107,20 +109,6 @@ def load_for_training(
     if device == "cpu":
         notify(use_idle_cores())
     return model.requires_grad_(False)
-
-
-def _quantisation(config: TrainConfig, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    make: Any = BitsAndBytesConfig
-    if config.model.quantize == "8bit":
-        return make(load_in_8bit=True)
-    return make(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
 
 
 def _through_unsloth(config: TrainConfig, folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:

@@ -25,14 +25,15 @@ _ROUGH_TOLERANCE = 0.3
 precision, where a mixture of experts may also choose another expert; a wrong mask gives about 1.
 """
 
-_checked: set[tuple[type, str, torch.dtype]] = set()
+_checked: set[tuple[type, str, torch.dtype, bool]] = set()
 
 
 def check_batching(model: CausalModel) -> None:
     """Check an architecture once in a process (see above); ``ModelError`` when a batch differs."""
     inner = model.inner
     attention = str(inner.config._attn_implementation)  # noqa: SLF001 - transformers' own name
-    key = (type(inner), attention, inner.dtype)
+    quantised = getattr(inner.config, "quantization_config", None) is not None
+    key = (type(inner), attention, inner.dtype, quantised)
     if key in _checked:
         return
     advice = "it cannot generate on the hf backend; use --backend vllm or another model."
