@@ -50,7 +50,7 @@ def test_a_log_is_reported_with_its_older_parts(
     means = [
         float(row["mean"]) for row in csv.DictReader(over_time.read_text("utf-8").splitlines())
     ]
-    assert means == pytest.approx([np.mean(part) for part in np.array_split(VALUES, 40)], abs=1e-3)
+    assert means == pytest.approx([np.mean(part) for part in np.array_split(VALUES, 9)], abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ _LINE = {
     "steering": [{"vector": str, "layer": int, "coef": float, "operator": str}],
     "projections": {...: {"layer": int, "answer": (float, NoneType)}},
 }  # fmt: skip
-_BINS = 40
-"""Points of a line over time, at most."""
+_POINTS, _PER_POINT = 40, 10
+"""Points of a line over time, at most, and answers of a point, at least."""
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -131,7 +131,9 @@ def _by_steering(records: Records, vectors: Sequence[str]) -> Table:
 def _figures(records: Records, vectors: Sequence[str]) -> Iterator[Figure]:
     start = records[0]["time"]
     minutes = np.array([(record["time"] - start) / 60 for record in records])
-    bins = np.array_split(np.argsort(minutes, kind="stable"), min(_BINS, len(records)))
+    bins = np.array_split(
+        np.argsort(minutes, kind="stable"), min(_POINTS, max(len(records) // _PER_POINT, 1))
+    )
     panels = []
     for vector in vectors:
         points = []
@@ -142,7 +144,7 @@ def _figures(records: Records, vectors: Sequence[str]) -> Iterator[Figure]:
         places = [float(np.mean(minutes[members])) for members in bins]
         line = Line(label=vector, x=places, points=points)
         panels.append(Panel(label="projection", lines=[line]))
-    if panels and len(records) > 1:
+    if panels and len(bins) > 1:
         yield line_chart(
             name="projections-over-time",
             title="Projections of answers over time",
