@@ -41,6 +41,7 @@ EXTRAS = {
     "gguf": "GGUF control vectors",
     "methods": "probes as vectors (vector compute --method lda, logistic)",
     "eval": "capability tasks of lm-eval (steer-eval --tasks)",
+    "search": "searching for layer and coefficient (steer-eval --search)",
     "serve": "the server (`pvec serve`)",
     "inspect": "evaluations with inspect_ai (examples/inspect)",
     "quantize": "int8 weights (--quantize int8)",

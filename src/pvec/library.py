@@ -95,6 +95,8 @@ def evaluate(
     layers: int | str | Sequence[int] | None = None,
     coefs: float | str | Sequence[float] | None = None,
     also: Sequence[str] = (),
+    search: int | None = None,
+    side_effects: bool | None = None,
     model: str | None = None,
     adapter: str | None = None,
     judge: str | None = None,
@@ -112,8 +114,9 @@ def evaluate(
     ``vectors`` are vector files or runs with one; without any the model is evaluated unsteered.
     ``layers`` and ``coefs`` are numbers, lists of them, or the command's text (``12:24:2``,
     ``3+4``, ``all``, ``auto``; ``-1:1:0.5``). A random vector of the same norm and a system prompt
-    are the controls. ``also`` names further traits to judge. The other arguments are those of
-    ``extract``; the run folder is ``out`` or ``runs/steer-TRAIT-MODEL``.
+    are the controls. ``also`` names further traits to judge; ``search`` tries that many points
+    instead of all; ``side_effects`` also measures what else the steering changes. The other
+    arguments are those of ``extract``; the run folder is ``out`` or ``runs/steer-TRAIT-MODEL``.
 
     Raises ``InputError``, ``ModelError``, ``JudgeError`` or ``StoreError`` for wrong input before
     weights are loaded, and ``JudgeError`` when the judge scored nothing.
@@ -138,6 +141,8 @@ def evaluate(
             "judge.model": judge,
             "steer.layer": _listed(layers),
             "steer.coef": _listed(coefs),
+            "steer.search": search,
+            "steer.side_effects": side_effects,
             "steer.rollouts": rollouts,
             "steer.limit": limit,
             "generation.max_tokens": max_tokens,

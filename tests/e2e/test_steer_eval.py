@@ -545,3 +545,77 @@ def test_a_dry_run_counts_what_side_effects_add(
     )
     assert (planned.side_answers, planned.side_texts) == (7 * 2 * 3, 2)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_search_picks_on_one_half_and_reads_on_the_other(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna", reason="pip install '.[search]'")
+    out = tmp_path / "run"
+    asked = settings(server, layer="1,2,3", coef="0.5", search=5, rollouts=1, min_coherence=0)
+    result = run(asked, str(trait), vectors=[vector], out=out)
+    assert result.numbers is not None
+    (pick,) = result.numbers.picks
+    asked_of: dict[str, set[str]] = {}
+    for record in Run.read(out).responses():
+        asked_of.setdefault(str(record.condition["name"]), set()).add(record.question)
+    steered = {p.name for p in result.numbers.having("steered")}
+    choosing, every = set(QUESTIONS[0::2]), set(QUESTIONS)
+    assert 3 <= len(steered) <= 5
+    for name, questions in asked_of.items():
+        point = result.numbers.point(name)
+        if name in {"unsteered", pick.point.name}:
+            assert questions == every
+        elif point.role == "steered":
+            assert questions == choosing
+        else:
+            assert questions == every - choosing, "prompts and the random vector"
+    assert pick.control is not None
+    assert (pick.point.scores["evil"].n, pick.baseline.scores["evil"].n) == (2, 2)  # type: ignore[union-attr]
+
+    # The pick is the best by a plain loop over the run's own files.
+    scores = {
+        line["response_id"]: line["score"]
+        for line in map(json.loads, (out / "scores.jsonl").read_text().splitlines())
+        if line["metric"] == "evil"
+    }
+    means = {
+        name: np.mean([
+            scores[r.id] for r in Run.read(out).responses()
+            if r.condition["name"] == name and r.question in choosing
+        ])
+        for name in steered
+    }  # fmt: skip
+    assert means[pick.point.name] == max(means.values())
+
+    again = run(asked, str(trait), vectors=[vector], out=out)
+    assert again.generated == 0
+    assert again.numbers == result.numbers
+    page = report_workflow.run([out]).page.read_text()
+    assert "moves evil" in page
+
+
+def test_a_limit_on_kl_holds_for_a_search_and_for_a_grid(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna", reason="pip install '.[search]'")
+    small = {"rollouts": 1, "min_coherence": 0, "side_effects": False, "random_control": False}
+    asked = with_side_effects(tmp_path, server).steer.model_copy(update={**small, "limit": None})
+    for name, changes in {
+        "search": {"layer": "1,2", "coef": "4", "search": 4, "max_kl": 0.02},
+        "grid": {"layer": "2", "coef": "0.01,0.05,4", "max_kl": 0.02},
+    }.items():
+        steer = asked.model_copy(update=changes)
+        result = run(
+            settings(server).model_copy(update={"steer": steer}),
+            str(trait), vectors=[vector], out=tmp_path / name,
+        )  # fmt: skip
+        assert result.numbers is not None
+        assert result.side_effects is not None
+        (pick,) = result.numbers.picks
+        assert "KL of at most 0.02" in pick.reason
+        assert result.side_effects.of(pick.point.name)["kl"].mean <= 0.02
+        steered = {p.name for p in result.numbers.having("steered")}
+        beyond = [p for p in result.side_effects.points if p.measures["kl"].mean > 0.02]
+        assert bool(steered & {p.name for p in beyond}) == (name == "grid")
+        assert "KL of at most" in report_workflow.run([tmp_path / name]).page.read_text()

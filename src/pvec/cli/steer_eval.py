@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,8 +69,8 @@ def steer_eval(
 
     Every layer and coefficient, a random vector of the same norm, the trait asked for in the
     prompt, and the unsteered model answer the same questions in one pass. Layer and coefficient
-    are picked on half of the questions and reported on the other half. Run it again and it
-    finishes what is missing.
+    are picked on half of the questions and reported on the other half; with `--search N` only N
+    points are tried, on the first half. Run it again and it finishes what is missing.
     """
     from pvec.evaluation import steer_eval as workflow
 
@@ -88,6 +88,8 @@ def steer_eval(
 
 def _render_plan(console: Console, plan: SteerEvalPlan) -> None:
     render_plan(console, plan, head=f"{plan.trait}: {len(plan.conditions)} conditions, ")
+    if plan.search_answers:
+        console.print(f"  search: at most {plan.search_answers:,} answers more")
     if plan.side_answers or plan.side_texts:
         console.print(
             f"  side effects: {plan.side_answers:,} answers to generate, {plan.side_texts:,} "
@@ -104,6 +106,11 @@ def _render(console: Console, result: SteerEvalResult) -> None:
     )
     if result.judge is not None:
         render_judge(console, result.judge)
+    if result.searched:
+        console.sentence(
+            f"searched {result.searched} points; those that were not picked have answers to half "
+            f"of the questions"
+        )
     if result.numbers is not None:
         _render_points(console, result.numbers)
         for pick in result.numbers.picks:
@@ -165,35 +172,52 @@ def _render_pick(console: Console, pick: Pick, trait: str) -> None:
     console.print(table(("", *pick.point.scores, "vs unsteered"), rows))
 
 
-_HEADINGS = {
+_ON_TEXTS = {
     "kl": "KL",
-    "perplexity": "per-\nplexity",
-    "refused_harmless": "refuses\nharmless",
-    "refused_harmful": "refuses\nharmful",
+    "perplexity": "perplexity",
+    "refused_harmless": "harmless\nrefused, %",
+    "refused_harmful": "harmful\nrefused, %",
+}
+_OF_ANSWERS = {
     "tokens": "tokens",
-    "repetition": "re-\npeated",
-    "other_script": "other\nscript",
-    "wrong_way": "wrong\nway",
+    "repetition": "repeated\n4-grams, %",
+    "other_script": "other\nscript, %",
+    "wrong_way": "wrong\nway, %",
 }
 
 
 def _render_effects(console: Console, effects: SideEffects) -> None:
     """Show the means of every condition; intervals are in the table of the run and the report."""
+    console.print(
+        f"side effects: KL from the unsteered model (nats per token) and perplexity on "
+        f"{effects.texts} benign texts"
+        + (f", refusals of {effects.questions} questions of each kind" * (effects.questions > 0))
+    )
+    _render_measures(console, effects, _ON_TEXTS)
+    console.print("of the answers: tokens, repetition, letters, questions moved the wrong way")
+    _render_measures(console, effects, _OF_ANSWERS)
+
+
+def _render_measures(console: Console, effects: SideEffects, headings: Mapping[str, str]) -> None:
     vectors = {point.vector for point in effects.points if point.role == "steered"}
     common = f"{vectors.pop()} · " if len(vectors) == 1 else ""
+    shown = [measure for measure in effects.measures if measure in headings]
     rows: list[list[Any]] = []
     for point in effects.points:
-        name = point.name.replace(common, "") if common else point.name
-        own = point.measures
-        rows.append([name, *(own[m].mean if m in own else None for m in effects.measures)])
-    console.print("side effects:")
-    console.print(table(["condition", *(_HEADINGS[m] for m in effects.measures)], rows))
-    asked = f"{effects.questions} harmless and {effects.questions} harmful questions"
-    console.sentence(
-        f"KL divergence from the unsteered model (nats per token) and perplexity: on "
-        f"{effects.texts} benign texts; % refused: of {asked}; of the answers above: tokens, % of "
-        f"repeated 4-grams, % of letters in another script, % of questions moved the wrong way"
-    )
+        if point.role != "random" and shown:
+            values = [point.measures.get(measure) for measure in shown]
+            control = effects.control_of(point).get(shown[0])
+            rows.append([
+                point.name.removeprefix(common),
+                *(value.mean if value else None for value in values),
+                control.mean if control else None,
+            ])  # fmt: skip
+    first = headings[shown[0]].partition("\n")[0] if shown else ""
+    columns = ["condition", *(headings[measure] for measure in shown), f"{first},\nrandom"]
+    if all(row[-1] is None for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    if rows:
+        console.print(table(columns, rows))
 
 
 def _render_tasks(console: Console, scores: Sequence[TaskScore]) -> None:

@@ -15,7 +15,7 @@ from pvec.errors import InputError
 from pvec.models.decoder import check_layer
 from pvec.settings.sections import SteerSettings
 from pvec.steering.instructions import SteeringVector, instructions, random_like
-from pvec.types import LIMITS, Dose, Instruction, Operator, Percentile
+from pvec.types import LIMITS, Dose, Instruction, Operator, Percentile, Positions
 
 Role = Literal["baseline", "prompt_pos", "prompt_neg", "steered", "random"]
 """What a condition can be, in the order of tables."""
@@ -35,8 +35,8 @@ class Condition:
 
     ``name`` is unique in a run and for people; nothing else is read out of it. ``control_of`` is
     the ``vector`` of the steered conditions whose control a random condition is. ``operator`` is
-    None where nothing is steered. Where the limits of a cap or floor are a percentile,
-    ``percentile`` is its name (``pos50``) and ``coef`` its number.
+    None where nothing is steered, ``positions`` where they are the run's. Where the limits of a cap
+    or floor are a percentile, ``percentile`` is its name (``pos50``) and ``coef`` its number.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Condition:
     operator: Operator | None = None
     control_of: str = ""
     percentile: str = ""
+    positions: Positions | None = None
     steering: tuple[Instruction, ...] = ()
 
     def identity(self) -> dict[str, Any]:
@@ -61,8 +62,9 @@ class Condition:
 
     def labels(self) -> dict[str, Any]:
         """Return what is stored beside ``identity`` and follows from it and the steering."""
-        percentile = {"percentile": self.percentile} if self.percentile else {}
-        return {"operator": self.operator, "control_of": self.control_of, **percentile}
+        labels: dict[str, Any] = {"operator": self.operator, "control_of": self.control_of}
+        own = {"percentile": self.percentile, "positions": self.positions}
+        return {**labels, **{name: value for name, value in own.items() if value}}
 
 
 def stored_condition(stored: Mapping[str, Any]) -> Condition:
@@ -90,6 +92,7 @@ def stored_condition(stored: Mapping[str, Any]) -> Condition:
         operator=stored.get("operator"),
         control_of=stored.get("control_of", ""),
         percentile=stored.get("percentile", ""),
+        positions=stored.get("positions"),
     )
 
 
@@ -188,15 +191,15 @@ def steered_conditions(
     """
     every = range(len(vectors))
     return [
-        _condition(
+        steered_condition(
             [vectors[i] for i in group],
             steer,
             layers=layers,
             coef=coef,
-            control_of=_label([control_of[i] for i in group]) if control_of else "",
+            control_of=group_label([control_of[i] for i in group]) if control_of else "",
         )
         for group in ([every] if steer.together else [[i] for i in every])
-        for layers in _layers_of([vectors[i] for i in group], steer, num_layers=num_layers)
+        for layers in group_layers([vectors[i] for i in group], steer, num_layers=num_layers)
         for coef in _coefs(steer)
     ]
 
@@ -211,7 +214,7 @@ def steers_everywhere(steer: SteerSettings) -> bool:
     return steer.incremental or steer.layer.strip() == "all"
 
 
-def _layers_of(
+def group_layers(
     group: Sequence[SteeringVector], steer: SteerSettings, *, num_layers: int
 ) -> list[tuple[int, ...]]:
     """Return the choices of layers; "all" are those at which every vector has a direction."""
@@ -231,15 +234,18 @@ def steered_layers(steer: SteerSettings, *, num_layers: int) -> tuple[tuple[int,
     return parse_layers("all" if steer.incremental else steer.layer, num_layers=num_layers)
 
 
-def _condition(
+def steered_condition(
     group: Sequence[SteeringVector],
     steer: SteerSettings,
     *,
     layers: tuple[int, ...],
     coef: Dose,
-    control_of: str,
+    control_of: str = "",
+    positions: Positions | None = None,
 ) -> Condition:
-    label = _label(group)
+    """Return the condition that steers with a group of vectors at once; ``positions`` where they
+    are not those of the settings."""
+    label = group_label(group)
     operator = f"{steer.operator} " if steer.operator != "add" else ""
     unit = " norms" if steer.coef_unit == "norm" else ""
     percentile, number = "", 0.0
@@ -251,7 +257,8 @@ def _condition(
     if steer.operator == "ablate":
         amount = ""
     return Condition(
-        name=f"{label} · {layers_label(layers)} · {operator}{amount}".strip(),
+        name=f"{label} · {layers_label(layers)} · {operator}{amount}".strip()
+        + (f" · {positions}" if positions else ""),
         role="random" if control_of else "steered",
         vector=label,
         layers=layers,
@@ -259,18 +266,20 @@ def _condition(
         operator=steer.operator,
         control_of=control_of,
         percentile=percentile,
+        positions=positions,
         steering=instructions(
             group,
             layers,
             coef=coef,
-            positions=steer.positions,
+            positions=positions or steer.positions,
             operator=steer.operator,
             unit=steer.coef_unit,
         ),
     )
 
 
-def _label(group: Sequence[SteeringVector]) -> str:
+def group_label(group: Sequence[SteeringVector]) -> str:
+    """Return what a group of vectors is called that steer together."""
     return " + ".join(vector.label for vector in group)
 
 

@@ -22,6 +22,7 @@ from pvec.evaluation.text_measures import other_script, refuses, repetition
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.summary import SUMMARY, write_summary
 from pvec.stats import SCORES, Interval, grouped_mean
+from pvec.types import Positions
 
 FOLDER = "side_effects"
 """Folder of a run with what was measured: a run of its own, its summary and ``TABLE``."""
@@ -63,6 +64,8 @@ class SideEffect:
     vector: str
     layers: tuple[int, ...]
     coef: float
+    control_of: str
+    positions: Positions | None
     measures: Mapping[str, Interval]
 
 
@@ -78,6 +81,20 @@ class SideEffects:
     def of(self, name: str) -> Mapping[str, Interval]:
         """Return the measures of a condition; none for one that was not measured."""
         return next((point.measures for point in self.points if point.name == name), {})
+
+    def control_of(self, point: SideEffect) -> Mapping[str, Interval]:
+        """Return the measures of the random vector where ``point`` steers; none without one."""
+        place = (point.vector, point.layers, point.coef, point.positions)
+        for other in self.points:
+            if (other.control_of, other.layers, other.coef, other.positions) == place:
+                return other.measures if point.role == "steered" else {}
+        return {}
+
+    @property
+    def kl(self) -> dict[str, float]:
+        """The KL divergence of every condition that has one."""
+        means = {p.name: p.measures["kl"].mean for p in self.points if "kl" in p.measures}
+        return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
     @property
     def measures(self) -> list[str]:
@@ -116,6 +133,8 @@ def summarise_effects(
                 vector=condition.vector,
                 layers=condition.layers,
                 coef=condition.coef,
+                control_of=condition.control_of,
+                positions=condition.positions,
                 measures=measures,
             )
         )
@@ -124,6 +143,15 @@ def summarise_effects(
         texts=len({text.text for text in texts}),
         questions=len({record.question for record in refusals}) // 2,
     )
+
+
+def mean_kl(texts: Sequence[TextReading]) -> dict[str, float]:
+    """Return the KL divergence of every condition that has one, as ``measures`` has it."""
+    by_condition: dict[str, list[TextReading]] = {}
+    for text in texts:
+        by_condition.setdefault(text.condition, []).append(text)
+    means = {name: _text_measures(own)["kl"].mean for name, own in by_condition.items()}
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
 
 def keep_effects(folder: Path, effects: SideEffects) -> None:
@@ -230,7 +258,8 @@ def _direction(condition: Condition) -> int:
     """Return 1 for what should raise the trait and -1 for what should lower it."""
     if condition.operator is None:
         return 1 if condition.role == "prompt_pos" else -1
-    return 1 if condition.operator == "add" and condition.coef > 0 else -1
+    raises = condition.operator == "floor" or (condition.operator == "add" and condition.coef > 0)
+    return 1 if raises else -1
 
 
 def _columns(effects: SideEffects) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Literal, get_args
 
 from pvec.backends.planned import PlannedResponse, PromptCache, derive_seed, question_messages
 from pvec.backends.run_session import RunSession, run_identity, use_run_date
@@ -17,9 +18,12 @@ from pvec.evaluation.conditions import (
     single_layer,
     steers_everywhere,
 )
+from pvec.evaluation.search import check_search
+from pvec.evaluation.summary import halves
 from pvec.judges.prompts import Metric, metrics_of
 from pvec.runs.names import run_name
 from pvec.runs.responses import Json
+from pvec.settings.sections import SteerSettings
 from pvec.steering.instructions import steering_vector
 from pvec.traits.check import require_usable
 from pvec.traits.trait import Trait, load_trait
@@ -27,6 +31,11 @@ from pvec.types import Sign
 from pvec.vectors.find import labels, load_vectors
 
 KIND = "steer-eval"
+
+Half = Literal["choosing", "reading"]
+"""The questions that points are picked on, and those that the picked one is read on."""
+
+HALVES: tuple[Half, ...] = get_args(Half)
 
 
 class SteerSetup:
@@ -55,10 +64,36 @@ class SteerSetup:
             layer=single_layer(self.steer),
             notify=self._notes.append,
         )
-        self.conditions = self._conditions()
+        names = labels(self.loaded)
+        self.vectors = [
+            steering_vector(
+                vector,
+                kind=self.steer.kind,
+                label=names[path],
+                increments=self.steer.incremental,
+            )
+            for path, vector in self.loaded.items()
+        ]
+        self.conditions = evaluation_conditions(
+            () if self.steer.search else self.vectors,
+            self.steer,
+            num_layers=session.metadata.num_layers,
+            seed=session.settings.generation.seed,
+            prompts=bool(self.trait.instructions),
+        )
+        self._questions = tuple(islice(self.trait.held_out_questions().items(), self.steer.limit))
+        self.tried: list[Condition] = []
+        """Points of a search that were not the best; they have answers of one half only."""
+        self.searched: set[str] = set()
+        """Names of all points of a search."""
+        if self.steer.search:
+            check_search(self.steer, vectors=len(self.vectors), questions=len(self._questions))
+        elif self.steer.search_positions != SteerSettings().search_positions:
+            raise InputError("--search-positions has no effect without --search N: add it.")
         self.metrics = _metrics([self.trait, *self.also])
         self.folder = out or self._default_folder()
         use_run_date(session, self.folder)
+        self._prompts = PromptCache(session)
         self.planned = self._planned()
 
     @property
@@ -97,6 +132,20 @@ class SteerSetup:
             if vector.mean_norm is not None and not self.steer.incremental
         }
 
+    @property
+    def every_condition(self) -> list[Condition]:
+        """The conditions, and the points that a search passed over."""
+        return [*self.conditions, *self.tried]
+
+    @property
+    def search_answers(self) -> int:
+        """How many answers a search adds to those planned: its points, the best and its control."""
+        baseline = [c for c in self.conditions if c.role == "baseline"]
+        choosing, reading = (len(self.plan(baseline, half=half)) for half in HALVES)
+        searches = (1 if self.steer.together else len(self.vectors)) if self.steer.search else 0
+        of_best = reading * (2 if self.steer.random_control else 1)
+        return searches * ((self.steer.search or 0) * choosing + of_best)
+
     def open_run(self) -> RunSession:
         """Open the run, or begin it."""
         return RunSession(
@@ -113,37 +162,30 @@ class SteerSetup:
         name = run_name(kind, self.trait.name, model=model.id, adapter=model.adapter)
         return settings.paths.runs / name
 
-    def _conditions(self) -> list[Condition]:
-        names = labels(self.loaded)
-        return evaluation_conditions(
-            [
-                steering_vector(
-                    vector,
-                    kind=self.steer.kind,
-                    label=names[path],
-                    increments=self.steer.incremental,
-                )
-                for path, vector in self.loaded.items()
-            ],
-            self.steer,
-            num_layers=self.session.metadata.num_layers,
-            seed=self.session.settings.generation.seed,
-            prompts=bool(self.trait.instructions),
-        )
-
-    def _planned(self) -> list[PlannedResponse]:
-        prompts = PromptCache(self.session)
-        held_out = self.trait.held_out_questions().items()
-        questions = list(islice(held_out, self.steer.limit))
+    def plan(
+        self, conditions: Sequence[Condition], *, half: Half | None = None
+    ) -> list[PlannedResponse]:
+        """Return the answers of ``conditions``: to all questions, or to those of a half, on which
+        points are picked or the picked one is read."""
+        by_half = dict(zip(HALVES, halves(self._questions), strict=True))
+        questions = by_half[half] if half else self._questions
         return [
             self.response(
-                prompts, condition, question, subject=self.trait.name, number=number,
+                self._prompts, condition, question, subject=self.trait.name, number=number,
                 rollout=rollout, question_id=f"{self.trait.name}_eval_{number}",
             )
-            for condition in self.conditions
+            for condition in conditions
             for number, question in questions
             for rollout in range(self.steer.rollouts)
         ]  # fmt: skip
+
+    def _planned(self) -> list[PlannedResponse]:
+        if not self.steer.search:
+            return self.plan(self.conditions)
+        # A prompt is compared with the picked point alone, where that is read.
+        prompted = [c for c in self.conditions if c.role != "baseline"]
+        baseline = [c for c in self.conditions if c.role == "baseline"]
+        return [*self.plan(baseline), *self.plan(prompted, half="reading")]
 
     def instruction(self, condition: Condition, number: int) -> tuple[int, str] | None:
         """Return number and text of the system prompt that a condition adds, if it does, to the

@@ -22,8 +22,16 @@ from pvec.data.tables import open_table
 from pvec.documents import read_record
 from pvec.errors import InputError
 from pvec.evaluation.conditions import Condition
-from pvec.evaluation.effect_numbers import FOLDER, TextReading
+from pvec.evaluation.effect_numbers import (
+    FOLDER,
+    SideEffects,
+    TextReading,
+    keep_effects,
+    mean_kl,
+    summarise_effects,
+)
 from pvec.evaluation.setup import SteerSetup
+from pvec.evaluation.summary import KLLimit, ScoredAnswer
 from pvec.models.chat import encode_pair, spans_from_ids
 from pvec.runs.jsonl import JsonlLog, read_jsonl
 from pvec.runs.responses import ResponseRecord, stable_hash
@@ -66,12 +74,20 @@ class SideEffectSetup:
         path = setup.steer.benign
         self.texts: list[_Text] = []
         if self._session.choice.name == "hf":
-            chats = _read(path) if path else bundled["benign"]
+            # The bundled model knows no other words than those of its own grammar.
+            own = "benign_bundled" if self._session.metadata.bundled else "benign"
+            chats = _read(path) if path else bundled[own]
             self.texts = [self._text(chat, number) for number, chat in enumerate(chats, start=1)]
+        elif setup.steer.max_kl is not None:
+            raise InputError(f"--max-kl cannot be kept: {NO_DISTRIBUTIONS}.")
+        self._kl: dict[str, float] = {}
+        self._refusals: list[ResponseRecord] = []
+        self._readings: list[TextReading] = []
+        asked = bundled if setup.steer.side_effects else {"harmless": (), "harmful": ()}
         self._questions = [
             (kind, number, question)
             for kind in ("harmless", "harmful")
-            for number, question in enumerate(islice(bundled[kind], setup.steer.limit))
+            for number, question in enumerate(islice(asked[kind], setup.steer.limit))
         ]
 
     @property
@@ -86,35 +102,57 @@ class SideEffectSetup:
         return len(planned if run is None else missing(run, planned))
 
     def open(self) -> RunSession:
-        """Open the run of what is measured, or begin it."""
-        return RunSession(self._session, self.folder, kind=KIND, identity=self._setup.identity)
+        """Open the run of what is measured, or begin it: what is measured below goes there."""
+        self._run = RunSession(self._session, self.folder, kind=KIND, identity=self._setup.identity)
+        return self._run
 
-    def refusals(self, run: RunSession, conditions: Sequence[Condition]) -> list[ResponseRecord]:
-        """Return the answers to the questions under ``conditions``, those missing generated."""
-        planned = self._planned(conditions)
-        run.generate(planned, stage="side effects: questions")
-        return run.responses(planned)
+    def mean_kl(self, condition: Condition) -> float:
+        """Return the KL divergence of a condition; infinite where no text gives a number."""
+        if condition.name not in self._kl:
+            self._kl |= mean_kl(self._read_texts([condition]))
+        return self._kl.get(condition.name, math.inf)
 
-    def texts_read(self, run: RunSession, conditions: Sequence[Condition]) -> list[TextReading]:
-        """Return the readings of the benign texts under ``conditions``, those missing made."""
+    def measure(self) -> KLLimit | None:
+        """Generate and read what is missing; return the limit on KL divergence, if there is one."""
         if not self.texts:
             self._session.notify(NO_DISTRIBUTIONS)
-            return []
-        with run.store.stage("texts"):
-            return self._read_texts(run.store, conditions)
+        conditions, most = self._setup.every_condition, self._setup.steer.max_kl
+        planned = self._planned(self._setup.conditions)
+        self._run.generate(planned, stage="side effects: questions")
+        self._refusals = self._run.responses(planned)
+        with self._run.store.stage("texts"):
+            self._readings = self._read_texts(conditions)
+        return KLLimit(most=most, of=mean_kl(self._readings)) if most else None
+
+    def keep(
+        self, records: Sequence[ResponseRecord], answers: Sequence[ScoredAnswer]
+    ) -> SideEffects:
+        """Summarise what was measured, and the answers of the evaluation with their scores, and
+        write it into the run."""
+        effects = summarise_effects(
+            self._setup.every_condition,
+            trait=self._setup.trait.name,
+            texts=self._readings,
+            refusals=self._refusals,
+            records=records,
+            answers=answers,
+        )
+        keep_effects(self.folder, effects)
+        return effects
 
     def _planned(self, conditions: Sequence[Condition]) -> list[PlannedResponse]:
         return [self._question(c, *question) for c in conditions for question in self._questions]
 
-    def _read_texts(self, store: Run, conditions: Sequence[Condition]) -> list[TextReading]:
-        path = store.path / TEXTS
+    def _read_texts(self, conditions: Sequence[Condition]) -> list[TextReading]:
+        path = self.folder / TEXTS
         readings: list[TextReading] = []
         with JsonlLog(path) as log:
             if log.note:
                 self._session.notify(log.note)
             known = {str(line.get("id")): line for _, line in read_jsonl(path)}
             for number, text in enumerate(self.texts):
-                self._show(number)
+                if len(conditions) > 1:  # a search reads one at a time
+                    self._show(number)
                 own = [(self._spans(text, number, c), c.name) for c in conditions]
                 names = {spans.id: name for spans, name in own}
                 todo = [spans for spans, _ in own if spans.id not in known]
@@ -124,7 +162,8 @@ class SideEffectSetup:
                         known[result.id] = _reading(result, names[result.id], number)
                         log.append(known[result.id])
                 readings += [read_record(TextReading, known[identity]) for identity in names]
-        self._show(len(self.texts))
+        if len(conditions) > 1:
+            self._show(len(self.texts))
         return readings
 
     def _show(self, done: int) -> None:
@@ -200,11 +239,14 @@ def _reading(result: Divergence, condition: str, number: int) -> dict[str, Any]:
 
 
 def _bundled() -> dict[str, Any]:
-    """Return pvec's own lists: ``benign`` chats, ``harmless`` and ``harmful`` questions."""
+    """Return pvec's own lists: two of ``benign`` chats, ``harmless`` and ``harmful`` questions."""
     source = files("pvec.evaluation").joinpath("side_effects.json").read_text(encoding="utf-8")
     lists: dict[str, Any] = json.loads(source)
     columns = Columns(plain_prompts=True)
-    return {**lists, "benign": [conversation_of(row, columns) for row in lists["benign"]]}
+    return {
+        name: [conversation_of(row, columns) for row in rows] if "benign" in name else rows
+        for name, rows in lists.items()
+    }
 
 
 def _read(path: Path) -> list[Chat]:

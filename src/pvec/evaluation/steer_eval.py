@@ -12,19 +12,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pvec.backends.run_session import RunSession
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.judged_csv import write_judged_csv
 from pvec.errors import InputError, JudgeError
-from pvec.evaluation.conditions import Condition
-from pvec.evaluation.effect_numbers import (
-    SideEffects,
-    TextReading,
-    keep_effects,
-    summarise_effects,
-)
+from pvec.evaluation.effect_numbers import SideEffects
+from pvec.evaluation.searched import Searched
 from pvec.evaluation.setup import KIND, SteerSetup
 from pvec.evaluation.side_effects import SideEffectSetup
-from pvec.evaluation.summary import SweepSummary, keep_summary, read_sweep
+from pvec.evaluation.summary import (
+    KLLimit,
+    ScoredAnswer,
+    SweepSummary,
+    keep_summary,
+    read_sweep,
+)
 from pvec.evaluation.tasks import TaskScore, check_tasks, evaluate_tasks
 from pvec.judges.plan import RunPlan, plan_run
 from pvec.judges.scoring import JudgeReport, ResponseScorer, judged_answer
@@ -54,6 +56,8 @@ class SteerEvalResult(HtmlResult):
     cut: int
     judge: JudgeReport | None = None
     numbers: SweepSummary | None = None
+    searched: int = 0
+    """Points that a search tried."""
     side_effects: SideEffects | None = None
     capability: tuple[TaskScore, ...] = ()
     next: tuple[str, ...] = ()
@@ -69,6 +73,8 @@ class SteerEvalPlan(RunPlan):
     """Answers to harmless and harmful questions that are still to be generated."""
     side_texts: int = 0
     """Benign texts that are read, each under every condition."""
+    search_answers: int = 0
+    """Answers that a search generates beside ``answers``, at most."""
 
 
 def plan(
@@ -103,6 +109,7 @@ def plan(
             conditions=tuple(condition.name for condition in setup.conditions),
             side_answers=effects.missing() if effects else 0,
             side_texts=len(effects.texts) if effects else 0,
+            search_answers=setup.search_answers,
             **vars(plan),
         )
 
@@ -140,34 +147,29 @@ def run(
         run.store.update_manifest(relative_norms=setup.relative_norms)
         for note in setup.notes:
             notify(note)
-        generated = run.generate(setup.planned)
+        if effects is not None:
+            stack.enter_context(effects.open())
+        generated = _search(setup, run, scorer, effects) if setup.steer.search and scorer else 0
+        generated += run.generate(setup.planned)
         records = run.responses(setup.planned)
-        measured = _measured(effects, setup.conditions) if effects else None
+        limit = effects.measure() if effects else None
         result = SteerEvalResult(
             trait=setup.trait.name,
             run=setup.folder,
             model=session.metadata.id,
             vectors=tuple(dict.fromkeys(c.vector for c in setup.conditions if c.role == "steered")),
-            conditions=len(setup.conditions),
+            conditions=len(setup.every_condition),
+            searched=len(setup.searched),
             answers=len(records),
             generated=generated,
             cut=sum(record.finish_reason == "length" for record in records),
             next=(f"pvec judge {setup.folder}",),
         )
+        answers: Sequence[ScoredAnswer] = ()
         if scorer is not None:
-            result = _judged(result, setup, scorer, run.store, records)
-        if effects and measured:
-            judge = result.judge.judge if result.judge else None
-            numbers = summarise_effects(
-                setup.conditions,
-                trait=setup.trait.name,
-                refusals=measured[0],
-                texts=measured[1],
-                records=records,
-                answers=read_sweep(run.store, judge=judge) if judge else (),
-            )
-            keep_effects(effects.folder, numbers)
-            result = replace(result, side_effects=numbers)
+            result, answers = _judged(result, setup, scorer, run.store, records, limit)
+        if effects is not None:
+            result = replace(result, side_effects=effects.keep(records, answers))
         if tasks:
             with run.store.stage("tasks"):
                 scores = _capability(setup, tasks, result.numbers)
@@ -178,18 +180,26 @@ def run(
 
 def _side_effects(setup: SteerSetup) -> SideEffectSetup | None:
     """Return what is measured beside the trait, if the settings ask for it."""
-    if setup.steer.side_effects:
+    if setup.steer.side_effects or setup.steer.max_kl is not None:
         return SideEffectSetup(setup)
     if setup.steer.benign is not None:
-        raise InputError("--benign has no effect without --side-effects: add it.")
+        raise InputError("--benign has no effect without --side-effects or --max-kl: add one.")
     return None
 
 
-def _measured(
-    effects: SideEffectSetup, conditions: Sequence[Condition]
-) -> tuple[list[ResponseRecord], list[TextReading]]:
-    with effects.open() as run:
-        return effects.refusals(run, conditions), effects.texts_read(run, conditions)
+def _search(
+    setup: SteerSetup,
+    run: RunSession,
+    scorer: ResponseScorer,
+    effects: SideEffectSetup | None,
+) -> int:
+    """Search for the best point of each vector and return the number of new answers."""
+    limited = effects is not None and setup.steer.max_kl is not None
+    searched = Searched(
+        setup, run, scorer, mean_kl=effects.mean_kl if effects and limited else None
+    )
+    searched.run()
+    return searched.generated
 
 
 def _judged(
@@ -198,7 +208,8 @@ def _judged(
     scorer: ResponseScorer,
     store: Run,
     records: Sequence[ResponseRecord],
-) -> SteerEvalResult:
+    limit: KLLimit | None,
+) -> tuple[SteerEvalResult, list[ScoredAnswer]]:
     """Score the answers, export them, and summarise all that the run holds."""
     with store.stage("judge"):
         report = scorer.score(store, records, setup.metrics, on_progress=setup.session.on_progress)
@@ -210,9 +221,14 @@ def _judged(
         )
     _export(setup, store, records, judge=report.judge)
     numbers = keep_summary(
-        store, answers, trait=setup.trait.name, min_coherence=setup.steer.min_coherence
+        store,
+        answers,
+        trait=setup.trait.name,
+        min_coherence=setup.steer.min_coherence,
+        kl=limit,
     )
-    return replace(result, judge=report, numbers=numbers, next=(f"pvec report {store.path}",))
+    result = replace(result, judge=report, numbers=numbers, next=(f"pvec report {store.path}",))
+    return result, answers
 
 
 def _export(
@@ -221,7 +237,7 @@ def _export(
     """Write one CSV per condition, in the reference's columns."""
     trait = setup.trait.name
     scores = store.scores_by_response(judge=judge)
-    for condition in setup.conditions:
+    for condition in setup.every_condition:
         rows = [
             judged_answer(record, scores.get(record.id, {}), trait)
             for record in records

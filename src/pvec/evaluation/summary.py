@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -20,9 +20,11 @@ from pvec.runs.responses import Json, stable_hash
 from pvec.runs.store import Run
 from pvec.runs.summary import SUMMARY, write_summary
 from pvec.stats import SCORES, Interval, grouped_mean, paired_difference
-from pvec.types import Operator
+from pvec.types import Operator, Positions
 
 COHERENCE = "coherence"
+
+Question = TypeVar("Question")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,19 +55,21 @@ class Point:
     percentile: str = ""
     limited: float | None = None
     """Share of the positions held to a cap or floor that lay beyond it; None if not counted."""
+    positions: Positions | None = None
 
     @property
     def where(self) -> str:
-        """The layers in words: ``layer 20``, ``layers 3+4``, ``layers 1-28``."""
-        return layers_label(self.layers)
+        """The layers in words: ``layer 20``, ``layers 3+4``, ``layers 1-28``, and the positions
+        where they are not the run's."""
+        return layers_label(self.layers) + (f", {self.positions}" if self.positions else "")
 
     def controls(self, other: Point) -> bool:
         """Whether this is the random vector at the very point where ``other`` steers."""
         return (
             self.role == "random"
             and other.role == "steered"
-            and (self.control_of, self.layers, self.coef, self.operator)
-            == (other.vector, other.layers, other.coef, other.operator)
+            and (self.control_of, self.layers, self.coef, self.operator, self.positions)
+            == (other.vector, other.layers, other.coef, other.operator, other.positions)
         )
 
 
@@ -145,62 +149,99 @@ def read_sweep(run: Run, *, judge: str | None = None) -> list[ScoredAnswer]:
 
 
 def keep_summary(
-    run: Run, answers: Sequence[ScoredAnswer], *, trait: str, min_coherence: float
+    run: Run,
+    answers: Sequence[ScoredAnswer],
+    *,
+    trait: str,
+    min_coherence: float,
+    kl: KLLimit | None = None,
 ) -> SweepSummary:
     """Summarise a run's answers and keep the result in the run."""
-    summary = summarise(answers, trait=trait, min_coherence=min_coherence)
-    basis = _basis(answers, trait=trait, min_coherence=min_coherence)
+    summary = summarise(answers, trait=trait, min_coherence=min_coherence, kl=kl)
+    basis = _basis(answers, trait=trait, min_coherence=min_coherence, kl=kl)
     write_summary(run.path, {"basis": basis, **asdict(summary)})
     return summary
 
 
 def stored_summary(
-    run: Run, answers: Sequence[ScoredAnswer], *, trait: str, min_coherence: float
+    run: Run,
+    answers: Sequence[ScoredAnswer],
+    *,
+    trait: str,
+    min_coherence: float,
+    kl: KLLimit | None = None,
 ) -> SweepSummary:
     """Return what the run keeps, or a new summary where it keeps none of exactly these scores.
 
     That is so for a run that was judged after its evaluation, or by several judges.
     """
-    basis = _basis(answers, trait=trait, min_coherence=min_coherence)
+    basis = _basis(answers, trait=trait, min_coherence=min_coherence, kl=kl)
     try:
         stored = not_known_as_nan(read_json(run.path / SUMMARY))
         if stored.pop("basis") == basis:
             return _SUMMARY.validate_python(stored)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         pass  # none, or one of another version: it follows from the scores
-    return summarise(answers, trait=trait, min_coherence=min_coherence)
+    return summarise(answers, trait=trait, min_coherence=min_coherence, kl=kl)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLLimit:
+    """The largest KL divergence, in nats per token, of a point that may be picked; ``of`` has that
+    of every condition that was measured. One that was not is not picked."""
+
+    most: float
+    of: Mapping[str, float]
+
+    def allows(self, name: str) -> bool:
+        """Whether the condition of this name may be picked."""
+        return self.of.get(name, math.inf) <= self.most
+
+
+def halves(questions: Sequence[Question]) -> tuple[Sequence[Question], Sequence[Question]]:
+    """Return the questions that points are picked on (the first, third, …) and the others."""
+    return questions[0::2], questions[1::2]
 
 
 def summarise(
-    answers: Sequence[ScoredAnswer], *, trait: str, min_coherence: float = 75.0
+    answers: Sequence[ScoredAnswer],
+    *,
+    trait: str,
+    min_coherence: float = 75.0,
+    kl: KLLimit | None = None,
 ) -> SweepSummary:
     """Return the sweep's points, and per vector the pick with its held-out reading.
 
-    Layer and coefficient are chosen on every second question (the first, third, …): the highest
-    mean trait score among points whose mean coherence is at least ``min_coherence``; of equal ones
-    the smaller dose. The readings come from the other questions.
+    Layer and coefficient are chosen on one of the ``halves`` of the questions: the highest mean
+    trait score among points whose mean coherence is at least ``min_coherence`` and which ``kl``
+    allows; of equal ones the smaller dose. The readings come from the other questions. A point
+    that was not run on those (one that a search passed over) is not picked.
     """
     questions = tuple(dict.fromkeys(answer.question for answer in answers))
     scored = {metric for answer in answers for metric in answer.scores}
     first = [metric for metric in (trait, COHERENCE) if metric in scored]
     metrics = (*first, *sorted(scored - {trait, COHERENCE}))
     table = _Table(answers, metrics)
-    choosing, reading = questions[0::2], questions[1::2]
+    choosing, reading = halves(questions)
     points = table.points(questions)
     chosen_by, read = table.points(choosing), table.points(reading or choosing)
+    at_most = f" and KL of at most {kl.most:g}" if kl else ""
     picks: list[Pick] = []
     unpicked: list[str] = []
     vectors = dict.fromkeys(p.vector for p in points if p.role == "steered")
     for vector in vectors if trait in metrics else ():
-        best = _best([p for p in chosen_by if p.vector == vector], trait, min_coherence)
+        read_too = {p.name for p in read if p.scores[trait].n + p.scores[trait].missing}
+        own = [p for p in chosen_by if p.vector == vector and p.name in read_too]
+        allowed = [p for p in own if kl is None or kl.allows(p.name)]
+        best = best_point(allowed, trait, min_coherence)
         if best is None:
             unpicked.append(
                 f"{vector}: no layer and coefficient kept coherence at {min_coherence:g} or "
-                f"more; try smaller coefficients"
+                f"more{at_most}; try smaller coefficients"
             )
         else:
             reason = (
-                f"highest {trait} at coherence of at least {min_coherence:g} "
+                f"highest {trait} at coherence of at least {min_coherence:g}{at_most} "
                 f"on {len(choosing)} questions"
             )
             picks.append(_pick(best, read, reason=reason, halves=(choosing, reading)))
@@ -246,6 +287,7 @@ class _Table:
                 control_of=condition.control_of,
                 percentile=condition.percentile,
                 limited=self._share_limited(condition.name, questions),
+                positions=condition.positions,
                 scores={m: self._reading(condition.name, m, questions) for m in self._metrics},
                 differences={
                     m: self._difference(condition.name, baseline, m, questions)
@@ -292,7 +334,9 @@ class _Table:
         return [score for score, _ in pairs], [question for _, question in pairs]
 
 
-def _best(points: Sequence[Point], trait: str, min_coherence: float) -> Point | None:
+def best_point(points: Sequence[Point], trait: str, min_coherence: float) -> Point | None:
+    """Return the steered point with the highest trait score at this coherence or more."""
+
     def coherent(point: Point) -> bool:
         reading = point.scores.get(COHERENCE)
         return reading is None or reading.mean >= min_coherence
@@ -323,12 +367,15 @@ def _pick(
     )
 
 
-def _basis(answers: Sequence[ScoredAnswer], *, trait: str, min_coherence: float) -> str:
+def _basis(
+    answers: Sequence[ScoredAnswer], *, trait: str, min_coherence: float, kl: KLLimit | None
+) -> str:
     """Return a hash of everything that a summary follows from."""
     rows: list[Json] = [
         [dict(answer.condition), answer.question, dict(answer.scores)] for answer in answers
     ]
-    return stable_hash([trait, min_coherence, rows])
+    limit: list[Json] = [] if kl is None else [kl.most, dict(kl.of)]
+    return stable_hash([trait, min_coherence, rows, *limit])
 
 
 def not_known_as_nan(value: Any) -> Any:

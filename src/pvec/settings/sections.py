@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from pvec.types import Operator, Positions, ProjectionKind, VectorKind
+from pvec.types import Operator, Positions, VectorKind
 
 
 class Section(BaseModel):
@@ -350,6 +350,17 @@ unsteered answers (`p25`) at each layer"""
     min_coherence: float = Field(default=75.0, ge=0, le=100)
     """Choose the layer and coefficient with the highest trait score at this coherence or more"""
 
+    max_kl: float | None = Field(default=None, gt=0)
+    """Choose only points whose KL divergence from the unsteered model, on benign text in nats per \
+token, is at most this"""
+
+    search: int | None = Field(default=None, ge=1)
+    """Search for the best layer, coefficient and positions with N points instead of evaluating a \
+grid: of the layers of `--layer`, up to the largest coefficient of `--coef`"""
+
+    search_positions: tuple[Positions, ...] = ("response", "all")
+    """Positions that `--search` tries; repeatable"""
+
     judge: bool = True
     """Score the answers now; with `--no-judge`, `pvec judge RUN` scores them later"""
 
@@ -358,64 +369,5 @@ unsteered answers (`p25`) at each layer"""
 refusals, length, repetition, other scripts, questions that move the wrong way"""
 
     benign: Path | None = None
-    """File of chats or of questions with answers for `--side-effects`: the benign text (default: \
-24 short ones of pvec)"""
-
-
-class ProjectSettings(Section):
-    """What is projected on the vectors, and how training data is screened by it."""
-
-    layers: tuple[int, ...] = ()
-    """Layer; repeatable (default: as the vector suggests)"""
-
-    types: tuple[ProjectionKind, ...] = ("proj",)
-    """What is projected; repeatable"""
-
-    kind: VectorKind = "response_avg"
-    """Which of the three vectors of a file is used"""
-
-    same_model: bool = True
-    """Refuse a vector that was made with another model of the same shape"""
-
-    turns: Literal["last", "all", "each"] = "last"
-    """Answers that count: the last, all pooled, or a row for each"""
-
-    prompt_column: str = "prompt"
-    """Column of the prompts"""
-
-    answer_column: str = "answer"
-    """Column of the answers"""
-
-    messages_column: str = "messages"
-    """Column of chat messages, used where it exists"""
-
-    plain_prompts: bool = False
-    """The prompts are plain questions, not rendered yet"""
-
-    chunk_rows: int = Field(default=2048, ge=1)
-    """Rows that are done together; after a kill at most so many are done again"""
-
-    natural: Literal["generate", "subset", "prompt"] = "generate"
-    """Base responses: generated, or for a subset of the prompts and predicted for the others, \
-or replaced by the last prompt token"""
-
-    naturals: int = Field(default=1, ge=1)
-    """Base responses per prompt"""
-
-    subset: float = Field(default=0.1, gt=0, le=1)
-    """Share of the prompts for `--natural subset`"""
-
-    percentile: float = Field(default=95.0, gt=0, lt=100)
-    """Percentile of the clean set that is the threshold"""
-
-    rollouts: int = Field(default=5, ge=1)
-    """Answers generated and judged for each prompt"""
-
-    judge: bool = True
-    """Score the answers now; `pvec judge RUN` does it later otherwise"""
-
-    scale_out: Literal["local", "ray"] = "local"
-    """Run here, or on the workers of a Ray cluster"""
-
-    workers: int = Field(default=1, ge=1)
-    """Ray workers, each with a model of its own"""
+    """File of chats, or of questions with answers, that is the benign text (default: short chats \
+that come with pvec)"""

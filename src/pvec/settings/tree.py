@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
+from pvec.settings.projecting import ProjectSettings
 from pvec.settings.sections import (
     AuthorSettings,
     BackendSettings,
@@ -18,7 +19,6 @@ from pvec.settings.sections import (
     GenerationSettings,
     JudgeSettings,
     ModelSettings,
-    ProjectSettings,
     Section,
     SteerSettings,
 )

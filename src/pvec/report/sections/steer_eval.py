@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pvec.evaluation.effect_numbers import read_effects
 from pvec.evaluation.summary import (
     COHERENCE,
+    KLLimit,
     Pick,
     Point,
     ScoredAnswer,
@@ -37,8 +38,15 @@ def build(runs: Sequence[RunData]) -> Chapter:
     summaries: list[tuple[RunData, SweepSummary]] = []
     for run in runs:
         answers = read_sweep(run.run, judge=run.judge)
-        floor = run.settings.get("steer", {}).get("min_coherence", 75.0)
-        sweep = stored_summary(run.run, answers, trait=run.trait, min_coherence=floor)
+        steer, effects = run.settings.get("steer", {}), read_effects(run.path)
+        most = steer.get("max_kl")
+        sweep = stored_summary(
+            run.run,
+            answers,
+            trait=run.trait,
+            min_coherence=steer.get("min_coherence", 75.0),
+            kl=KLLimit(most=most, of=effects.kl if effects else {}) if most else None,
+        )
         summaries.append((run, sweep))
         sections.append(_section(run, sweep, answers))
     if len(runs) == 1:
@@ -144,13 +152,16 @@ def _figures(run: RunData, sweep: SweepSummary) -> Iterator[Figure]:
     if not sweep.metrics:
         return
     steered = sweep.having("steered")
-    vectors = list(dict.fromkeys(point.vector for point in steered))
-    for place, vector in enumerate(vectors, start=1):
-        points = [point for point in steered if point.vector == vector]
-        name = run.id if len(vectors) == 1 else f"{run.id}_{place}"
-        pick = next((item for item in sweep.picks if item.vector == vector), None)
+    groups = list(dict.fromkeys((point.vector, point.positions) for point in steered))
+    for place, group in enumerate(groups, start=1):
+        points = [point for point in steered if (point.vector, point.positions) == group]
+        name = run.id if len(groups) == 1 else f"{run.id}_{place}"
+        picks = (p for p in sweep.picks if (p.vector, p.point.positions) == group)
+        pick = next(picks, None)
         yield _dose_response(name, points, run, sweep, pick)
-        if len({p.layers for p in points}) > 1 and len({p.coef for p in points}) > 1:
+        layers, coefs = {p.layers for p in points}, {p.coef for p in points}
+        # The points of a search are no grid.
+        if len(layers) > 1 and len(coefs) > 1 and 2 * len(points) > len(layers) * len(coefs):
             for metric in sweep.metrics[:2]:
                 yield _layer_by_coefficient(name, metric, points, sweep, pick)
 
@@ -185,7 +196,8 @@ def _dose_response(
         caption += f" Picked: {pick.point.where}, {_amount(run, pick.point)}."
     return line_chart(
         name=f"{name}_dose_response",
-        title=f"{points[0].vector}: dose and response",
+        title=f"{points[0].vector}: dose and response"
+        + (f" (positions: {points[0].positions})" if points[0].positions else ""),
         caption=caption,
         x=XAxis(
             label=axis,

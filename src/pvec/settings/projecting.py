@@ -1,0 +1,69 @@
+"""The settings of projections, screening and monitoring."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pvec.settings.sections import Section
+from pvec.types import ProjectionKind, VectorKind
+
+
+class ProjectSettings(Section):
+    """What is projected on the vectors, and how training data is screened by it."""
+
+    layers: tuple[int, ...] = ()
+    """Layer; repeatable (default: as the vector suggests)"""
+
+    types: tuple[ProjectionKind, ...] = ("proj",)
+    """What is projected; repeatable"""
+
+    kind: VectorKind = "response_avg"
+    """Which of the three vectors of a file is used"""
+
+    same_model: bool = True
+    """Refuse a vector that was made with another model of the same shape"""
+
+    turns: Literal["last", "all", "each"] = "last"
+    """Answers that count: the last, all pooled, or a row for each"""
+
+    prompt_column: str = "prompt"
+    """Column of the prompts"""
+
+    answer_column: str = "answer"
+    """Column of the answers"""
+
+    messages_column: str = "messages"
+    """Column of chat messages, used where it exists"""
+
+    plain_prompts: bool = False
+    """The prompts are plain questions, not rendered yet"""
+
+    chunk_rows: int = Field(default=2048, ge=1)
+    """Rows that are done together; after a kill at most so many are done again"""
+
+    natural: Literal["generate", "subset", "prompt"] = "generate"
+    """Base responses: generated, or for a subset of the prompts and predicted for the others, \
+or replaced by the last prompt token"""
+
+    naturals: int = Field(default=1, ge=1)
+    """Base responses per prompt"""
+
+    subset: float = Field(default=0.1, gt=0, le=1)
+    """Share of the prompts for `--natural subset`"""
+
+    percentile: float = Field(default=95.0, gt=0, lt=100)
+    """Percentile of the clean set that is the threshold"""
+
+    rollouts: int = Field(default=5, ge=1)
+    """Answers generated and judged for each prompt"""
+
+    judge: bool = True
+    """Score the answers now; `pvec judge RUN` does it later otherwise"""
+
+    scale_out: Literal["local", "ray"] = "local"
+    """Run here, or on the workers of a Ray cluster"""
+
+    workers: int = Field(default=1, ge=1)
+    """Ray workers, each with a model of its own"""
