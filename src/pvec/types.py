@@ -20,9 +20,15 @@ from pvec.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-Positions = Literal["all", "prompt", "response"]
+Positions = Literal["all", "prompt", "response", "think", "answer"]
 """Which tokens are steered. ``response``: the last prompt token (it predicts the first response
-token) and every generated token. ``prompt``: every prompt token. ``all``: both."""
+token) and every generated token. ``prompt``: every prompt token. ``all``: both. ``think`` and
+``answer`` divide ``response``: from the token that completes the mark which begins reasoning (the
+last prompt token, where the prompt ends with it) to the one before the end mark is complete, and
+all others."""
+
+BY_SPAN: frozenset[Positions] = frozenset(("think", "answer"))
+"""Positions that depend on what the tokens say, and not only on where they stand."""
 
 Operator = Literal["add", "ablate", "cap", "floor"]
 """``add``: h + coef*v. ``ablate``: h - (h.v^)v^. ``cap``: limit h.v^ to at most ``coef`` (tau);
@@ -53,13 +59,16 @@ Sign = Literal["pos", "neg"]
 
 SIGNS: tuple[Sign, ...] = ("pos", "neg")
 
-SpanName = Literal["prompt", "prompt_last", "response"]
-"""A token span whose activations are averaged."""
+SpanName = Literal["prompt", "prompt_last", "response", "think"]
+"""A token span whose activations are averaged. ``think`` is the reasoning before the response."""
 
-ProjectionKind = Literal["proj", "prompt_last_proj", "cos_sim", "prompt_avg"]
+ProjectionKind = Literal[
+    "proj", "prompt_last_proj", "cos_sim", "prompt_avg", "think_proj", "think_cos_sim"
+]
 """What is projected on a vector. ``proj``: the mean response activation, in units of the residual
 stream. ``prompt_last_proj``: the last prompt token's. ``prompt_avg``: the mean over the prompt's.
-``cos_sim``: the cosine between the mean response activation and the vector."""
+``cos_sim``: the cosine between the mean response activation and the vector. ``think_proj`` and
+``think_cos_sim``: the same of the reasoning before the answer."""
 
 FinishReason = Literal["stop", "length", "failed"]
 """``stop``: an end-of-turn token was sampled. ``length``: the token limit was reached. ``failed``:
@@ -264,6 +273,12 @@ class TokenSpans:
     spans: Mapping[SpanName, tuple[int, int]]
     steering: tuple[Instruction, ...] = ()
 
+    @property
+    def answer_tokens(self) -> tuple[int, int]:
+        """The tokens of the response, with the reasoning before it where that is a span."""
+        start, stop = self.spans["response"]
+        return self.spans.get("think", (start, stop))[0], stop
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SpanMeans:
@@ -272,7 +287,8 @@ class SpanMeans:
     ``means[span]`` is float32 ``[len(layers), hidden_size]``; ``norms[span]`` is the mean over the
     span's tokens of the residual norm, float32 ``[len(layers)]``. Rows follow ``layers``.
     ``along`` holds the projection of each of the response's tokens on the directions that were
-    asked for, float32 ``[tokens, len(layers), directions]``.
+    asked for, float32 ``[tokens, len(layers), directions]``; with a ``think`` span its tokens come
+    first.
     """
 
     id: str

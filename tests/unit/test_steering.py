@@ -342,7 +342,7 @@ def test_one_vector_under_two_names_is_one_plan_and_two_coefficients_are_two() -
     ("changes", "message"),
     [
         ({"operator": "multiply"}, "no operator 'multiply': use add, ablate, cap or floor"),
-        ({"positions": "answer"}, "no positions 'answer': use all, prompt or response"),
+        ({"positions": "reply"}, "'reply': use all, prompt, response, think or answer"),
         ({"vector": torch.zeros(4, HIDDEN_SIZE)}, "single row"),
         ({"vector": "evil"}, "array of numbers, not str"),
         ({"vector": None}, "single row|array of numbers"),

@@ -44,7 +44,8 @@ def prompt_length(sequence: TokenSpans) -> int:
     for name in ("prompt", "prompt_last"):
         if name in spans and spans[name][1] > spans[name][0]:
             return spans[name][1]
-    return spans["response"][0] if "response" in spans else len(sequence.token_ids)
+    starts = [spans[name][0] for name in ("think", "response") if name in spans]
+    return starts[0] if starts else len(sequence.token_ids)
 
 
 def windows(sequences: Iterable[TokenSpans], *, rows: int) -> Iterator[list[TokenSpans]]:

@@ -32,7 +32,7 @@ from pvec.models.decoder import Decoder, check_layer, find_decoder
 from pvec.models.memory import unless_out_of_memory
 from pvec.steering.hooks import Steerer
 from pvec.steering.positions import roles_by_length
-from pvec.types import SpanMeans, SpanName, TokenSpans
+from pvec.types import BY_SPAN, SpanMeans, SpanName, TokenSpans
 
 _WINDOW_ROWS = 2048
 """Sequences held at once: enough for batches of equal lengths, and constant memory."""
@@ -298,6 +298,11 @@ class CaptureRunner:
     ) -> Steerer | None:
         if not any(row.steering for row in rows):
             return None
+        if any(i.positions in BY_SPAN for row in rows for i in row.steering):
+            raise InputError(
+                "Activations cannot be captured under steering at positions think or answer: "
+                "capture without steering, or at the positions response."
+            )
         steerer = Steerer(self._decoder, [row.steering for row in rows])
         width = torch.arange(max(lengths))
         steerer.set_roles(

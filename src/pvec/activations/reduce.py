@@ -141,7 +141,7 @@ class PendingCopy:
                 layers=layers,
                 means={n: _or_missing(means[b, s], missing=n in empty) for s, n in places},
                 norms={n: _or_missing(norms[b, s], missing=n in empty) for s, n in places},
-                along=None if along is None else along[b, slice(*row.spans["response"])].copy(),
+                along=None if along is None else along[b, slice(*row.answer_tokens)].copy(),
             )
 
 

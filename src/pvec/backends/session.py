@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from pvec.backends.processes import ALONE, Processes
 from pvec.closing import Closing
+from pvec.errors import InputError
 from pvec.models.files import ModelSpec
 from pvec.settings import Settings
-from pvec.types import Progress, Sampling
+from pvec.types import BY_SPAN, Progress, Sampling
 
 if TYPE_CHECKING:
     from pvec.backends.base import Backend
@@ -108,6 +109,15 @@ class ModelSession(Closing):
     def thinking(self) -> bool:
         """Whether thinking mode is enabled."""
         return self.settings.generation.thinking == "on"
+
+    def check_positions(self) -> None:
+        """Raise ``InputError`` for steering positions of the settings that the backend lacks."""
+        positions = self.settings.steer.positions
+        if self.choice.name == "vllm" and positions in BY_SPAN:
+            raise InputError(
+                f"Steering at positions {positions} needs the transformers backend, which knows "
+                f"where reasoning ends while it generates: use --backend hf."
+            )
 
     @property
     def max_tokens(self) -> int:

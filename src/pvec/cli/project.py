@@ -48,7 +48,8 @@ Tokens = Annotated[
 
 @app.command()
 @options(
-    "model.id", "model.adapter", "project.layers", "project.types", "project.turns",
+    "model.id", "model.adapter", "project.layers", "project.types", "project.spans",
+    "project.turns",
     further=(*READING, "model", "backend", "generation.thinking", "project.kind",
              "project.same_model", "project.chunk_rows", "project.scale_out",
              "project.workers", "paths"),

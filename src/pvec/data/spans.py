@@ -89,6 +89,8 @@ class SpanMaker:
 
     A row that the chat template refuses has none and is named; the others go on. ``needed`` are the
     spans that will be averaged: without ``response`` the answers are left out of the computation.
+    Reasoning is a span of its own with ``think``, else part of the response with ``thinking``, else
+    left out.
     ``limit`` is the number of tokens the model reads (None: any).
     """
 
@@ -153,25 +155,30 @@ class SpanMaker:
         return think_length(self.tokenizer, tail, prompt_ids=head)
 
     def _spans(self, identity: str, ids: Ids, counts: Counts) -> TokenSpans:
-        skip = 0 if self.thinking or "response" not in self.needed else ids.skip
-        counts.thinking += skip > 0
-        counts.think_tokens += skip
+        apart = "think" in self.needed
+        ignored = self.thinking or "response" not in self.needed
+        skip = 0 if ignored and not apart else ids.skip
+        counts.thinking += skip > 0 and not apart
+        counts.think_tokens += 0 if apart else skip
         whole = spans_from_ids(
             identity, prompt_ids=ids.prompt_ids, answer_ids=ids.answer_ids, skip=skip
         )
         start, stop = whole.spans["response"]
+        spans: dict[SpanName, tuple[int, int]] = {
+            **whole.spans, "think": (whole.spans["prompt"][1], start)
+        }  # fmt: skip
         counts.answers += 1
         counts.empty += start == stop
         stop = len(whole.token_ids)
         if "response" not in self.needed:
-            stop = max(whole.spans["prompt"][1], 1)
+            stop = max(spans["think" if apart else "prompt"][1], 1)
         cut = max(stop - self.limit, 0) if self.limit is not None else 0
         counts.truncated += cut > 0
         counts.cut_answers += cut > whole.spans["prompt"][1]
         return TokenSpans(
             id=identity,
             token_ids=whole.token_ids[cut:stop],
-            spans={name: _moved(whole.spans[name], cut, stop) for name in self.needed},
+            spans={name: _moved(spans[name], cut, stop) for name in self.needed},
         )
 
 

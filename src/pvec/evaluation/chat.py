@@ -137,6 +137,7 @@ def load_steering_vectors(
     settings: Settings, session: ModelSession, paths: Sequence[Path]
 ) -> list[SteeringVector]:
     """Return the vectors to chat with, by trait. Raises ``InputError`` for two of one name."""
+    session.check_positions()
     loaded = load_vectors(
         paths,
         model=session.metadata,

@@ -54,6 +54,7 @@ class SteerSetup:
         out: Path | None,
     ) -> None:
         self.session = session
+        session.check_positions()
         self.steer = session.settings.steer
         self.trait = load_trait(trait)
         self.also = [load_trait(name) for name in also]

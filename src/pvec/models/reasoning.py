@@ -69,6 +69,45 @@ def think_length(
     return 0
 
 
+class ThinkTracker:
+    """Tells, token by token while an answer is generated, whether it is within its reasoning.
+
+    Reasoning begins with a mark that the prompt ends with or the answer begins with, and ends with
+    the first mark that ends it. ``thinking`` has an entry for the last prompt token, and for every
+    token that was given to ``follow``: whether a mark had begun reasoning and none had ended it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._begins = {marks.begin for marks in reasoning_marks(tokenizer)}
+        self._ends = {marks.end for marks in reasoning_marks(tokenizer)}
+        self._window = max(len(mark.encode()) for mark in self._begins | self._ends)
+        self._since = 0
+        self._settled = False
+        opened = _text(tokenizer, prompt_ids[-self._window :]).rstrip()
+        self.thinking = [opened.endswith(tuple(self._begins))]
+
+    def follow(self, answer_ids: Sequence[int]) -> None:
+        """Take the answer so far, of which earlier calls may have had the first tokens."""
+        for stop in range(len(self.thinking), len(answer_ids) + 1):
+            self.thinking.append(self._inside_after(answer_ids, stop))
+
+    def _inside_after(self, answer_ids: Sequence[int], stop: int) -> bool:
+        """Return whether the answer's first ``stop`` tokens end within reasoning."""
+        inside = self.thinking[-1]
+        if self._settled:
+            return inside
+        text = _text(self._tokenizer, answer_ids[max(self._since, stop - self._window) : stop])
+        if inside:
+            self._settled = any(mark in text for mark in self._ends)
+            return not self._settled
+        if text.lstrip().startswith(tuple(self._begins)):
+            self._since = stop
+            return True
+        self._settled = stop >= self._window
+        return False
+
+
 def may_reason(tokenizer: PreTrainedTokenizerBase, *, prompt: str, answer: str) -> bool:
     """Whether there can be reasoning in an answer, seen from the texts alone (most have none)."""
     return any(

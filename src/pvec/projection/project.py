@@ -42,7 +42,16 @@ from pvec.types import DEFAULT_OUTPUT, OutputOptions, Progress
 TURN = "turn"
 """Column that ``--turns each`` adds: which answer of the conversation a row is, from 1."""
 
-_UNIMPORTANT = ("scale_out", "workers", "natural", "naturals", "subset", "percentile", "rollouts")
+_UNIMPORTANT = (
+    "scale_out",
+    "workers",
+    "natural",
+    "naturals",
+    "subset",
+    "percentile",
+    "rollouts",
+    "spans",
+)
 """Settings that change no number of a projected file and not its place."""
 
 OnProgress = Callable[[Progress], None]
@@ -101,7 +110,7 @@ def run(
         settings = token_settings(settings, notify=notify)
     with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
         loaded = open_vectors(session, vectors)
-        columns = loaded.plan_of(*settings.project.types).columns(model=model_name(session))
+        columns = loaded.plan_of(*settings.project.span_types).columns(model=model_name(session))
         there = set() if output.overwrite else set(source.table.columns)
         numbers, report = count(1), _reporter(on_progress, stage="reading")
         check = TemplateCheck(session.metadata.tokenizer, turns=settings.project.turns)
@@ -150,7 +159,7 @@ class _Job:
         self.options = session.settings.project
         self.loaded = loaded
         self.output = output
-        self.plan = loaded.plan_of(*self.options.types)
+        self.plan = loaded.plan_of(*self.options.span_types)
         self.columns = self.plan.columns(model=model_name(session))
         self.counts = Counts()
         self.resumed = 0

@@ -109,12 +109,16 @@ class LoadedVectors:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AnswerTokens:
-    """One answer, token by token: ``values`` is float32 ``[tokens, vectors * layers]``."""
+    """One answer, token by token: ``values`` is float32 ``[tokens, vectors * layers]``.
+
+    The first ``think`` tokens are its reasoning, where that is projected apart.
+    """
 
     row: int
     turn: int
     token_ids: tuple[int, ...]
     values: np.ndarray
+    think: int = 0
 
 
 class Projector:
@@ -199,7 +203,8 @@ class Projector:
                 AnswerTokens(
                     row=row,
                     turn=turn,
-                    token_ids=sequence.token_ids[slice(*sequence.spans["response"])],
+                    token_ids=sequence.token_ids[slice(*sequence.answer_tokens)],
+                    think=sequence.spans["response"][0] - sequence.answer_tokens[0],
                     values=item.along.swapaxes(1, 2).reshape(len(item.along), self._columns),
                 )
             )

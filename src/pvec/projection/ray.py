@@ -69,7 +69,7 @@ class RayWorker:
         self.job = job
         self._session = ModelSession(job.settings)
         loaded = open_vectors(self._session, job.vectors)
-        plan = loaded.plan_of(*job.settings.project.types)
+        plan = loaded.plan_of(*job.settings.project.span_types)
         self._project = projector(self._session, plan)
         self._check = TemplateCheck(
             self._session.metadata.tokenizer, turns=job.settings.project.turns
@@ -164,7 +164,7 @@ def run(
     probe_writable(target.parent)
     with ModelSession(settings, notify=notify) as session:
         loaded = open_vectors(session, vectors)
-        columns = loaded.plan_of(*settings.project.types).columns(model=model_name(session))
+        columns = loaded.plan_of(*settings.project.span_types).columns(model=model_name(session))
     import ray
 
     if not ray.is_initialized():

@@ -33,8 +33,11 @@ def token_settings(settings: Settings, *, notify: Notify) -> Settings:
     Raises ``InputError`` for settings that exclude it.
     """
     options, name = settings.project, settings.backend.name
-    if "proj" not in options.types:
-        raise InputError("--tokens keeps the type proj of every token: add --projection-type proj.")
+    if "proj" not in options.span_types:
+        raise InputError(
+            "--tokens keeps the type proj of every token: add --projection-type proj (and answer "
+            "to --spans)."
+        )
     if options.turns == "all":
         raise InputError("--tokens goes with --turns last or --turns each: `all` pools the turns.")
     if name == "vllm":
@@ -77,6 +80,7 @@ class TokenOutput:
             token_ids=np.array(answer.token_ids, dtype=np.int32),
             widths=np.array([len(text) for text in texts], dtype=np.uint16),
             values=answer.values,
+            think=answer.think,
         )
 
     def _question(self, row: Row, conversation: Conversation, turn: int) -> str:

@@ -70,7 +70,7 @@ def token_view(
     """Prepare the answers of one file. ``everything`` lets every answer be opened, whatever the
     size; otherwise at most ``TOKEN_BUDGET`` numbers, the most extreme answers first.
     """
-    means = np.array([_mean(record, len(columns)) for record in records])
+    means = np.array([_mean(record.answer_values, len(columns)) for record in records])
     extremes = {
         name: [Passages.find(records, c, sign=sign) for c in range(len(columns))]
         for name, sign in (("high", 1), ("low", -1))
@@ -93,6 +93,7 @@ def token_view(
         "question": [_snippet(record.question) for record in records],
         "part": part.tolist(),
         "mean": [_rounded(column) for column in means.T],
+        **_reasoning(records, len(columns)),
         **{
             name: [{"value": _rounded(p.values), "start": p.starts.tolist()} for p in passages]
             for name, passages in extremes.items()
@@ -113,10 +114,21 @@ def _ends(extremes: dict[str, list[Passages]]) -> list[tuple[str, list[Passages]
     return [("high", extremes["high"], 1), ("low", extremes["low"], -1)]
 
 
-def _mean(record: TokenRecord, columns: int) -> np.ndarray:
-    if not len(record.values):
+def _reasoning(records: Sequence[TokenRecord], columns: int) -> dict[str, Any]:
+    """Return how many tokens of each answer are reasoning, and their mean by column."""
+    if not any(record.think for record in records):
+        return {}
+    means = np.array([_mean(record.values[: record.think], columns) for record in records])
+    return {
+        "think": [record.think for record in records],
+        "thinkMean": [_rounded(column) for column in means.T],
+    }
+
+
+def _mean(values: np.ndarray, columns: int) -> np.ndarray:
+    if not len(values):
         return np.full(columns, np.nan)
-    mean: np.ndarray = record.values.mean(axis=0, dtype=np.float64)
+    mean: np.ndarray = values.mean(axis=0, dtype=np.float64)
     return mean
 
 

@@ -26,7 +26,7 @@ class TokenRecord:
     """One answer: where it is, the last thing that was asked, its text, and its tokens.
 
     ``token_ids`` is int32 ``[tokens]``; ``widths`` says how many characters of ``text`` each token
-    is; ``values`` is float32 ``[tokens, columns]``.
+    is; ``values`` is float32 ``[tokens, columns]``. The first ``think`` tokens are reasoning.
     """
 
     line: int
@@ -36,6 +36,12 @@ class TokenRecord:
     token_ids: np.ndarray
     widths: np.ndarray
     values: np.ndarray
+    think: int = 0
+
+    @property
+    def answer_values(self) -> np.ndarray:
+        """``values`` of the answer alone, without its reasoning."""
+        return self.values[self.think :]
 
 
 def write_tokens(
@@ -61,6 +67,7 @@ def write_tokens(
                 "tokens": len(record.token_ids),
                 "question": record.question,
                 "text": record.text,
+                **({"think": record.think} if record.think else {}),
             }
             stream.write(encode_line(line))
 
@@ -87,6 +94,7 @@ def read_tokens(folder: Path) -> Iterator[TokenRecord]:
                     token_ids=ids[start:stop],
                     widths=widths[start:stop],
                     values=values[start:stop],
+                    think=int(line.get("think", 0)),
                 )
                 start = stop
             if not start == len(ids) == len(widths) == len(values):

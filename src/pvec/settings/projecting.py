@@ -19,6 +19,10 @@ class ProjectSettings(Section):
     types: tuple[ProjectionKind, ...] = ("proj",)
     """What is projected; repeatable"""
 
+    spans: Literal["answer", "think", "think,answer"] = "answer"
+    """Part of a response that `proj` and `cos_sim` are about: the answer, the reasoning before \
+it, or each in a column of its own"""
+
     kind: VectorKind = "response_avg"
     """Which of the three vectors of a file is used"""
 
@@ -67,3 +71,16 @@ or replaced by the last prompt token"""
 
     workers: int = Field(default=1, ge=1)
     """Ray workers, each with a model of its own"""
+
+    @property
+    def span_types(self) -> tuple[ProjectionKind, ...]:
+        """``types``, those of a response once for each of its ``spans``."""
+        of_think: dict[ProjectionKind, ProjectionKind] = {
+            "proj": "think_proj", "cos_sim": "think_cos_sim"
+        }  # fmt: skip
+        kinds = [
+            kind if span == "answer" else of_think.get(kind, kind)
+            for kind in self.types
+            for span in self.spans.split(",")
+        ]
+        return tuple(dict.fromkeys(kinds))

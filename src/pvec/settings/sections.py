@@ -311,7 +311,8 @@ class SteerSettings(Section):
     """Which of the three vectors of a file is used"""
 
     positions: Positions = "response"
-    """Tokens to steer: the answer (from the last prompt token on), the prompt, or all"""
+    """Tokens to steer: the response (from the last prompt token on), the prompt, all, or of a \
+response its reasoning (think) or what follows it (answer)"""
 
     operator: Operator = "add"
     """Add the vector, ablate its direction, or hold the projection on it below a ceiling (cap) or \

@@ -13,18 +13,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from pvec.errors import SteeringError
+from pvec.errors import InputError, SteeringError
 from pvec.models.decoder import Decoder, describe_layer, find_decoder
 from pvec.steering.positions import (
     GENERATED,
     NUM_ROLES,
     ROLES_OF,
+    THINK,
     expected_touched,
     roles_from_labels,
 )
 from pvec.steering.tables import LayerSteering, Plan, check_instruction, rows_of_roles
 from pvec.steering.tracking import RoleTracker
-from pvec.types import LIMITS, Instruction
+from pvec.types import BY_SPAN, LIMITS, Instruction
 
 
 class Steerer:
@@ -53,6 +54,7 @@ class Steerer:
         self._rows = np.array([number[key] for key in keys], dtype=np.int64)  # [B] row -> plan
         layers = sorted({i.layer for plan in self._plans for i in plan})
         self._layers = {layer: LayerSteering(self._plans, layer) for layer in layers}
+        self._thinking: np.ndarray | None = None  # bool [B]
         self._take_rows(self._rows)
 
     @property
@@ -83,8 +85,19 @@ class Steerer:
     def set_generated(self, tokens: int = 1) -> None:
         """Say that the next forward holds ``tokens`` generated tokens of every row, no padding."""
         counts = np.zeros((len(self._rows), NUM_ROLES), dtype=np.int64)
-        counts[:, GENERATED] = tokens
-        self._expect(torch.full((1, 1), GENERATED, device=self._decoder.device), counts)
+        roles = self._generated_roles()
+        counts[np.arange(len(counts)), roles] = tokens
+        self._expect(torch.from_numpy(roles[:, None]).to(self._decoder.device), counts)
+
+    def set_thinking(self, thinking: Sequence[bool]) -> None:
+        """Say of which rows the next generated tokens are reasoning, until the batch changes."""
+        self._thinking = np.array(thinking, dtype=bool)
+
+    def _generated_roles(self) -> np.ndarray:
+        """Return the role of the next generated token of each row, ``[B]``."""
+        if self._thinking is None:
+            return np.full(len(self._rows), GENERATED, dtype=np.int64)
+        return np.where(self._thinking, THINK, GENERATED)
 
     def _expect(self, roles: torch.Tensor, counts: np.ndarray) -> None:
         if self._layers:
@@ -105,7 +118,7 @@ class Steerer:
         """
         chosen = np.asarray(indices.cpu() if isinstance(indices, torch.Tensor) else indices)
         chosen = chosen.astype(np.int64)
-        self._rows = self._rows[chosen]
+        self._rows, self._thinking = self._rows[chosen], None
         for steering in self._layers.values():
             steering.touched = steering.touched[chosen]
             rows = torch.from_numpy(chosen).to(steering.limited.device)
@@ -119,6 +132,7 @@ class Steerer:
             parts = [one._beyond(layer) for one in (self, other)]  # noqa: SLF001
             steering.limited = torch.cat([part.to(parts[0].device) for part in parts])
         self._plans, self._rows, self._layers = joined._plans, joined._rows, joined._layers
+        self._thinking = None
 
     def count_on(self, other: Steerer, rows: Sequence[int]) -> None:
         """Count on from ``other``, which ran the tokens before: row ``k`` from its ``rows[k]``."""
@@ -173,11 +187,12 @@ class Steerer:
                 )
 
     def check_touched(
-        self, row: int, *, prompt_tokens: int, generated_tokens: int
+        self, row: int, *, prompt_tokens: int, generated_tokens: int, think_tokens: int = 0
     ) -> tuple[int, ...]:
         """Return the touched counts of ``row``; raise ``SteeringError`` if they are not those due.
 
-        ``generated_tokens`` counts the generated tokens that were fed back to the model.
+        ``generated_tokens`` counts the generated tokens that were fed back to the model;
+        ``think_tokens`` of these and the last prompt token are reasoning.
         """
         counts = self._touched_of(row)
         for instruction, count in zip(self._plans[self._rows[row]], counts, strict=True):
@@ -185,6 +200,7 @@ class Steerer:
                 instruction.positions,
                 prompt_tokens=prompt_tokens,
                 generated_tokens=generated_tokens,
+                think_tokens=think_tokens,
             )
             if count != due:
                 raise SteeringError(
@@ -262,6 +278,7 @@ def steer(
     >>> steering.touched  # the last prompt token, and each generated token that was fed back
     (5,)
     """
+    _require_places(instructions)
     decoder = find_decoder(model)
     steerer = Steerer(decoder, [tuple(instructions)])
     handle = SteeringHandle(instructions)
@@ -295,6 +312,7 @@ def steer_training(
     and generation in a callback see the plain model. Gradient checkpointing is counted once.
     Raises as ``steer`` does, and ``SteeringError`` for a training forward without labels.
     """
+    _require_places(instructions)
     steerer = Steerer(find_decoder(model), [tuple(instructions)])
     handle = SteeringHandle(instructions)
 
@@ -315,6 +333,14 @@ def steer_training(
     with model.register_forward_pre_hook(before, with_kwargs=True), steerer.attached():
         yield handle
     handle._check()  # noqa: SLF001
+
+
+def _require_places(instructions: Sequence[Instruction]) -> None:
+    if any(instruction.positions in BY_SPAN for instruction in instructions):
+        raise InputError(
+            "Steering at positions think or answer needs to know which tokens are reasoning, as "
+            "pvec's generation does: use HFBackend.generate, or the positions response."
+        )
 
 
 class Unsteered:

@@ -9,14 +9,17 @@ import torch
 
 from pvec.types import Positions
 
-NUM_ROLES = 4
-PAD, PROMPT, LAST, GENERATED = range(NUM_ROLES)
-"""The role of a token. ``LAST`` is the last prompt token: it predicts the first response token."""
+NUM_ROLES = 6
+PAD, PROMPT, LAST, GENERATED, LAST_THINK, THINK = range(NUM_ROLES)
+"""The role of a token. ``LAST`` is the last prompt token: it predicts the first response token.
+``LAST_THINK`` and ``THINK`` stand for ``LAST`` and ``GENERATED`` within reasoning."""
 
 ROLES_OF: dict[Positions, tuple[int, ...]] = {
-    "prompt": (PROMPT, LAST),
-    "response": (LAST, GENERATED),
-    "all": (PROMPT, LAST, GENERATED),
+    "prompt": (PROMPT, LAST, LAST_THINK),
+    "response": (LAST, GENERATED, LAST_THINK, THINK),
+    "all": (PROMPT, LAST, GENERATED, LAST_THINK, THINK),
+    "think": (LAST_THINK, THINK),
+    "answer": (LAST, GENERATED),
 }
 
 IGNORED_LABEL = -100
@@ -39,6 +42,13 @@ def roles_by_length(
     return torch.where(real, roles, PAD)
 
 
+def with_reasoning(roles: torch.Tensor, thinking: torch.Tensor) -> torch.Tensor:
+    """Return ``roles`` ``[B, T]`` where the tokens marked ``thinking`` (bool) are reasoning."""
+    of_reasoning = torch.where(roles == LAST, LAST_THINK, THINK)
+    changes = thinking & ((roles == LAST) | (roles == GENERATED))
+    return torch.where(changes, of_reasoning, roles)
+
+
 def roles_of_prompt(real: torch.Tensor) -> torch.Tensor:
     """Return the roles ``[B, T]`` when every real token is a prompt token."""
     return roles_by_length(real, real.sum(dim=1))
@@ -57,10 +67,17 @@ def roles_from_labels(labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return torch.where(real, roles, PAD)
 
 
-def expected_touched(positions: Positions, *, prompt_tokens: int, generated_tokens: int) -> int:
+def expected_touched(
+    positions: Positions, *, prompt_tokens: int, generated_tokens: int, think_tokens: int = 0
+) -> int:
     """Return how many positions an instruction must touch in one answer.
 
     ``generated_tokens`` counts those that were fed to the model: the last sampled token never is.
+    ``think_tokens`` of these and the last prompt token are reasoning.
     """
+    if positions == "think":
+        return think_tokens
+    if positions == "answer":
+        return 1 + generated_tokens - think_tokens
     counts = {PROMPT: prompt_tokens - 1, LAST: 1, GENERATED: generated_tokens}
-    return sum(counts[role] for role in ROLES_OF[positions])
+    return sum(counts.get(role, 0) for role in ROLES_OF[positions])

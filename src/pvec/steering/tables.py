@@ -15,18 +15,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch.nn.functional import embedding
 
-from pvec.errors import ModelError, SteeringError
+from pvec.errors import InputError, ModelError, SteeringError
 from pvec.models.decoder import Decoder, check_layer, describe_layer
-from pvec.steering.positions import GENERATED, LAST, NUM_ROLES, PAD, PROMPT, ROLES_OF
-from pvec.types import LIMITS, Instruction, ModelInfo, Operator, Positions
+from pvec.steering.positions import (
+    GENERATED,
+    LAST,
+    LAST_THINK,
+    NUM_ROLES,
+    PAD,
+    PROMPT,
+    ROLES_OF,
+    THINK,
+)
+from pvec.types import BY_SPAN, LIMITS, Instruction, ModelInfo, Operator, Positions
 
 STEERED_ROLES = (PROMPT, LAST, GENERATED)
 """The rows of a plan, in order: prompt but its last token, last prompt token, generated."""
+
+SPAN_ROLES = (*STEERED_ROLES, LAST_THINK, THINK)
+"""The rows of a plan where it is known which tokens are reasoning."""
 
 NEUTRAL = (0.0, -np.inf, np.inf)
 """Offset, low and high of a clamp that changes nothing."""
@@ -48,14 +61,14 @@ class TableRows:
     bounds: np.ndarray
 
 
-def first_row(plan: int) -> int:
+def first_row(plan: int, *, roles: Sequence[int] = STEERED_ROLES) -> int:
     """Return the row of the first role of the ``plan``-th plan of a table (numbered from 0)."""
-    return 1 + len(STEERED_ROLES) * plan
+    return 1 + len(roles) * plan
 
 
 def rows_of_roles(plans: torch.Tensor, roles: torch.Tensor) -> torch.Tensor:
     """Return the table row of every token: ``plans`` ``[B, 1]`` numbers, ``roles`` ``[B, T]``."""
-    return torch.where(roles == PAD, 0, len(STEERED_ROLES) * plans + roles)  # PROMPT is role 1
+    return torch.where(roles == PAD, 0, len(SPAN_ROLES) * plans + roles)  # PROMPT is role 1
 
 
 def steering_change(
@@ -92,23 +105,34 @@ def steering_change(
     return change + moved.to(delta.dtype)
 
 
-def plan_rows(plan: Sequence[Instruction], *, clamps: int) -> dict[int, TableRows]:
-    """Return the three rows of a plan by layer; no token meets more than ``clamps`` on one."""
+def plan_rows(
+    plan: Sequence[Instruction], *, clamps: int, roles: Sequence[int] = STEERED_ROLES
+) -> dict[int, TableRows]:
+    """Return the rows of a plan by layer; no token meets more than ``clamps`` on one.
+
+    Raises ``InputError`` for positions that only ``SPAN_ROLES`` tell apart.
+    """
+    if THINK not in roles and any(i.positions in BY_SPAN for i in plan):
+        raise InputError(
+            "Steering at positions think or answer needs the transformers backend, which knows "
+            "where reasoning ends while it generates: use --backend hf."
+        )
     by_layer: dict[int, list[Instruction]] = {}
     for instruction in plan:
         by_layer.setdefault(instruction.layer, []).append(instruction)
-    return {layer: _chain_rows(chain, clamps=clamps) for layer, chain in by_layer.items()}
+    return {layer: _chain_rows(chain, clamps, roles) for layer, chain in by_layer.items()}
 
 
 def layer_table(plans: Sequence[Plan], layer: int) -> TableRows:
-    """Return the table of ``layer`` for several plans: row 0, then three rows per plan."""
+    """Return the table of ``layer`` for several plans: row 0, then ``SPAN_ROLES`` of each plan."""
     chains = [tuple(i for i in plan if i.layer == layer) for plan in plans]
     clamps = max(map(clamps_needed, chains))
     width = next(len(i.vector) for chain in chains for i in chain)
-    table = empty_rows(first_row(len(plans)), width, clamps=clamps)
+    start = partial(first_row, roles=SPAN_ROLES)
+    table = empty_rows(start(len(plans)), width, clamps=clamps)
     for number, chain in enumerate(chains):
-        place = slice(first_row(number), first_row(number + 1))
-        for rows in plan_rows(chain, clamps=clamps).values():
+        place = slice(start(number), start(number + 1))
+        for rows in plan_rows(chain, clamps=clamps, roles=SPAN_ROLES).values():
             table.delta[place] = rows.delta
             table.units[:, place] = rows.units
             table.bounds[:, place] = rows.bounds
@@ -135,10 +159,10 @@ def clamps_needed(plan: Sequence[Instruction]) -> int:
     return max(counts.values(), default=0)
 
 
-def _chain_rows(chain: Sequence[Instruction], *, clamps: int) -> TableRows:
-    rows = empty_rows(len(STEERED_ROLES), len(chain[0].vector), clamps=clamps)
+def _chain_rows(chain: Sequence[Instruction], clamps: int, roles: Sequence[int]) -> TableRows:
+    rows = empty_rows(len(roles), len(chain[0].vector), clamps=clamps)
     delta = np.zeros(rows.delta.shape, dtype=np.float64)
-    for row, role in enumerate(STEERED_ROLES):
+    for row, role in enumerate(roles):
         clamp = 0
         for instruction in chain:
             if role not in ROLES_OF[instruction.positions]:

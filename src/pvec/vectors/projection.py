@@ -19,6 +19,8 @@ SPAN_OF_PROJECTION: dict[ProjectionKind, SpanName] = {
     "prompt_last_proj": "prompt_last",
     "cos_sim": "response",
     "prompt_avg": "prompt",
+    "think_proj": "think",
+    "think_cos_sim": "think",
 }
 
 QUANTILES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
@@ -146,7 +148,7 @@ class ProjectionPlan:
         for kind in self.kinds:
             span = SPAN_OF_PROJECTION[kind]
             part = along[span]
-            if kind == "cos_sim":
+            if kind.endswith("cos_sim"):
                 length = np.where(lengths[span] == 0, np.nan, lengths[span])
                 part = part / length[:, None]
             parts.append(part)

@@ -43,6 +43,7 @@ class CausalModel:
     vocab_size: int
     bytes_per_token: int
     parameters: frozenset[str]
+    tokenizer: PreTrainedTokenizerBase
 
     @property
     def config(self) -> Any:
@@ -153,6 +154,7 @@ def causal_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> CausalModel:
         vocab_size=config.vocab_size,
         bytes_per_token=_bytes_per_token(config, inner.dtype),
         parameters=frozenset(inspect.signature(inner.forward).parameters),
+        tokenizer=tokenizer,
     )
 
 

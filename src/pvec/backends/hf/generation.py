@@ -159,6 +159,7 @@ class DecodeBatch:
                 token_ids=row.sequence,
                 length=len(row.request.prompt_ids),
                 steering=row.request.steering,
+                thinking=row.thinking if row.tracker else (),
             )
             for row, *_ in groups
         ]
@@ -223,10 +224,12 @@ class DecodeBatch:
     def _finish(self, index: int, reason: FinishReason) -> Finished:
         assert self._steerer is not None
         row = self.rows[index]
+        generated = self._lengths[index] - len(row.request.prompt_ids)
         touched = self._steerer.check_touched(
             index,
             prompt_tokens=len(row.request.prompt_ids),
-            generated_tokens=self._lengths[index] - len(row.request.prompt_ids),
+            generated_tokens=generated,
+            think_tokens=sum(row.thinking[: 1 + generated]),
         )
         limited = self._steerer.limited(index)
         return Finished(row=row, reason=reason, touched=touched, limited=limited)
@@ -252,6 +255,8 @@ class DecodeBatch:
         real = None
         if min(self._lengths) + 1 < columns:  # some row is padded
             real = torch.arange(columns, device=device) >= (columns - 1 - lengths)[:, None]
+        if any(row.tracker for row in self.rows):
+            self._steerer.set_thinking([row.thinking[-1] for row in self.rows])
         self._steerer.set_generated()
         self._logits = self._model.forward(
             newest,

@@ -19,7 +19,7 @@ from pvec.backends.hf.forward import CausalModel, left_padded
 from pvec.backends.hf.kvcache import RowCache, StateCache
 from pvec.backends.hf.probe import Probe
 from pvec.steering.hooks import Steerer
-from pvec.steering.positions import PROMPT, ROLES_OF, roles_by_length
+from pvec.steering.positions import PROMPT, ROLES_OF, roles_by_length, with_reasoning
 from pvec.types import Instruction
 
 _LEAST_SHARE = 0.1
@@ -28,11 +28,15 @@ _LEAST_SHARE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Tokens to be run, of which the first ``length`` are prompt, and their steering."""
+    """Tokens to be run, of which the first ``length`` are prompt, and their steering.
+
+    ``thinking`` says of the last prompt token and those after it which are reasoning (empty: none).
+    """
 
     token_ids: tuple[int, ...]
     length: int
     steering: tuple[Instruction, ...] = ()
+    thinking: Sequence[bool] = ()
 
     @property
     def steering_of_prompt(self) -> tuple[Instruction, ...]:
@@ -191,7 +195,14 @@ def _run(
     )
     earlier = torch.tensor(starts, device=ids.device)
     lengths = torch.tensor([row.length for row in rows], device=ids.device)
-    steerer.set_roles(roles_by_length(real, lengths, earlier=earlier))
+    roles = roles_by_length(real, lengths, earlier=earlier)
+    if any(any(row.thinking) for row in rows):
+        reasoning = torch.zeros_like(real)
+        for row, marks in zip(rows, reasoning, strict=True):
+            if row.thinking:  # the last tokens of the row: it is padded on the left
+                marks[len(marks) - len(row.thinking) :] = torch.tensor(row.thinking)
+        roles = with_reasoning(roles, reasoning)
+    steerer.set_roles(roles)
     past = torch.arange(max(starts), device=ids.device) >= max(starts) - earlier[:, None]
     seen = torch.cat([past, real], dim=1)
     logits = model.forward(

@@ -11,7 +11,8 @@ import numpy as np
 from pvec.backends.hf.forward import CausalModel
 from pvec.errors import ModelError
 from pvec.models.memory import BatchLimits
-from pvec.types import Request
+from pvec.models.reasoning import ThinkTracker
+from pvec.types import BY_SPAN, Request
 
 Notify = Callable[[str], None]
 """Receives a sentence for the user: a smaller batch, a shorter answer."""
@@ -26,6 +27,18 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     projections: list[np.ndarray] = field(default_factory=list)
     """Of the last prompt token and of each answer token that was run, where a probe measures."""
+    tracker: ThinkTracker | None = None
+    """Knows which tokens are reasoning, for steering that depends on it."""
+
+    @property
+    def thinking(self) -> list[bool]:
+        """Of the last prompt token and each token of the answer: is it reasoning, where that
+        matters to the row's steering.
+        """
+        if self.tracker is None:
+            return [False] * (1 + len(self.tokens))
+        self.tracker.follow(self.tokens)
+        return self.tracker.thinking
 
     @property
     def sequence(self) -> tuple[int, ...]:
@@ -64,7 +77,9 @@ def admit(requests: Sequence[Request], *, model: CausalModel, notify: Notify) ->
                 )
             truncated += length + room > context
             room = min(room, context - length)
-        rows.append(Row(request, max(room, 1)))
+        by_span = any(i.positions in BY_SPAN for i in request.steering)
+        tracker = ThinkTracker(model.tokenizer, request.prompt_ids) if by_span else None
+        rows.append(Row(request, max(room, 1), tracker=tracker))
     if truncated:
         notify(f"{truncated} answers may be shortened: the model's context is {context} tokens")
     return rows

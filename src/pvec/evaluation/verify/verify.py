@@ -21,7 +21,7 @@ from pvec.evaluation.verify.checks import Bench, all_checks
 from pvec.evaluation.verify.inputs import WEIGHTS, Check
 from pvec.settings import Settings
 from pvec.steering.instructions import SteeringVector, instructions, steering_vector
-from pvec.types import Instruction, Progress
+from pvec.types import BY_SPAN, Instruction, Progress
 
 PROVED = (
     "the checkpoint has exactly the tensors of this architecture, {read}and steering changes the "
@@ -120,6 +120,11 @@ def _steering(
     layers = sorted({layer for choice in choices for layer in choice})
     if steer.layer.strip() == "all":
         layers = [layer for layer in layers if direction.has(layer)]
+    if steer.positions in BY_SPAN:
+        raise InputError(
+            f"pvec verify checks positions all, prompt and response, not {steer.positions}: omit "
+            f"--positions (steer.positions)."
+        )
     coef = max(parse_coefs(steer.coef), key=abs)
     if coef == 0:
         raise InputError("--coef 0 changes nothing, so nothing can be verified: use for example 1.")

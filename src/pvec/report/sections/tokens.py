@@ -97,6 +97,8 @@ def _tokens(run: RunData, records: Sequence[TokenRecord], view: TokenView) -> Wi
         "Colour shows a token's projection: orange above the median of all tokens of this file, "
         f"blue below it. The highest passage ({PASSAGE} tokens) of each answer is underlined.",
     ]
+    if "think" in view.data:
+        notes.append("Reasoning is in italics before the answer; means are those of the answer.")
     if view.opened < len(records):
         notes.append(
             f"This page holds the tokens of {view.opened:,} of {len(records):,} answers: the most "
@@ -135,7 +137,7 @@ def _drift(records: Sequence[TokenRecord], column: int) -> list[Interval]:
     """Return the mean over conversations for turn 1, 2, …, each with its interval."""
     turns: dict[int, list[float]] = {}
     for record in records:
-        values = record.values[:, column]
+        values = record.answer_values[:, column]
         mean = float(values.mean(dtype=np.float64)) if len(values) else float("nan")
         turns.setdefault(record.turn, []).append(mean)
     return [grouped_mean(turns[t], groups=range(len(turns[t]))) for t in sorted(turns)]

@@ -98,12 +98,14 @@ pvec.starters.tokens = (root, data) => {
       node.style.background = tint(token.values[c], c);
       node.dataset.t = t;
       if (t >= passage && t < passage + data.passage) node.classList.add("passage");
+      if (data.think && t < data.think[n]) node.classList.add("think");
       text.append(node);
     });
     if (!tokens.length) text.append("(empty)");
     const readout = element("p", "readout");
     readout.setAttribute("role", "status");
-    const describe = (t) => `token ${t + 1} of ${tokens.length} `
+    const describe = (t) => `${data.think && t < data.think[n] ? "reasoning, " : ""}`
+      + `token ${t + 1} of ${tokens.length} `
       + `“${tokens[t].text.replace(/\s+/g, " ")}”: `
       + names.map((name, i) => `${name} ${say(tokens[t].values[i], i)}`).join(" · ");
     let current = -1;
@@ -148,6 +150,7 @@ pvec.starters.tokens = (root, data) => {
     const head = element("h4", "", `${place(n)} `);
     const chip = (name, value) => head.append(element("span", "chip", `${name} ${say(value, c)}`));
     chip("mean", data.mean[c][n]);
+    if (data.think && data.think[n]) chip("mean of its reasoning", data.thinkMean[c][n]);
     chip("highest passage", data.high[c].value[n]);
     chip("lowest passage", data.low[c].value[n]);
     const body = element("div", "");
