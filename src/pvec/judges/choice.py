@@ -15,7 +15,7 @@ from pvec.judges.openai import DEFAULT_MODEL, OpenAIJudge
 from pvec.judges.pacing import Patience
 from pvec.judges.server import KEY_NAME, api_key, server_url
 from pvec.models.files import ModelSpec
-from pvec.settings.sections import JudgeSettings
+from pvec.settings.judging import JudgeSettings
 
 if TYPE_CHECKING:
     from pvec.backends.base import Backend

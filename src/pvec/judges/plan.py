@@ -15,7 +15,7 @@ from pvec.judges.prompts import Metric, fill, missing_queries
 from pvec.judges.scoring import ResponseScorer, scaled
 from pvec.runs.responses import Json
 from pvec.runs.store import Run
-from pvec.settings.sections import JudgeSettings
+from pvec.settings.judging import JudgeSettings
 from pvec.vectors.vector import PersonaVector
 
 

@@ -10,14 +10,13 @@ from typing import Any
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
+from pvec.settings.judging import AuthorSettings, JudgeSettings
 from pvec.settings.projecting import ProjectSettings
 from pvec.settings.sections import (
-    AuthorSettings,
     BackendSettings,
     ExtractSettings,
     FilterSettings,
     GenerationSettings,
-    JudgeSettings,
     ModelSettings,
     Section,
     SteerSettings,
