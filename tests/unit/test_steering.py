@@ -149,6 +149,26 @@ def test_rows_that_leave_join_or_multiply_keep_their_plans_and_counts() -> None:
         steerer.check_touched(0, prompt_tokens=5, generated_tokens=1)
 
 
+def test_rows_with_plans_of_the_batch_join_its_tables_and_others_make_new_ones() -> None:
+    model = tiny_model("llama")
+    decoder = find_decoder(model)
+    one, two, three = (add(1, coef=2.0),), (add(1, coef=-1.0),), (add(1, coef=5.0),)
+    steerer = Steerer(decoder, [one, two])
+    tables = steerer._layers[1]
+    steerer.join(Steerer(decoder, [two, one, two]))
+    assert steerer._layers[1] is tables
+    steerer.select([1, 2, 4])  # nobody has the first plan now
+    steerer.join(Steerer(decoder, [two, three]))
+    assert steerer._plans == [two, three]
+    steerer.set_generated()
+    ids = IDS[[0, 1, 2, 0, 1], :1]
+    with steerer.attached():
+        steered = stream(model, ids)
+    coefs = torch.tensor([-1.0, -1.0, -1.0, -1.0, 5.0])[:, None, None]
+    assert torch.equal(steered[0], stream(model, ids)[0] + coefs * torch.from_numpy(vector()))
+    assert steerer.touched() == [(1,)] * 5
+
+
 def test_a_lora_adapter_is_steered_like_the_model_it_wraps() -> None:
     plain = stream(tiny_model("qwen2"))
     model = get_peft_model(

@@ -41,14 +41,14 @@ class Steerer:
     """
 
     def __init__(self, decoder: Decoder, plans: Sequence[Sequence[Instruction]]) -> None:
-        for plan in plans:
-            for instruction in plan:
-                check_instruction(instruction, decoder)
         distinct: dict[tuple[str, ...], Plan] = {}
         keys = [tuple(i.fingerprint for i in plan) for plan in plans]
         for key, plan in zip(keys, plans, strict=True):
             distinct.setdefault(key, tuple(plan))
-        number = {key: n for n, key in enumerate(distinct)}
+        for plan in distinct.values():
+            for instruction in plan:
+                check_instruction(instruction, decoder)
+        self._number = number = {key: n for n, key in enumerate(distinct)}
         self._decoder = decoder
         self._plans = list(distinct.values())
         self._rows = np.array([number[key] for key in keys], dtype=np.int64)  # [B] row -> plan
@@ -126,12 +126,19 @@ class Steerer:
 
     def join(self, other: Steerer) -> None:
         """Append the rows of ``other`` with their counts, as when two batches become one."""
-        joined = Steerer(self._decoder, [*self.plans, *other.plans])
+        in_use = len(np.unique(self._rows)) == len(self._plans)
+        if in_use and self._number.keys() >= other._number.keys():  # the tables stay as they are
+            numbers = np.array([self._number[key] for key in other._number], dtype=np.int64)
+            joined, rows = self, np.concatenate([self._rows, numbers[other._rows]])
+        else:
+            joined = Steerer(self._decoder, [*self.plans, *other.plans])
+            rows = joined._rows
         for layer, steering in joined._layers.items():
             steering.touched = np.concatenate([self._counts(layer), other._counts(layer)])
             parts = [one._beyond(layer) for one in (self, other)]  # noqa: SLF001
             steering.limited = torch.cat([part.to(parts[0].device) for part in parts])
-        self._plans, self._rows, self._layers = joined._plans, joined._rows, joined._layers
+        self._plans, self._number = joined._plans, joined._number
+        self._rows, self._layers = rows, joined._layers
         self._thinking = None
 
     def count_on(self, other: Steerer, rows: Sequence[int]) -> None:

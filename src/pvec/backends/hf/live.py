@@ -17,7 +17,7 @@ from pvec.backends.hf.probe import Direction, Probe
 from pvec.backends.hf.rows import Notify, Row, admit, shrink, take
 from pvec.errors import ModelError, SteeringError
 from pvec.models.memory import BatchLimits, unless_out_of_memory
-from pvec.steering.hooks import Steerer
+from pvec.steering.tables import check_instruction
 from pvec.types import FinishReason, Request
 
 
@@ -53,7 +53,8 @@ class LiveBatch:
 
         Raises ``ModelError`` when prompt or steering do not fit the model. Any thread may call it.
         """
-        Steerer(self._model.decoder, [request.steering])
+        for instruction in request.steering:
+            check_instruction(instruction, self._model.decoder)
         (row,) = admit([request], model=self._model, notify=lambda _: None)  # its end tells
         return row
 
