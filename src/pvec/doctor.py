@@ -46,6 +46,7 @@ EXTRAS = {
     "inspect": "evaluations with inspect_ai (examples/inspect)",
     "quantize": "int8 weights (--quantize int8)",
     "litellm": "judges of Anthropic, Gemini and others (--judge-model litellm:…)",
+    "sae": "pretrained sparse autoencoders (vector decompose --sae RELEASE:ID)",
     "ray": "projection on a Ray cluster (project --engine ray)",
 }
 """The optional parts of pvec by the extra that installs them, and what each is for."""

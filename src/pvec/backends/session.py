@@ -112,10 +112,11 @@ class ModelSession(Closing):
 
     def check_positions(self) -> None:
         """Raise ``InputError`` for steering positions of the settings that the backend lacks."""
-        positions = self.settings.steer.positions
-        if self.choice.name == "vllm" and positions in BY_SPAN:
+        steer = self.settings.steer
+        used = {steer.positions, *(steer.search_positions if steer.search else ())} & BY_SPAN
+        if self.choice.name == "vllm" and used:
             raise InputError(
-                f"Steering at positions {positions} needs the transformers backend, which knows "
+                f"Steering at positions {min(used)} needs the transformers backend, which knows "
                 f"where reasoning ends while it generates: use --backend hf."
             )
 

@@ -1,4 +1,4 @@
-"""``pvec vector bake`` and ``find``: vectors in the weights of a model."""
+"""``pvec vector bake``, ``find`` and ``decompose``: vectors in weights and among features."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ from pvec.types import VectorKind
 if TYPE_CHECKING:
     from pvec.evaluation.bake import BakeResult
     from pvec.projection.weight_change import FoundVector, WeightChange
+    from pvec.vectors.decompose import Decomposition
 
 app = new_app()
 
 Files = Annotated[
     list[Path],
     typer.Argument(metavar="FILE…", help="Vector files, or run folders with one vector each."),
+]
+Kind = Annotated[
+    VectorKind | None,
+    typer.Option(metavar="KIND", help="response_avg (the default), prompt_avg or prompt_last."),
+]
+Layer = Annotated[
+    int | None,
+    typer.Option("--layer", "-l", metavar="N", help="Layer, counted from 1 (0: embedding)."),
 ]
 
 MOST_SHOWN = 16
@@ -73,10 +82,7 @@ def find(
             "--layer", "-l", metavar="N", help="Look for this layer's vector in every block."
         ),
     ] = None,
-    kind: Annotated[
-        VectorKind | None,
-        typer.Option(metavar="KIND", help="response_avg (the default), prompt_avg or prompt_last."),
-    ] = None,
+    kind: Kind = None,
 ) -> None:
     """Look for known vectors in the difference of two checkpoints' weights.
 
@@ -97,6 +103,64 @@ def find(
         notify=console.note,
     )
     console.emit(result, _render_change)
+
+
+@app.command()
+@options()
+def decompose(
+    ctx: typer.Context,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A vector file, or a run folder with one vector.")
+    ],
+    sae: Annotated[
+        str,
+        typer.Option(
+            "--sae", metavar="DIR|RELEASE:ID", help="A folder of SAELens, or a pretrained one."
+        ),
+    ],
+    layer: Layer = None,
+    kind: Kind = None,
+    top: Annotated[int, typer.Option(min=1, metavar="N", help="Features to show.")] = 10,
+    labels: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON with texts by feature (default: labels.json)."),
+    ] = None,
+) -> None:
+    """Show the features of a sparse autoencoder that are nearest to a vector.
+
+    Nearest are the decoder directions with the largest absolute cosines (appendix M), beside those
+    of random directions. The layer is that of the autoencoder; pretrained ones (RELEASE:ID) need
+    `pip install 'pvec[sae]'`.
+    """
+    from pvec.vectors.decompose import decompose as decompose_vector
+    from pvec.vectors.decompose import open_autoencoder
+    from pvec.vectors.find import load_vectors
+
+    console = console_from(ctx)
+    (vector,) = load_vectors([file], layer=layer, notify=console.note).values()
+    opened = open_autoencoder(sae, labels=labels)
+    result = decompose_vector(vector, opened, layer=layer, kind=kind, top=top)
+    console.emit(result, _render_decomposition)
+
+
+def _render_decomposition(console: Console, result: Decomposition) -> None:
+    console.print(
+        f"{result.trait} {result.kind} at {result.where}: the nearest of {result.of:,} features of "
+        f"{result.sae}"
+    )
+    labelled = any(feature.label for feature in result.features)
+    rows = [
+        (f.number, f"{f.cosine:+.3f}", *((f.label,) if labelled else ())) for f in result.features
+    ]
+    console.print(table(("feature", "cosine", *(("label",) if labelled else ())), rows))
+    console.sentence(
+        f"Together they hold {result.explained:.0%} of the vector's square; the nearest feature of "
+        f"a random direction has a cosine of {result.random:.2f}."
+    )
+    if result.page:
+        console.print(f"features: {result.page}/NUMBER")
+    for note in result.notes:
+        console.note(note)
 
 
 def _render_bake(console: Console, result: BakeResult) -> None:
