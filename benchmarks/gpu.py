@@ -7,8 +7,8 @@ shape of a 7B model and in bfloat16, which changes no timing. Parts, each in a p
 
 - capture: span means of every layer, as a share of the measured matmul rate (``capture.py``);
 - project: rows of a file on a vector (``project.py``);
-- decode: answers with another steering in every row at 64, 256 and 512 rows, beside
-  ``model.generate`` with a hook at batch 20; memory peaks;
+- decode: answers with another steering in every row at 64, 256 and 512 rows, with and without
+  CUDA graphs, beside ``model.generate`` with a hook at batch 20; memory peaks;
 - verify: the checks of ``pvec verify``;
 - training: a LoRA step by TRL, by pvec, and with preventative steering (``training.py``).
 
@@ -71,11 +71,16 @@ def instruction(running: HFBackend, number: int) -> Any:
 
 def decode(args: argparse.Namespace) -> None:
     """Print tokens per second and memory peaks, per-row steering beside a hook."""
+    from dataclasses import replace
+
     import torch
 
     from pvec.types import Request, Sampling
 
     running = backend(args)
+    running.on_note = print  # a graph that could not be recorded
+    graphs = running._causal  # noqa: SLF001
+    eager = replace(graphs, fixed_shapes=False)
     prompts = [tuple(3 + (7 * n + i) % 900 for i in range(64)) for n in range(512)]
     tokens = 8 if args.quick else 128
     rows = (4, 8) if args.quick else (64, 256, 512)
@@ -90,10 +95,15 @@ def decode(args: argparse.Namespace) -> None:
             )
             for n in range(count)
         ]
-        list(running.generate(requests[:2]))
-        with Timed(args.device) as timed:
-            done = sum(len(answer.token_ids) for answer in running.generate(requests))
-        print(f"| pvec, per-row steering | {count} | {done / timed.seconds:,.0f} | {timed.peak} |")
+        for way, causal in {"": eager, ", CUDA graphs": graphs}.items():
+            if way and not causal.fixed_shapes:
+                continue  # on a CPU
+            running._causal = causal  # noqa: SLF001
+            list(running.generate(requests[:2]))
+            with Timed(args.device) as timed:
+                done = sum(len(answer.token_ids) for answer in running.generate(requests))
+            rate = f"{done / timed.seconds:,.0f}"
+            print(f"| pvec, per-row steering{way} | {count} | {rate} | {timed.peak} |")
     batch = min(REFERENCE_BATCH, rows[0])
     with Timed(args.device) as timed, torch.inference_mode():
         done = by_hook(running, prompts[:batch], tokens)

@@ -173,7 +173,7 @@ def test_an_answer_that_starts_again_in_the_middle_goes_on_as_it_was() -> None:
         for row in rows:
             row.tokens = list(whole[row.request.id].token_ids[:5])
         begun = [row for row in rows if len(row.tokens) < row.room]
-        batch = generation.DecodeBatch(causal)
+        batch = generation.DecodeBatch(causal, lambda _: None)
         batch.extend(begun, prefill_tokens=1000)
         ended: list[generation.Finished] = []
         while batch.rows:

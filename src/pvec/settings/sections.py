@@ -166,6 +166,9 @@ automatically when memory runs out (default: 1024 on a CPU, 16384 on an accelera
     max_batch_rows: int = Field(default=512, ge=1)
     """Maximum number of sequences in one batch"""
 
+    cuda_graphs: bool = True
+    """Replay the steps of generation as CUDA graphs, where transformers runs on a GPU"""
+
     vllm: VLLMSettings = Field(default_factory=VLLMSettings)
 
 

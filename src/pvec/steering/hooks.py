@@ -6,7 +6,7 @@ under it, for loops in which every row of a batch carries its own instructions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -67,6 +67,11 @@ class Steerer:
         """Whether any row has any instruction."""
         return bool(self._layers)
 
+    @property
+    def tables(self) -> object:
+        """The tables that the hooks read: another object when they have been replaced."""
+        return self._layers
+
     @contextmanager
     def attached(self) -> Iterator[Steerer]:
         """Hold the hooks, one per steered layer; none remains whatever happens inside."""
@@ -82,12 +87,25 @@ class Steerer:
         counts = torch.nn.functional.one_hot(roles, NUM_ROLES).sum(dim=1).cpu().numpy()
         self._expect(roles, counts)
 
-    def set_generated(self, tokens: int = 1) -> None:
-        """Say that the next forward holds ``tokens`` generated tokens of every row, no padding."""
+    def set_generated(self, tokens: int = 1, *, table_rows: torch.Tensor | None = None) -> None:
+        """Say that the next forward holds ``tokens`` generated tokens of every row, no padding.
+
+        ``table_rows`` ``[R, 1]`` are ``generated_rows`` on the device already; where it has more
+        rows than the batch has, the forward has too, and they are not counted.
+        """
         counts = np.zeros((len(self._rows), NUM_ROLES), dtype=np.int64)
         roles = self._generated_roles()
         counts[np.arange(len(counts)), roles] = tokens
-        self._expect(torch.from_numpy(roles[:, None]).to(self._decoder.device), counts)
+        if table_rows is None:
+            self._expect(torch.from_numpy(roles[:, None]).to(self._decoder.device), counts)
+            return
+        for steering in self._layers.values():
+            steering.expect(table_rows, counts)
+
+    def generated_rows(self) -> np.ndarray:
+        """Return the table row ``[B]`` of the next generated token of each row of the batch."""
+        roles = torch.from_numpy(self._generated_roles())
+        return rows_of_roles(torch.from_numpy(self._rows), roles).numpy()
 
     def set_thinking(self, thinking: Sequence[bool]) -> None:
         """Say of which rows the next generated tokens are reasoning, until the batch changes."""
@@ -105,6 +123,22 @@ class Steerer:
             row = rows_of_roles(plans, roles)
             for steering in self._layers.values():
                 steering.expect(row, counts)
+
+    @property
+    def beyond(self) -> dict[int, torch.Tensor]:
+        """Tokens ``[R]`` of the latest forward beyond a cap or floor, by layer that has one."""
+        layers = self._layers.items()
+        return {layer: steered.beyond for layer, steered in layers if steered.beyond is not None}
+
+    def count_replayed(self, beyond: Mapping[int, torch.Tensor]) -> None:
+        """Count the tokens last announced: what the hooks do ran without them, in a graph.
+
+        Only for a graph that was recorded from a forward for which ``check_complete`` holds;
+        ``beyond`` is what it computed of the property of that name.
+        """
+        for layer, steering in self._layers.items():
+            steering.beyond = beyond.get(layer)
+            steering.count()
 
     def pause(self) -> None:
         """Let forwards pass unsteered and uncounted until roles are set again."""

@@ -232,6 +232,8 @@ class LayerSteering:
         self.touched = np.zeros((0, NUM_ROLES), dtype=np.int64)  # [B, roles]
         self.limited = torch.zeros(0, dtype=torch.int64)
         """Tokens so far, ``[B]``, that lay beyond a cap or floor, once for each; on the device."""
+        self.beyond: torch.Tensor | None = None
+        """Those of the latest forward, where there is a cap or floor."""
         self._has_limits = any(i.layer == layer and i.operator in LIMITS for p in plans for i in p)
         self.paused = False
         self.applied = 0
@@ -251,10 +253,11 @@ class LayerSteering:
     def expect(self, row: torch.Tensor, counts: np.ndarray) -> None:
         """Take over the next forward: each token's table row and the counts ``[B, roles]``.
 
-        ``row`` is ``[B, T]``, or ``[B, 1]`` where all tokens of a sequence have the same.
+        ``row`` is ``[B, T]``, or ``[B, 1]`` where all tokens of a sequence have the same. It may
+        have further rows, of padding, that are not counted.
         """
         self._row, self._counts, self.paused = row, counts, False
-        self._shape = (len(counts), int(counts[0].sum()) if len(counts) else 0)
+        self._shape = (len(row), int(counts[0].sum()) if len(counts) else 0)
 
     def apply(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the steered hidden state ``[B, T, H]``; called by the block's hook."""
@@ -271,14 +274,20 @@ class LayerSteering:
         if (delta.device, delta.dtype) != (hidden.device, hidden.dtype):
             self._table = {name: t.to(hidden.device) for name, t in self._table.items()}
             self._table["delta"] = self._table["delta"].to(hidden.dtype)
-        beyond: list[torch.Tensor] | None = [] if self._has_limits else None
-        change = steering_change(self._row.to(hidden.device), hidden, **self._table, limited=beyond)
-        hidden = hidden + change
+        limited: list[torch.Tensor] | None = [] if self._has_limits else None
+        row = self._row.to(hidden.device)
+        hidden = hidden + steering_change(row, hidden, **self._table, limited=limited)
+        if limited:
+            self.beyond = torch.stack(limited).sum(dim=(0, -1))
         self.applied += 1
-        if self._counts is not None:  # gradient checkpointing runs a block again: count it once
-            self.touched = self.touched + self._counts
-            self._counts = None
-            if beyond:
-                tokens = torch.stack(beyond).sum(dim=(0, -1))  # [B]
-                self.limited = self.limited.to(tokens.device) + tokens
+        self.count()
         return hidden
+
+    def count(self) -> None:
+        """Count the announced tokens as touched, once: checkpointing runs a block again."""
+        if self._counts is not None:
+            self.touched = self.touched + self._counts
+            if self.beyond is not None:
+                tokens = self.beyond[: len(self._counts)]  # those behind are padding
+                self.limited = self.limited.to(tokens.device) + tokens
+            self._counts = None

@@ -42,6 +42,37 @@ def grouped_decoding(config: Any) -> Iterator[None]:
         config._attn_implementation = "sdpa"  # noqa: SLF001
 
 
+def ready_masks(
+    config: Any,
+    visible: torch.Tensor,
+    *,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    longest: int,
+    dtype: torch.dtype,
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Return the mask that transformers takes as it is, or one per kind of layer by windows.
+
+    ``visible`` bool ``[R, T, K]`` says which keys a token sees, ``query`` ``[R, T]`` and ``key``
+    ``[R, K]`` are positions, of which none is beyond ``longest``. Masks are ``[R, 1, T, K]``.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    full = _additive(visible, dtype)
+    if not window or kinds == {"full_attention"} or longest < window:
+        return full
+    near = query[:, :, None] - key[:, None, :] < window
+    sliding = _additive(visible & near, dtype)
+    if kinds == {"sliding_attention"}:
+        return sliding
+    return {"full_attention": full, "sliding_attention": sliding}
+
+
+def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+
+
 def _grouped_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -98,6 +99,8 @@ class HFBackend(Backend):
             on_load=on_load,
         )
         backend.token_budget = options.token_budget
+        if not options.cuda_graphs and backend._causal is not None:
+            backend._causal = replace(backend._causal, fixed_shapes=False)
         return backend
 
     @classmethod
@@ -210,7 +213,7 @@ class HFBackend(Backend):
     def _decoding_model(self) -> CausalModel:
         """Return the model for the decode loops, after ``check_batching``."""
         assert self._causal is not None, "the backend is closed"
-        check_batching(self._causal)
+        self._causal = check_batching(self._causal, self.on_note)
         return self._causal
 
     def _note_retry(self, budget: int) -> None:

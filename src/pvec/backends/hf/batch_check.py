@@ -9,10 +9,15 @@ padding; some compute a step otherwise than a whole pass, so the row alone is de
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from pvec.backends.hf.forward import CausalModel, left_padded
+from pvec.backends.hf.rows import Notify
+from pvec.backends.hf.step import decode_step
 from pvec.errors import ModelError
+from pvec.steering.hooks import Steerer
 
 _PROMPTS = (24, 9)
 """Lengths of the prompts in tokens: the second row is padded."""
@@ -25,45 +30,63 @@ _ROUGH_TOLERANCE = 0.3
 precision, where a mixture of experts may also choose another expert; a wrong mask gives about 1.
 """
 
-_checked: set[tuple[type, str, torch.dtype, bool]] = set()
+_checked: set[tuple[type, str, torch.dtype, bool, bool]] = set()
 
 
-def check_batching(model: CausalModel) -> None:
-    """Check an architecture once in a process (see above); ``ModelError`` when a batch differs."""
+def check_batching(model: CausalModel, notify: Notify = lambda _: None) -> CausalModel:
+    """Check an architecture once in a process (see above) and return the model to decode with.
+
+    A step of fixed shapes that differs is left out, and ``notify`` is told. Raises ``ModelError``
+    when a batch differs all the same.
+    """
+    if model.fixed_shapes:
+        problem = _problem(model, notify)
+        if problem is None:
+            return model
+        notify(f"{problem}: decoding without a CUDA graph, which is slower")
+        model = replace(model, fixed_shapes=False)
+    problem = _problem(model, notify)
+    if problem is not None:
+        raise ModelError(
+            f"{problem}: it cannot generate on the hf backend; use --backend vllm or another model."
+        )
+    return model
+
+
+def _problem(model: CausalModel, notify: Notify) -> str | None:
+    """Return what is wrong with the batches of an architecture; None when nothing is."""
     inner = model.inner
     attention = str(inner.config._attn_implementation)  # noqa: SLF001 - transformers' own name
     quantised = getattr(inner.config, "quantization_config", None) is not None
-    key = (type(inner), attention, inner.dtype, quantised)
+    key = (type(inner), attention, inner.dtype, quantised, model.fixed_shapes)
     if key in _checked:
-        return
-    advice = "it cannot generate on the hf backend; use --backend vllm or another model."
+        return None
     name = type(inner).__name__
     try:
-        difference = batch_difference(model)
+        difference = batch_difference(model, notify)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         first = str(error).split("\n", maxsplit=1)[0][:200]
-        raise ModelError(
-            f"{name} does not run in a batch with a cache ({first}): {advice}"
-        ) from error
+        return f"{name} does not run in a batch with a cache ({first})"
     if not difference <= _TOLERANCE.get(inner.dtype, _ROUGH_TOLERANCE):
-        raise ModelError(
+        return (
             f"{name} computes other logits in a batch than alone (relative difference "
-            f"{difference:.2g}): {advice}"
+            f"{difference:.2g})"
         )
     _checked.add(key)
+    return None
 
 
 @torch.inference_mode()
-def batch_difference(model: CausalModel) -> float:
+def batch_difference(model: CausalModel, notify: Notify = lambda _: None) -> float:
     """Return the largest relative difference between logits of a batch and of its rows alone."""
-    batched = _decoded(model, rows := _rows(model))  # [R, steps, V]
+    batched = _decoded(model, rows := _rows(model), notify)  # [R, steps, V]
     worst = 0.0
     for row, logits in zip(rows, batched, strict=True):
         if model.row_cache:
             ids = torch.tensor([row], device=model.device)
             alone = model.inner(input_ids=ids, use_cache=False).logits[0, -_STEPS:].float()
         else:
-            alone = _decoded(model, [row])[0]
+            alone = _decoded(model, [row], notify)[0]
         spread = (alone - alone.mean(dim=-1, keepdim=True)).norm()
         worst = max(worst, float((logits - alone).norm() / spread))
     return worst
@@ -82,18 +105,17 @@ def _rows(model: CausalModel) -> list[list[int]]:
     ]
 
 
-def _decoded(model: CausalModel, rows: list[list[int]]) -> torch.Tensor:
+def _decoded(model: CausalModel, rows: list[list[int]], notify: Notify) -> torch.Tensor:
     """Return the logits of the last tokens of each row, the rows decoded as one padded batch."""
     prompts = [row[: len(row) - _STEPS + 1] for row in rows]
     ids, real, positions = left_padded(prompts, pad_id=model.pad_id, device=model.device)
     cache = model.new_cache()
     mask = real if model.row_cache else None
-    steps = [model.forward(ids, mask=mask, positions=positions, cache=cache)]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    for step in range(1, _STEPS):
-        newest = torch.tensor([[row[step - _STEPS]] for row in rows], device=model.device)
-        real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
-        positions = lengths[:, None] + step - 1
-        mask = real if model.row_cache else None
-        steps.append(model.forward(newest, mask=mask, positions=positions, cache=cache))
-    return torch.stack(steps, dim=1)
+    logits = [model.forward(ids, mask=mask, positions=positions, cache=cache)]
+    step, steerer = decode_step(model, notify), Steerer(model.decoder, [()] * len(rows))
+    lengths = [len(prompt) for prompt in prompts]
+    for number in range(1, _STEPS):
+        tokens = [row[number - _STEPS] for row in rows]
+        logits.append(step(tokens, lengths, cache=cache, steerer=steerer).clone())
+        lengths = [length + 1 for length in lengths]
+    return torch.stack(logits, dim=1)

@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 import torch
 
+from pvec.backends.hf.attention import ready_masks
 from pvec.backends.hf.forward import CausalModel
 from pvec.backends.hf.kvcache import RowCache
 from pvec.backends.hf.rows import Notify
@@ -169,29 +169,18 @@ class _Scorer:
         known = (past < (lengths - 1)[:, None])[:, None, :].expand(-1, tree.size, -1)
         family = tree.sees.to(device).expand(len(prompts), -1, -1)
         visible = torch.cat([known, family], dim=2)  # [B, N, K + N]
-        masks = self._masks(visible, query, torch.cat([past, query], dim=1))
+        key = torch.cat([past, query], dim=1)  # [B, K + N]
+        masks = ready_masks(
+            self._model.config,
+            visible,
+            query=query,
+            key=key,
+            longest=int(key.max()),
+            dtype=self._model.inner.dtype,
+        )
         return self._model.forward(
             ids.to(device), mask=masks, positions=query, cache=cache, all_logits=True
         )
-
-    def _masks(self, visible: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Any:
-        """Return the ready-made 4-D mask, or one per kind of layer where windows matter."""
-        config = self._model.config
-        window = getattr(config, "sliding_window", None)
-        kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-        full = self._additive(visible)
-        if not window or kinds == {"full_attention"} or int(key.max()) < window:
-            return full
-        near = query[:, :, None] - key[:, None, :] < window
-        sliding = self._additive(visible & near)
-        if kinds == {"sliding_attention"}:
-            return sliding
-        return {"full_attention": full, "sliding_attention": sliding}
-
-    def _additive(self, visible: torch.Tensor) -> torch.Tensor:
-        dtype = self._model.inner.dtype
-        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]  # [B, 1, N, K + N]
 
 
 class _PlainScorer:

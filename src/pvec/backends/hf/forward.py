@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pvec.backends.hf.attention import grouped_decoding, supports_grouping
-from pvec.backends.hf.kvcache import RowCache, StateCache
+from pvec.backends.hf.kvcache import FixedCache, RowCache, StateCache
 from pvec.backends.hf.probe import Probe
 from pvec.errors import ModelError
 from pvec.models.decoder import Decoder, find_decoder
@@ -32,7 +32,8 @@ class CausalModel:
 
     ``context`` is the number of positions it can hold (None: no limit known), ``stop_ids`` are the
     tokens that end a turn, ``bytes_per_token`` is what one position costs in the cache.
-    ``parameters`` are the names of arguments that ``inner`` takes.
+    ``parameters`` are the names of arguments that ``inner`` takes. With ``fixed_shapes`` the decode
+    loop runs steps that a GPU can replay (``step.FixedStep``).
     """
 
     inner: PreTrainedModel
@@ -44,6 +45,7 @@ class CausalModel:
     bytes_per_token: int
     parameters: frozenset[str]
     tokenizer: PreTrainedTokenizerBase
+    fixed_shapes: bool = False
 
     @property
     def config(self) -> Any:
@@ -81,7 +83,7 @@ class CausalModel:
         *,
         mask: torch.Tensor | dict[str, torch.Tensor] | None,
         positions: torch.Tensor,
-        cache: RowCache | StateCache | None,
+        cache: RowCache | StateCache | FixedCache | None,
         steerer: Steerer | None = None,
         probe: Probe | None = None,
         all_logits: bool = False,
@@ -155,7 +157,16 @@ def causal_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> CausalModel:
         bytes_per_token=_bytes_per_token(config, inner.dtype),
         parameters=frozenset(inspect.signature(inner.forward).parameters),
         tokenizer=tokenizer,
+        fixed_shapes=decoder.device.type == "cuda" and _can_fix_shapes(inner, decoder),
     )
+
+
+def _can_fix_shapes(model: PreTrainedModel, decoder: Decoder) -> bool:
+    """Whether a model's step depends on no value, as transformers says, and takes a ready mask."""
+    attention = model.config._attn_implementation  # noqa: SLF001 - transformers' own name for it
+    whole = len({parameter.device for parameter in model.parameters()}) == 1
+    fixed = bool(type(model)._can_compile_fullgraph)  # noqa: SLF001 - the same
+    return fixed and whole and attention == "sdpa" and decoder.keys_and_values_only
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -22,6 +22,7 @@ from pvec.backends.hf.prefill import Prefilled, Prompt, prefill
 from pvec.backends.hf.probe import Probe
 from pvec.backends.hf.rows import Notify, Row, admit, alike, shrink, take
 from pvec.backends.hf.sampling import sample_tokens
+from pvec.backends.hf.step import decode_step
 from pvec.errors import PvecError
 from pvec.models.memory import BatchLimits, unless_out_of_memory
 from pvec.steering.hooks import Steerer
@@ -48,7 +49,7 @@ def generate(
     rows = admit(requests, model=model, notify=notify)
     Steerer(model.decoder, [row.request.steering for row in rows])  # refuse before anything runs
     queue = deque(sorted(rows, key=lambda r: (-len(r.request.prompt_ids), r.shared_key)))
-    batch = DecodeBatch(model)
+    batch = DecodeBatch(model, notify)
     most = done = tokens = 0
 
     def advance() -> list[Finished]:
@@ -72,7 +73,7 @@ def generate(
             continue
         shrink(limits, batch.rows, notify)
         queue.extendleft(reversed(batch.rows))
-        batch = DecodeBatch(model)
+        batch = DecodeBatch(model, notify)
         most = 0
 
 
@@ -89,7 +90,7 @@ def stream(
     """
     waiting = admit(requests, model=model, notify=notify)
     waiting.sort(key=lambda row: len(row.sequence))
-    batch = DecodeBatch(model)
+    batch = DecodeBatch(model, notify)
     while waiting or batch.rows:
         if not batch.rows:
             now = [r for r in waiting if model.row_cache or alike(r, waiting[0])]
@@ -132,13 +133,14 @@ def _generation(done: Finished, tokenizer: PreTrainedTokenizerBase) -> Generatio
 class DecodeBatch:
     """The rows that run now, with their cache, padding, steering and the logits to sample from."""
 
-    def __init__(self, model: CausalModel, *, probe: Probe | None = None) -> None:
+    def __init__(self, model: CausalModel, notify: Notify, *, probe: Probe | None = None) -> None:
         """Start empty; ``probe`` measures every token of ``Row.projections``."""
         self.rows: list[Row] = []
         self.ended: list[Finished] = []
         """The rows that left in the latest step, also where it then ran out of memory."""
         self._model = model
         self._probe = probe
+        self._run_tokens = decode_step(model, notify)
         self._cache = model.new_cache()
         self._steerer: Steerer | None = None
         self._logits = torch.empty(0)  # [R, V]
@@ -248,20 +250,11 @@ class DecodeBatch:
 
     def _run_newest(self) -> None:
         assert self._steerer is not None
-        device = self._model.device
-        newest = torch.tensor([[row.tokens[-1]] for row in self.rows], device=device)
-        lengths = torch.tensor(self._lengths, device=device)
-        columns = max(self._lengths) + 1
-        real = None
-        if min(self._lengths) + 1 < columns:  # some row is padded
-            real = torch.arange(columns, device=device) >= (columns - 1 - lengths)[:, None]
         if any(row.tracker for row in self.rows):
             self._steerer.set_thinking([row.thinking[-1] for row in self.rows])
-        self._steerer.set_generated()
-        self._logits = self._model.forward(
-            newest,
-            mask=real,
-            positions=lengths[:, None],
+        self._logits = self._run_tokens(
+            [row.tokens[-1] for row in self.rows],
+            self._lengths,
             cache=self._cache,
             steerer=self._steerer,
             probe=self._probe,

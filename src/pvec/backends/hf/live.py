@@ -41,7 +41,7 @@ class LiveBatch:
         self._limits = limits
         self._notify = notify
         self._probe = Probe(model.decoder, directions) if directions else None
-        self._batch = _Batch(model, probe=self._probe)
+        self._batch = _Batch(model, notify, probe=self._probe)
 
     @property
     def running(self) -> list[Row]:
@@ -84,7 +84,7 @@ class LiveBatch:
     def clear(self) -> list[Row]:
         """Drop the running rows and return them, after an error in the middle of a step."""
         rows = self.running
-        self._batch = _Batch(self._model, probe=self._probe)
+        self._batch = _Batch(self._model, self._notify, probe=self._probe)
         return rows
 
     def _advance(self) -> None:

@@ -29,7 +29,8 @@ class Probe:
             layer: torch.tensor(np.stack([directions[p][1] for p in places], axis=1)).float()
             for layer, places in self._places.items()
         }  # [H, D of the layer]
-        self._along: dict[int, torch.Tensor] = {}
+        self.along: dict[int, torch.Tensor] = {}
+        """What the latest forward measured, by layer, ``[rows, tokens, D of the layer]``."""
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -47,17 +48,17 @@ class Probe:
         table = self._tables[layer]
         if table.device != hidden.device:
             table = self._tables[layer] = table.to(hidden.device)
-        self._along[layer] = hidden.float() @ table
+        self.along[layer] = hidden.float() @ table
 
     def take(self) -> np.ndarray:
         """Return the projections of the latest forward, float32 ``[rows, tokens, directions]``.
 
         Raises ``SteeringError`` when the model skipped a layer.
         """
-        if self._along.keys() != self._tables.keys():
+        if self.along.keys() != self._tables.keys():
             raise SteeringError("A layer that is to be measured did not run: choose another layer.")
-        parts = {layer: along.cpu().numpy() for layer, along in self._along.items()}
-        self._along = {}
+        parts = {layer: along.cpu().numpy() for layer, along in self.along.items()}
+        self.along = {}
         if len(parts) == 1:
             return next(iter(parts.values()))
         first = next(iter(parts.values()))
