@@ -18,10 +18,10 @@ from pvec.extraction.calibrate import calibrate
 from pvec.models.decoder import find_decoder
 from pvec.settings import resolve
 from pvec.settings.sections import SteerSettings
-from pvec.steering.hooks import Steerer
 from pvec.steering.instructions import steering_vector
 from pvec.steering.positions import roles_by_length
 from pvec.steering.proof import due_state
+from pvec.steering.steerer import Steerer
 from pvec.training.config import SteeringPart
 from pvec.types import Instruction, Operator, Percentile
 from pvec.vectors.formats import load_vector, save_vector

@@ -15,7 +15,7 @@ from torch import nn
 
 from pvec.errors import InputError, ModelError, SteeringError
 from pvec.models.decoder import find_decoder
-from pvec.steering.hooks import Steerer, steer, steer_training
+from pvec.steering.hooks import steer, steer_training
 from pvec.steering.positions import (
     GENERATED,
     LAST,
@@ -25,6 +25,7 @@ from pvec.steering.positions import (
     roles_by_length,
     roles_from_labels,
 )
+from pvec.steering.steerer import Steerer
 from pvec.types import Instruction
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, tiny_model
 

@@ -30,8 +30,8 @@ from pvec.activations.reduce import DoneError, PendingCopy, Reducer, Sums
 from pvec.errors import InputError, ModelError
 from pvec.models.decoder import Decoder, check_layer, find_decoder
 from pvec.models.memory import unless_out_of_memory
-from pvec.steering.hooks import Steerer
 from pvec.steering.positions import roles_by_length
+from pvec.steering.steerer import Steerer
 from pvec.types import BY_SPAN, SpanMeans, SpanName, TokenSpans
 
 _WINDOW_ROWS = 2048

@@ -17,7 +17,7 @@ from pvec.backends.hf.forward import CausalModel, left_padded
 from pvec.backends.hf.rows import Notify
 from pvec.backends.hf.step import decode_step
 from pvec.errors import ModelError
-from pvec.steering.hooks import Steerer
+from pvec.steering.steerer import Steerer
 
 _PROMPTS = (24, 9)
 """Lengths of the prompts in tokens: the second row is padded."""

@@ -12,8 +12,8 @@ from pvec.backends.hf.forward import CausalModel
 from pvec.backends.hf.rows import Notify
 from pvec.errors import ModelError
 from pvec.models.memory import BatchLimits, run_in_batches
-from pvec.steering.hooks import Steerer
 from pvec.steering.positions import roles_by_length
+from pvec.steering.steerer import Steerer
 from pvec.types import Divergence, TokenSpans
 
 

@@ -19,7 +19,7 @@ from pvec.backends.hf.probe import Probe
 from pvec.errors import ModelError
 from pvec.models.decoder import Decoder, find_decoder
 from pvec.models.template import end_of_turn
-from pvec.steering.hooks import Steerer
+from pvec.steering.steerer import Steerer
 
 _HEAD_BLOCK = 1536
 _FEW_ROWS, _MANY_ROWS = 8, 128

@@ -25,7 +25,7 @@ from pvec.backends.hf.sampling import sample_tokens
 from pvec.backends.hf.step import decode_step
 from pvec.errors import PvecError
 from pvec.models.memory import BatchLimits, unless_out_of_memory
-from pvec.steering.hooks import Steerer
+from pvec.steering.steerer import Steerer
 from pvec.types import FinishReason, Generation, Progress, Request, StreamChunk
 
 _REFILL_BELOW = 0.75

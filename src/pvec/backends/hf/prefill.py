@@ -18,8 +18,8 @@ from pvec.activations.beginnings import common_beginnings
 from pvec.backends.hf.forward import CausalModel, left_padded
 from pvec.backends.hf.kvcache import RowCache, StateCache
 from pvec.backends.hf.probe import Probe
-from pvec.steering.hooks import Steerer
 from pvec.steering.positions import PROMPT, ROLES_OF, roles_by_length, with_reasoning
+from pvec.steering.steerer import Steerer
 from pvec.types import Instruction
 
 _LEAST_SHARE = 0.1

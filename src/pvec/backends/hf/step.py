@@ -20,7 +20,7 @@ from pvec.backends.hf.forward import CausalModel
 from pvec.backends.hf.kvcache import RowCache, StateCache
 from pvec.backends.hf.probe import Probe
 from pvec.backends.hf.rows import Notify
-from pvec.steering.hooks import Steerer
+from pvec.steering.steerer import Steerer
 
 _FULL_ENOUGH = 0.75
 """A recorded step goes on while this share of its rows is in use."""
