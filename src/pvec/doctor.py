@@ -44,7 +44,7 @@ EXTRAS = {
     "search": "searching for layer and coefficient (steer-eval --search)",
     "serve": "the server (`pvec serve`)",
     "inspect": "evaluations with inspect_ai (examples/inspect)",
-    "quantize": "int8 weights (--quantize int8)",
+    "quantize": "int8 weights (--quantize int8), compressed-tensors checkpoints",
     "litellm": "judges of Anthropic, Gemini and others (--judge-model litellm:…)",
     "sae": "pretrained sparse autoencoders (vector decompose --sae RELEASE:ID)",
     "ray": "projection on a Ray cluster (project --engine ray)",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from pvec.backends.hf.backend import HFBackend
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError
-from pvec.evaluation.verify.verify import verify
+from pvec.evaluation.verify.verify import VerifyResult, verify
 from pvec.models.files import ModelSpec
 from pvec.models.load import load_model
 from pvec.models.quantise import check_quantise, quantise_config
@@ -34,6 +37,11 @@ def int8_by_hand(weight: torch.Tensor) -> torch.Tensor:
         step = row.abs().max() / 127.5
         rounded[number] = torch.clamp(torch.round(row * (1.0 / step)), -128, 127) * step
     return rounded
+
+
+def verify_stored(folder: Path) -> VerifyResult:
+    model = ModelSettings(id=str(folder), device="cpu")
+    return verify(Settings(model=model, steer=SteerSettings(layer="1,3", coef="2")))
 
 
 @torchao
@@ -66,7 +74,7 @@ def test_int8_activations_are_those_of_the_rounded_weights(architecture: str) ->
 
 
 @torchao
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_every_check_of_verify_passes_on_int8_weights(architecture: str) -> None:
     settings = Settings(
         model=ModelSettings(id=str(saved_model(architecture)), device="cpu", quantize="int8"),
@@ -85,14 +93,61 @@ def test_a_checkpoint_that_is_stored_quantised_passes_every_check(tmp_path: Path
         saved_model("llama"), dtype=torch.float32, device_map="cpu", quantization_config=config
     )
     folder = save_model(model, tmp_path / "stored", tokenizer=tiny_tokenizer())
-    assert verify(
-        Settings(
-            model=ModelSettings(id=str(folder), device="cpu"),
-            steer=SteerSettings(layer="1,3", coef="2"),
-        )
-    ).passed
+    assert verify_stored(folder).passed
     with pytest.raises(InputError, match="is quantised already: omit it"):
         load_model(ModelSpec(model=str(folder), device="cpu", quantize="int8"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("compressed_tensors") is None,
+    reason="compressed-tensors is not installed",
+)
+def test_a_compressed_tensors_checkpoint_passes_every_check(tmp_path: Path) -> None:
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    make: Any = transformers.AutoModelForCausalLM
+    model = make.from_pretrained(saved_model("llama"), dtype=torch.float32)
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}
+    config = QuantizationConfig(
+        config_groups={"all": {"targets": ["Linear"], "weights": weights}},
+        format="pack-quantized",
+        ignore=["lm_head"],
+        quantization_status="frozen",
+    )
+    apply_quantization_config(model, config)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            module.weight_scale.data = module.weight.abs().amax(1, keepdim=True) / 7
+    compressor: Any = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    folder = save_model(model, tmp_path / "packed", tokenizer=tiny_tokenizer())
+    compressor.update_config(folder)
+    assert verify_stored(folder).passed
+
+
+def test_an_fp8_checkpoint_passes_every_check_on_a_cpu(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved_model("llama"), tmp_path / "fp8"))
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if "proj.weight" in name:
+            scale = tensor.abs().max() / 448  # the largest number of the format
+            tensors[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
+        else:
+            tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    assert verify_stored(folder).passed
+    projection = load_model(ModelSpec(model=str(folder), device="cpu")).model.model.layers[0]
+    name = "model.layers.0.mlp.up_proj.weight"
+    due = tensors[name].float() * tensors[f"{name}_scale_inv"]
+    assert torch.equal(projection.mlp.up_proj.weight, due)
 
 
 @torchao
