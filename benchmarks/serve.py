@@ -124,6 +124,8 @@ def stock(model: str) -> Iterator[Server]:
         *("--kv-cache-memory-bytes", cache, "--generation-config", "vllm"),
         *("--no-async-scheduling", "--disable-uvicorn-access-log"),
     ]
+    if os.environ.get("PVEC_BACKEND__VLLM__ENFORCE_EAGER") == "true":
+        command.append("--enforce-eager")
     url = f"http://127.0.0.1:{port}"
     with started(command) as process:
         while True:

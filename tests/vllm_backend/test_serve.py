@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -46,17 +47,20 @@ STEERINGS: list[list[dict[str, Any]]] = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("serve")
-    (folder / "rules.yaml").write_text(RULES, encoding="utf-8")
-    options = {"max_coef": 3.0, "max_body": 20_000, "max_requests": 40, "max_answer": 200}
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("serve") / "log.jsonl"
+
+
+@pytest.fixture(scope="module")
+def server(log: Path) -> Iterator[Running]:
+    rules = log.with_name("rules.yaml")
+    rules.write_text(RULES, encoding="utf-8")
+    limits = {"max_coef": 3.0, "max_body": 20_000, "max_requests": 40, "max_answer": 200}
     args = (
-        "--enable-auto-tool-choice --tool-call-parser hermes "
-        """--structured-outputs-config '{"backend": "xgrammar", "disable_any_whitespace": true}'"""
+        "--enable-auto-tool-choice --tool-call-parser hermes --structured-outputs-config "
+        """'{"backend": "xgrammar", "disable_any_whitespace": true}'"""
     )
-    with running_server(
-        backend="vllm", rules=folder / "rules.yaml", vllm_args=args, **options
-    ) as up:
+    with running_server(backend="vllm", rules=rules, log=log, vllm_args=args, **limits) as up:
         yield up
 
 
@@ -68,7 +72,7 @@ def report_of(answer: Any) -> dict[str, Any]:
 def test_texts_and_reports_are_those_of_the_server_on_transformers(client: OpenAI) -> None:
     bodies = [{"pvec": {"steer": steering, "tokens": True}} for steering in STEERINGS]
     bodies.append({"pvec": {"preset": "kinder", "report": []}})
-    with running_server(vectors=client_vectors()) as other, OpenAI(
+    with running_server() as other, OpenAI(
         base_url=f"{other.url}/v1", api_key="-"
     ) as hf:  # fmt: skip
         for body in bodies[:-1]:
@@ -86,12 +90,6 @@ def test_texts_and_reports_are_those_of_the_server_on_transformers(client: OpenA
     preset = ask(client, bodies[-1])
     assert preset.pvec["vectors"] == {}
     assert preset.pvec["steer"][0]["coef"] == -0.5
-
-
-def client_vectors() -> tuple[str, ...]:
-    from helpers.serving import EVIL
-
-    return (f"evil={EVIL}",)
 
 
 def test_more_steerings_than_slots_share_the_batch_and_keep_their_answers(
@@ -122,6 +120,21 @@ def test_more_steerings_than_slots_share_the_batch_and_keep_their_answers(
         tokens, its = (r["vectors"]["evil"]["tokens"] for r in (report, single.pvec))
         assert tokens == pytest.approx(its, abs=1e-4)
     assert len({text_of(answer) for answer in alone}) > 3
+
+
+def test_answers_that_are_left_free_their_slots_and_the_others_are_logged(
+    client: OpenAI, log: Path
+) -> None:
+    for number in range(12):  # of eight slots
+        stream = ask(client, steered(2 + number / 100), stream=True, max_tokens=200)
+        next(iter(stream))
+        stream.close()
+    answer = ask(client, steered(0.25), max_tokens=5)
+    assert metric(client, "pvec_answers_running") == 0
+    line = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+    evil = answer.pvec["vectors"]["evil"]
+    assert line["projections"]["evil"]["answer"] == evil["answer"]
+    assert line["answer_tokens"] == len(answer.pvec["tokens"])
 
 
 def test_a_prompt_in_the_cache_keeps_its_steering_and_its_projections(client: OpenAI) -> None:
@@ -176,7 +189,7 @@ def test_other_endpoints_and_metrics_are_vllms_and_what_would_go_round_pvec_is_r
     assert response.output_text
     assert metric(client, "vllm:generation_tokens_total") > 0
     assert client.models.list().data[0].id == "tiny"
-    assert before >= 0
+    assert metric(client, "pvec_answers_total") >= before
     for body, part in (
         ({"vllm_xargs": {"pvec": "pvec-1"}}, "send the field 'pvec'"),
         ({"use_beam_search": True}, "Beam search cannot be steered"),
@@ -230,7 +243,7 @@ def test_what_cannot_be_served_is_refused_before_the_engine_starts(
         pass
 
 
-def test_a_policy_with_an_alarm_is_refused(tmp_path: Any) -> None:
+def test_a_policy_with_an_alarm_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rules.yaml"
     path.write_text("policies: [{vector: evil, ceiling: 0, alarm: 0.3}]", encoding="utf-8")
     with pytest.raises(InputError, match="needs --backend hf"), running_server(

@@ -8,9 +8,7 @@ weights are loaded, before anything is compiled or captured.
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable, Sequence
-from threading import current_thread, main_thread
 from typing import Any
 
 import numpy as np
@@ -106,17 +104,12 @@ class ProbeWorker:
             probe.load(slot, rows.get(layer))
 
     def pvec_watch(self, directions: bytes) -> None:
-        """Take the ``directions`` float32 ``[D, H]`` to project on, each at its layer ``layers``.
-
-        A server's: from now on Ctrl-C, which reaches every process, is left to the first of them.
-        """
+        """Take the ``directions`` float32 ``[D, H]`` to project on, each at its layer."""
         arrays = unpack(directions)
         for place, (layer, row) in enumerate(
             zip(arrays["layers"], arrays["directions"], strict=True)
         ):
             self.pvec_probes[int(layer)].directions[:, place] = torch.from_numpy(row)
-        if current_thread() is main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def pvec_fetch(self, keys: Sequence[int], rows: Sequence[int]) -> bytes | None:
         """Close requests; return their counts and the accumulators ``rows``, then clear these.

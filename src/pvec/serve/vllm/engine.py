@@ -158,7 +158,8 @@ class SteeredLLM(AsyncLLM):  # type: ignore[misc]
                 answer = self.pvec_running.get(identity)
                 if answer is not None and identity not in processor.request_states:
                     del self.pvec_running[identity]
-                    self._pvec_ended(answer)
+                    if not answer.ended:
+                        self._pvec_ended(answer)
                     if answer.error is not None and identity in going:
                         processed.reqs_to_abort.append(identity)
             return processed

@@ -130,7 +130,11 @@ class VLLMService(Service):
     async def end(self, job: VLLMJob) -> None:
         """End what is still under way of a request."""
         self._jobs.pop(job.id, None)
-        going = [answer.id for answer in job.tracked if answer.id and not answer.ended]
+        left = [answer for answer in job.tracked if not answer.ended]
+        for answer in left:
+            answer.reason = "cancelled"
+            self._ended(answer)
+        going = [answer.id for answer in left if answer.id]
         if going:
             await self._llm.abort(going, internal=True)
 

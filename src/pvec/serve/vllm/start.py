@@ -6,10 +6,11 @@ import asyncio
 import os
 import queue
 import shlex
+import signal
 import warnings
 from argparse import Namespace
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -177,9 +178,23 @@ def _start(model: str, args: Namespace) -> Any:
     try:
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
         refuse(config)
-        return SteeredLLM.from_vllm_config(config)
+        with _uninterrupted_children():
+            return SteeredLLM.from_vllm_config(config)
     except (ValueError, RuntimeError, MemoryError) as error:
         raise ModelError(why_not(model, error)) from error
+
+
+@contextmanager
+def _uninterrupted_children() -> Iterator[None]:
+    """Start processes that Ctrl-C, which reaches all of a terminal, does not end.
+
+    Answers under way are finished after it; this process stops the others at the end.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 async def _application(llm: Any, args: Namespace, session: ModelSession, name: str) -> FastAPI:
