@@ -61,6 +61,17 @@ class SteeredLLM(AsyncLLM):  # type: ignore[misc]
             options["lora_request"] = self._pvec_adapter
         return self._pvec_generate(prompt, sampling_params, request_id, answers, options)
 
+    def pvec_table(self, plan: tuple[Instruction, ...]) -> bytes:
+        """Return a plan as it goes to the workers; ``InputError`` for one they cannot follow."""
+        if not plan:
+            return b""
+        key = key_of_plan(plan)
+        if key not in self._pvec_tables:
+            if len(self._pvec_tables) >= 2 * self._pvec_slots.capacity:
+                self._pvec_tables.clear()
+            self._pvec_tables[key] = pack_plan(plan_rows(plan, clamps=self._pvec_clamps))
+        return self._pvec_tables[key]
+
     async def _pvec_generate(
         self,
         prompt: dict[str, Any],
@@ -89,7 +100,7 @@ class SteeredLLM(AsyncLLM):  # type: ignore[misc]
                     "edges": [],
                     "rows": [0],
                     "plan": key,
-                    "table": self._pvec_table(key, plan),
+                    "table": self.pvec_table(plan),
                     "batch": batch,
                 },
             }
@@ -122,16 +133,6 @@ class SteeredLLM(AsyncLLM):  # type: ignore[misc]
         finally:
             self.pvec_waiting -= 1
         return slot
-
-    def _pvec_table(self, key: str, plan: tuple[Instruction, ...]) -> bytes:
-        """Return a plan as it goes to the workers, which keep those of the slots."""
-        if not plan:
-            return b""
-        if key not in self._pvec_tables:
-            if len(self._pvec_tables) >= 2 * self._pvec_slots.capacity:
-                self._pvec_tables.clear()
-            self._pvec_tables[key] = pack_plan(plan_rows(plan, clamps=self._pvec_clamps))
-        return self._pvec_tables[key]
 
     def _pvec_intercept(self, processor: Any) -> None:
         """Let the outputs of answers pass through ``TrackedAnswer`` on their way to vLLM."""

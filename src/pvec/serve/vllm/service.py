@@ -65,11 +65,11 @@ class VLLMService(Service):
         self._job_of: dict[TrackedAnswer, VLLMJob] = {}
         adapter = None if session.metadata.adapter is None else str(session.metadata.adapter)
         options = builder.options
-        self._check(rules.plan(None))
         llm.steer(
             begin=self._begin, ended=self._ended, slots=options.slots, clamps=options.clamps,
             adapter=adapter,
         )  # fmt: skip
+        self._check(rules.plan(None))
 
     @property
     def running(self) -> int:
@@ -145,6 +145,7 @@ class VLLMService(Service):
         self._builder.check_plan(plan.steering)
         if adds_too_much(plan.steering, dtype=self._builder.info.dtype):
             raise InputError(f"There is no answer: {NOT_FINITE.format(0)}; use a smaller coef.")
+        self._llm.pvec_table(plan.steering)
 
     def _limits(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the limits of an answer: as asked for or this server's, and the model's stops."""
