@@ -138,7 +138,11 @@ def save(sae: TopK, folder: Path, *, layer: int, texts: dict[int, str]) -> None:
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"model_name": "tiny", "hook_name": f"blocks.{layer - 1}.hook_resid_post"},
+        "metadata": {
+            "sae_lens_version": "6.0.0",  # of the format
+            "model_name": "tiny",
+            "hook_name": f"blocks.{layer - 1}.hook_resid_post",
+        },
     }
     (folder / "cfg.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     weights = {name: tensor.detach().contiguous() for name, tensor in sae.state_dict().items()}

@@ -31,7 +31,8 @@ def write_sae(folder: Path, decoder: np.ndarray, *, hook: str = HOOK, **metadata
     config = {
         "architecture": "topk", "d_in": width, "d_sae": features, "k": 4, "dtype": "float32",
         "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
-        "reshape_activations": "none", "metadata": {"hook_name": hook, **metadata},
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": "6.0.0", "hook_name": hook, **metadata},
     }  # fmt: skip
     (folder / "cfg.json").write_text(json.dumps(config))
     weights = {
@@ -201,3 +202,4 @@ def test_a_folder_is_read_as_saelens_wrote_it(tmp_path: Path, kind: str) -> None
     assert read.layer == 3
     ours = sae_lens.SAE.load_from_disk(write_sae(tmp_path / "ours", random_decoder(5)))
     np.testing.assert_array_equal(ours.W_dec.detach().numpy(), random_decoder(5))
+    assert ours.cfg.metadata.hook_name == HOOK

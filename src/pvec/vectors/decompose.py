@@ -190,7 +190,7 @@ def _from_folder(folder: Path, *, labels: Path, needed: bool) -> Autoencoder:
     return _autoencoder(
         str(folder),
         decoder,
-        hook=str(metadata.get("hook_name") or ""),
+        hook=str(metadata.get("hook_name") or metadata.get("hook_point") or ""),
         page=str(metadata.get("neuronpedia_id") or ""),
         labels=read_labels(labels) if needed or labels.exists() else None,
     )
