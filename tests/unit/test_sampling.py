@@ -5,17 +5,17 @@ import pytest
 import torch
 from scipy import stats
 
+from pvec.backends.hf import sampling
 from pvec.backends.hf.sampling import counter_uniforms, sample_tokens
 from pvec.types import Sampling
 
 LOGITS = torch.tensor([2.0, 0.5, -1.0, 1.5, 0.0, -3.0, 1.0, 0.2])
 
 
-def draw(sampling: Sampling, *, count: int) -> np.ndarray:
+def draw(like: Sampling, *, count: int) -> np.ndarray:
     """Sample ``count`` tokens from LOGITS, each as step 0 of a seed of its own."""
     samplings = [
-        Sampling(temperature=sampling.temperature, top_p=sampling.top_p, seed=seed)
-        for seed in range(count)
+        Sampling(temperature=like.temperature, top_p=like.top_p, seed=seed) for seed in range(count)
     ]
     return np.array(sample_tokens(LOGITS.expand(count, -1), samplings, [0] * count))
 
@@ -74,7 +74,11 @@ def test_temperature_zero_is_the_argmax_even_beside_warm_rows() -> None:
         assert tokens[row] == int(logits[row].argmax())
 
 
-def test_a_row_is_sampled_the_same_beside_any_other_rows() -> None:
+@pytest.mark.parametrize("block", [1, 100, 1 << 18])
+def test_a_row_is_sampled_the_same_beside_any_other_rows(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_BLOCK", block)
     logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(1))
     samplings = [
         Sampling(temperature=0.7, top_p=0.8, seed=1),
