@@ -16,8 +16,11 @@ from pvec.evaluation.conditions import evaluation_conditions, parse_doses, store
 from pvec.evaluation.summary import ScoredAnswer, summarise
 from pvec.extraction.calibrate import calibrate
 from pvec.models.decoder import find_decoder
+from pvec.serve.rules import SteerEntry, make_rules
+from pvec.serve.vectors import _served
 from pvec.settings import resolve
 from pvec.settings.sections import SteerSettings
+from pvec.settings.serving import ServeSettings
 from pvec.steering.instructions import steering_vector
 from pvec.steering.positions import roles_by_length
 from pvec.steering.proof import due_state
@@ -177,6 +180,23 @@ def test_training_takes_limits() -> None:
     ):
         with pytest.raises(ValidationError, match=said):
             SteeringPart(vector="v", **bad)  # type: ignore[arg-type]
+
+
+def test_the_servers_entries_and_rules_take_percentiles(tmp_path: Path) -> None:
+    places = np.random.default_rng(0).normal(size=(200, 4))
+    served = _served("evil", described(places), "response_avg")
+    file = tmp_path / "rules.yaml"
+    file.write_text("policies: [{vector: evil, ceiling: pos75, layer: 2}]", encoding="utf-8")
+    settings = ServeSettings(rules=file, steer=("evil@1 pos25",))
+    made = make_rules(
+        {"evil": served}, num_layers=3, serve=settings, steer=SteerSettings(operator="floor")
+    )
+    floor, cap = made.plan(None).steering
+    assert (floor.operator, cap.operator) == ("floor", "cap")
+    assert floor.coef == pytest.approx(np.percentile(places[:, 1], 25), rel=1e-5)
+    assert cap.coef == pytest.approx(np.percentile(places[:, 2], 75), rel=1e-5)
+    with pytest.raises(InputError, match="neither a number nor a percentile"):
+        made.instruction(SteerEntry(vector="evil", coef="much", operator="cap"))
 
 
 # ── pvec vector calibrate ───────────────────────────────────────────────────────────────────────

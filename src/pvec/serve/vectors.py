@@ -14,7 +14,7 @@ from pvec.errors import InputError
 from pvec.steering.instructions import SteeringVector, steering_vector
 from pvec.types import SIGNS, Sign, VectorKind
 from pvec.vectors.find import find_vector, load_vectors, vector_name
-from pvec.vectors.projection import QUANTILES
+from pvec.vectors.projection import QUANTILES, stored_quantiles
 from pvec.vectors.quality import best_layer
 from pvec.vectors.vector import PersonaVector
 
@@ -112,9 +112,9 @@ def _served(name: str, vector: PersonaVector, kind: VectorKind) -> ServedVector:
     }
     quantiles = {}
     for sign in SIGNS:
-        keys = [f"proj_response_{sign}_q{round(100 * share):02}" for share in QUANTILES]
-        if all(key in places for key in keys):
-            quantiles[sign] = np.array([places[key][layer] for key in keys]) / (scale or 1.0)
+        values = stored_quantiles(places, sign)
+        if values is not None:
+            quantiles[sign] = values[:, layer] / (scale or 1.0)
     return ServedVector(
         name=name,
         trait=vector.trait,
