@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,7 +26,7 @@ FORMAT_VERSION = 1
 
 INDEX = "index.json"
 
-SPANS: tuple[SpanName, ...] = get_args(SpanName)
+SPANS: tuple[SpanName, ...] = ("prompt", "prompt_last", "response")
 
 _LARGEST = 2.0**15
 """Values are divided by a power of two that brings the largest of a layer below this; float16 ends
