@@ -126,6 +126,8 @@ def stock(model: str) -> Iterator[Server]:
     ]
     if os.environ.get("PVEC_BACKEND__VLLM__ENFORCE_EAGER") == "true":
         command.append("--enforce-eager")
+    if longest := os.environ.get("PVEC_BACKEND__VLLM__MAX_MODEL_LEN"):
+        command += ["--max-model-len", longest]
     url = f"http://127.0.0.1:{port}"
     with started(command) as process:
         while True:

@@ -193,6 +193,7 @@ def test_other_endpoints_and_metrics_are_vllms_and_what_would_go_round_pvec_is_r
     for body, part in (
         ({"vllm_xargs": {"pvec": "pvec-1"}}, "send the field 'pvec'"),
         ({"use_beam_search": True}, "Beam search cannot be steered"),
+        (steered(1.0, positions="think"), "needs the transformers backend"),
         ({"temperature": "hot"}, "temperature"),
     ):
         with pytest.raises(openai.BadRequestError, match=part):

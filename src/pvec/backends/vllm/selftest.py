@@ -19,7 +19,7 @@ from pvec.backends.vllm.slots import cut
 from pvec.errors import SteeringError
 from pvec.models.decoder import describe_layer
 from pvec.steering.proof import span_errors
-from pvec.types import Instruction, ModelInfo, Positions, SpanMeans, SpanName
+from pvec.types import BY_SPAN, Instruction, ModelInfo, Positions, SpanMeans, SpanName
 
 _PROMPT, _ANSWER = 7, 3
 _TOLERANCE = {"float32": 2e-3, "float16": 3e-2, "bfloat16": 6e-2}
@@ -51,7 +51,7 @@ def _instruction(
 ) -> Instruction:
     """Return a random direction as long as the residual stream, positions in turn."""
     vector = generator.standard_normal(width).astype(np.float32)
-    positions: tuple[Positions, ...] = get_args(Positions)
+    positions: list[Positions] = [p for p in get_args(Positions) if p not in BY_SPAN]
     return Instruction(
         vector=vector,
         layer=layer,
