@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.batch_server import Batches
 from helpers.judge_server import JudgeServer, number_for
 from helpers.models import saved_model
 from helpers.shell import Done, pvec
@@ -132,6 +133,26 @@ def test_scores_are_those_the_server_gave(
     probe = given - kept  # the one question asked before anything is generated
     assert probe.total() == 1
     assert not kept - given
+
+
+def test_a_batch_is_collected_by_the_same_command(
+    extract: Extract, server: JudgeServer, folder: Path
+) -> None:
+    assert extract("--no-judge", "--limit", 1, "-n", 1).code == 0
+    server.batches = Batches()
+    judge = ("judge", folder, "--judge-url", server.url, "--judge-batch")
+    first = pvec(*judge, "--judge-batch-wait", 0)
+    assert first.code == 2
+    assert "20 scores are still in batches" in first.err
+    server.batches.steps = 0
+    second = pvec(*judge)
+    assert second.code == 0, second.err
+    assert len(server.batches.inputs) == 1  # nothing was submitted twice
+    scores = Counter(round(score.score) for score in Run.read(folder).scores())
+    prompts = [line["body"]["messages"][0]["content"] for line in server.batches.inputs[0]]
+    assert scores == Counter(number_for(prompt) for prompt in prompts)
+    assert not (folder / "batches").exists()
+    assert "sk-secret" not in "".join(p.read_text() for p in folder.glob("*.json*"))
 
 
 def test_running_again_repeats_nothing(extract: Extract, server: JudgeServer, folder: Path) -> None:

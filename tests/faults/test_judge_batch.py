@@ -299,6 +299,12 @@ def test_money_is_counted_from_what_the_server_counted_and_a_limit_holds(
     assert limited.judge.spent <= 0.05
 
 
+def test_repeats_of_a_judge_with_logprobs_are_refused(server: JudgeServer, tmp_path: Path) -> None:
+    session = Session(server, tmp_path, repeats=3)
+    with session.judge, pytest.raises(JudgeError, match=r"gives logprobs.*--judge-repeats 1"):
+        session.judge.check()
+
+
 def test_a_judge_without_logprobs_is_asked_several_times_in_one_batch(
     server: JudgeServer, batches: Batches, tmp_path: Path
 ) -> None:

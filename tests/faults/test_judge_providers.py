@@ -146,6 +146,7 @@ def test_a_provider_without_logprobs_is_asked_three_times_unless_told_otherwise(
     provider: Provider,
 ) -> None:
     assert choose_judge(JudgeSettings(model=CLAUDE), bundled=False).repeats == 3
+    assert choose_judge(JudgeSettings(model=GEMINI), bundled=False).repeats == 3
     assert choose_judge(JudgeSettings(model=CLAUDE, repeats=1), bundled=False).repeats == 1
 
 

@@ -268,7 +268,7 @@ class OpenAIJudge(Judge):
             if self.repeats > 1:
                 raise JudgeError(
                     f"The judge {self.name} gives logprobs, so one request already reads the mean "
-                    "over all its replies: omit --judge-repeats."
+                    "over all its replies: use --judge-repeats 1."
                 )
             return
         if self._require_logprobs:

@@ -110,7 +110,11 @@ def missing_keys(model: str) -> list[str]:
 
 
 def gives_logprobs(model: str) -> bool:
-    """Whether a provider's API has logprobs for a model."""
+    """Whether a provider gives logprobs for a model. Gemini's API has them, and most of its models
+    refuse them.
+    """
+    if provider_of(model) in ("gemini", "vertex_ai"):
+        return False
     return "logprobs" in (_litellm().get_supported_openai_params(model) or ())
 
 
