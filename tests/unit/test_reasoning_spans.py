@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,10 +135,12 @@ def requests(positions: Positions | None) -> list[Request]:
     ]
 
 
-def test_each_span_is_steered_as_a_plain_hook_on_its_tokens_would() -> None:
+@pytest.mark.parametrize("fixed", [False, True], ids=["ordinary step", "step of fixed shapes"])
+def test_each_span_is_steered_as_a_plain_hook_on_its_tokens_would(fixed: bool) -> None:
     """All kinds in one batch; the oracle is one uncached forward of transformers per answer."""
     made = model()
     backend = HFBackend.wrap(made, TOKENIZER)
+    backend._causal = replace(backend._decoding_model(), fixed_shapes=fixed)
     kinds: tuple[Positions | None, ...] = ("think", "answer", "response", None)
     asked = [request for kind in kinds for request in requests(kind)]
     answers = {answer.id: answer for answer in backend.generate(asked)}
