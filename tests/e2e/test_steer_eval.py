@@ -538,6 +538,17 @@ def test_a_file_of_benign_text_without_side_effects_is_refused(
     )  # fmt: skip
 
 
+def test_side_effects_of_steering_that_benign_text_cannot_show_are_refused(
+    server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
+) -> None:
+    asked = with_side_effects(tmp_path, server)
+    thinking = asked.steer.model_copy(update={"positions": "think"})
+    refused(
+        InputError, "think", tmp_path / "run",
+        asked.model_copy(update={"steer": thinking}), str(trait), vectors=[vector],
+    )  # fmt: skip
+
+
 def test_a_dry_run_counts_what_side_effects_add(
     server: JudgeServer, trait: Path, vector: Path, tmp_path: Path
 ) -> None:

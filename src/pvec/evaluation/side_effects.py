@@ -80,6 +80,12 @@ class SideEffectSetup:
             self.texts = [self._text(chat, number) for number, chat in enumerate(chats, start=1)]
         elif setup.steer.max_kl is not None:
             raise InputError(f"--max-kl cannot be kept: {NO_DISTRIBUTIONS}.")
+        searched = setup.steer.search_positions if setup.steer.search else ()
+        if self.texts and "think" in (setup.steer.positions, *searched):
+            raise InputError(
+                "Side effects are measured on benign text without reasoning, where positions think "
+                "steer nothing: omit --side-effects and --max-kl, or steer other positions."
+            )
         self._kl: dict[str, float] = {}
         self._refusals: list[ResponseRecord] = []
         self._readings: list[TextReading] = []
