@@ -3,6 +3,7 @@
     python benchmarks/serve.py [--model MODEL --vector FILE --layer N] [--requests N]
     python benchmarks/serve.py --rate 4           # requests that arrive at random, 4 per second
     python benchmarks/serve.py --memory 5000      # memory over so many measured requests
+    python benchmarks/serve.py --joining          # the engine's CPU time until a first token
     python benchmarks/serve.py --backend vllm     # in vLLM's environment
 
 Two servers of one model on one thread each: one without vectors, one that steers every answer and
@@ -245,6 +246,45 @@ def measure_memory(args: Any, entry: dict[str, Any]) -> None:
             print(f"| {tenth * args.requests:,} | {server.memory():.1f} |", flush=True)
 
 
+def measure_joining(args: Any) -> None:
+    """Print the engine's CPU time of a step in which a request joins 23 running answers.
+
+    That step gives the request its first token; wall-clock times of a busy machine hide it.
+    """
+    import numpy as np
+    import torch
+
+    import pvec
+    from pvec.models.chat import prompt_ids
+
+    torch.set_num_threads(1)
+    backend = pvec.HFBackend(args.model)
+    layer = args.layer or round(0.55 * backend.info.num_layers)
+    row = pvec.load_vector(args.vector).row(layer)
+    prompt = prompt_ids(backend.tokenizer, [{"role": "user", "content": QUESTIONS[0]}])
+
+    directions = {"plain": [], "steered": [(layer, row / np.linalg.norm(row))]}
+    batches = {name: backend.live(measured) for name, measured in directions.items()}
+    times: dict[str, list[float]] = {name: [] for name in batches}
+    for number in range(23 + args.requests):
+        for name, batch in batches.items():  # in turns: what disturbs disturbs both
+            start = time.thread_time()
+            instruction = pvec.Instruction(vector=row, layer=layer, coef=args.coef)
+            request = pvec.Request(
+                id=str(number),
+                prompt_ids=prompt,
+                sampling=pvec.Sampling(max_tokens=400, seed=number),
+                steering=(instruction,) if name == "steered" else (),
+            )
+            batch.waiting.append(batch.row(request))
+            batch.step()
+            times[name].append(1000 * (time.thread_time() - start))
+            while len(batch.running) > 23:
+                batch.end([batch.running[0]])
+    plain, steered = (statistics.median(values[23:]) for values in times.values())
+    print(f"plain {plain:.1f} ms, steered and measured {steered:.1f} ms: {steered / plain:.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="tiny")
@@ -256,12 +296,16 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--streams", type=int, nargs="+", default=STREAMS)
     parser.add_argument("--rate", type=float, help="requests per second instead of streams")
+    parser.add_argument("--joining", action="store_true", help="CPU time of a first token instead")
     parser.add_argument("--memory", type=int, metavar="N", help="memory over N requests instead")
     parser.add_argument("--backend", choices=("hf", "vllm"), default="hf")
     args = parser.parse_args()
     os.environ.setdefault("PVEC_BACKEND__VLLM__KV_CACHE_MEMORY_BYTES", str(2**28))
     entry = {"vector": "v", "coef": args.coef} | ({"layer": args.layer} if args.layer else {})
-    (measure_memory if args.memory else compare)(args, entry)
+    if args.joining:
+        measure_joining(args)
+    else:
+        (measure_memory if args.memory else compare)(args, entry)
 
 
 if __name__ == "__main__":
