@@ -116,20 +116,23 @@ coverage: $(STAMP) ## Run all tests but vLLM's and report the coverage in build/
 	$(PYTEST) -m 'not vllm and not real and not browser' --cov=pvec --cov-report=term:skip-covered \
 	  --cov-report=html:build/coverage
 
-# litellm takes 230 MB and changes packages of the others: on top of the environment, not in it.
-PROVIDERS_VENV  ?= .venv-providers
-PROVIDERS_STAMP := $(PROVIDERS_VENV)/.pvec-installed
+# litellm takes 230 MB and changes packages of the others, and transformers imports torchao with every
+# model where it is installed: both are on top of the environment, not in it.
+EXTRAS_VENV  ?= .venv-extras
+EXTRAS_STAMP := $(EXTRAS_VENV)/.pvec-installed
 
-$(PROVIDERS_STAMP): $(STAMP) constraints.txt
-	test -x $(PROVIDERS_VENV)/bin/python || $(BIN)/python -m venv $(PROVIDERS_VENV)
+$(EXTRAS_STAMP): $(STAMP) constraints.txt
+	test -x $(EXTRAS_VENV)/bin/python || $(BIN)/python -m venv $(EXTRAS_VENV)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	  > "$$($(PROVIDERS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-	$(PROVIDERS_VENV)/bin/python -m pip install --quiet -c constraints.txt litellm
+	  > "$$($(EXTRAS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(EXTRAS_VENV)/bin/python -m pip install --quiet -c constraints.txt \
+	  litellm torchao
 	@touch $@
 
-.PHONY: test-providers
-test-providers: $(PROVIDERS_STAMP) ## Test the judges of Anthropic and Gemini through litellm
-	PYTHONPATH=src $(OFFLINE) $(PROVIDERS_VENV)/bin/python -m pytest tests/faults/test_judge_providers.py
+.PHONY: test-extras
+test-extras: $(EXTRAS_STAMP) ## Test the judges of Anthropic and Gemini through litellm, and torchao's int8
+	PYTHONPATH=src $(OFFLINE) $(EXTRAS_VENV)/bin/python -m pytest \
+	  tests/faults/test_judge_providers.py tests/unit/test_quantise.py
 
 # vLLM pins its own torch build, so its tests live in an environment of their own. The CPU packaging
 # brings CUDA builds of three packages that cannot be imported beside a CPU torch: out with them.

@@ -18,7 +18,7 @@ from pvec.settings.judging import JudgeSettings
 from pvec.types import JudgeQuery
 from tests.helpers.judge_server import PROBE_WORDS
 
-pytest.importorskip("litellm", reason="litellm is not installed: make test-providers")
+pytest.importorskip("litellm", reason="litellm is not installed: make test-extras")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # litellm's own
 
