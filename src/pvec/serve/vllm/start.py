@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from importlib.util import find_spec
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,7 @@ def _uninterrupted_children() -> Iterator[None]:
 
     Answers under way are finished after it; this process stops the others at the end.
     """
+    resource_tracker.ensure_running()  # it would lift the block as it starts
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
