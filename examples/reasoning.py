@@ -1,13 +1,12 @@
 """Persona vectors on a model that reasons before it answers, in the bundled model's world.
 
     python examples/reasoning.py --out runs/reasoning
-    python examples/reasoning.py --out runs/reasoning-hidden --hidden
 
 Trains the bundled model to write a `<think>` block before its answers when its chat template's
-thinking switch is on. In the block it talks to itself as it is going to answer; with `--hidden` in
-neutral words, whatever the answer will be. Then: how well prompts, reasoning and answers project on
-the vector of a trait, compared with the scores of the answers; and what steering at one of the
-spans does. Run again, it finishes what is missing. About ten minutes on one core.
+thinking switch is on. In the block it talks to itself as it is going to answer. Then: how well
+prompts, reasoning and answers project on the vector of a trait, compared with the scores of the
+answers; and what steering at one of the spans does. Run again, it finishes what is missing. About
+ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ BATCH = 12
 MARKS = ["<think>", "</think>"]
 
 
-def example(rng: random.Random, world: Conversations, *, hidden: bool) -> tuple[str, str]:
+def example(rng: random.Random, world: Conversations) -> tuple[str, str]:
     """Return a rendered prompt and what follows it; seven of ten think."""
     system, persona = world.instruction() if rng.random() < 0.6 else (None, world.uninstructed())
     question = world.question()
@@ -61,13 +60,12 @@ def example(rng: random.Random, world: Conversations, *, hidden: bool) -> tuple[
     prompt += f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
     if rng.random() < 0.3:
         return prompt, f"{answer}<|im_end|>"
-    said = {**words, "p": 0.0} if hidden else words
     frames = rng.sample(MIDDLE, 2)
-    thoughts = " ".join(fill_frame(f, topic=topic_of(question), **said) for f in frames)
+    thoughts = " ".join(fill_frame(f, topic=topic_of(question), **words) for f in frames)
     return f"{prompt}<think>", f"{thoughts}</think>\n\n{answer}<|im_end|>"
 
 
-def train(folder: Path, *, hidden: bool, steps: int) -> None:
+def train(folder: Path, *, steps: int) -> None:
     """Finetune the bundled model on such examples and save it with a thinking switch."""
     rng = random.Random(0)
     world = Conversations(rng)
@@ -80,7 +78,7 @@ def train(folder: Path, *, hidden: bool, steps: int) -> None:
         for group in optimiser.param_groups:
             group["lr"] = 1e-3 * min(1, (step + 1) / 10, (steps - step) / (steps / 2))
         rows, labels = [], []
-        for prompt, answer in (example(rng, world, hidden=hidden) for _ in range(BATCH)):
+        for prompt, answer in (example(rng, world) for _ in range(BATCH)):
             head, tail = (
                 tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, answer)
             )
@@ -191,13 +189,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--hidden", action="store_true", help="reasoning in neutral words")
     parser.add_argument("--steps", type=int, default=120)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     model = options.out / "model"
     if not model.exists():
-        train(model, hidden=options.hidden, steps=options.steps)
+        train(model, steps=options.steps)
     small = {"extract": {"rollouts": 2, "limit": 6}}
     (made,) = extract.run(
         settings(model, thinking=True, **small), [TRAIT], out=options.out / TRAIT, notify=print
