@@ -21,6 +21,7 @@ BLOCK = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
 OTHERS = frozenset({
     "--force-reinstall", "--no-deps",  # pip
     "--control-vector", "--control-vector-layer-range", "--merge",  # llama.cpp
+    "--enable-auto-tool-choice", "--tool-call-parser",  # vLLM
     "--no",  # the beginning of many, in cli/options.py
 })  # fmt: skip
 

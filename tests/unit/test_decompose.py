@@ -131,7 +131,7 @@ def test_labels_come_with_the_folder_or_a_file(tmp_path: Path) -> None:
         ("tensor", "give a folder as SAELens saves it"),
         ("width", "features of width 16 and the vector of 'evil' is 32 wide"),
         ("labels", "does not hold labels"),
-        ("release", "fetched by SAELens, which is not installed: pip install 'pvec[sae]'"),
+        ("release", "fetched by SAELens, which is not installed: pip install '.[sae]'"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(

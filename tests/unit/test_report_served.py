@@ -54,7 +54,8 @@ def test_a_log_is_reported_with_its_older_parts(
 
 
 @pytest.mark.parametrize(
-    ("text", "part"), [('{"question": "a"}\n', "is no log of pvec serve"), ("", "no answers yet")]
+    ("text", "part"),
+    [('{"question": "a"}\n', "is no log of pvec serve"), ("", "holds no answer of pvec serve")],
 )
 def test_what_is_no_log_is_refused(tmp_path: Path, text: str, part: str) -> None:
     (tmp_path / "log.jsonl").write_text(text)

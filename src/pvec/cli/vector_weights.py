@@ -130,7 +130,7 @@ def decompose(
 
     Nearest are the decoder directions with the largest absolute cosines (appendix M), beside those
     of random directions. The layer is that of the autoencoder; pretrained ones (RELEASE:ID) need
-    `pip install 'pvec[sae]'`.
+    `pip install '.[sae]'`.
     """
     from pvec.vectors.decompose import decompose as decompose_vector
     from pvec.vectors.decompose import open_autoencoder

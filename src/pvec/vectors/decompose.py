@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pvec.documents import DocumentError, read_json
-from pvec.errors import InputError
+from pvec.errors import InputError, install_command
 from pvec.models.decoder import describe_layer
 from pvec.types import VectorKind
 from pvec.vectors.quality import best_layer
@@ -200,7 +200,7 @@ def _pretrained(release: str, identity: str, *, labels: Path | None) -> Autoenco
     if importlib.util.find_spec("sae_lens") is None:
         raise InputError(
             f"The autoencoder {release}:{identity} is fetched by SAELens, which is not installed: "
-            f"pip install 'pvec[sae]', or give a folder."
+            f"{install_command('sae')}, or give a folder."
         )
     from sae_lens import SAE
 

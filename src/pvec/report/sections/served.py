@@ -43,7 +43,10 @@ def build(logs: Sequence[Path]) -> Chapter:
 def _section(log: Path) -> Section:
     records = list(_read(log))
     if not records:
-        raise StoreError(f"{log} has no answers yet: report it when the server has given some.")
+        raise StoreError(
+            f"{log} holds no answer of pvec serve: give its log once it has answered, or a run "
+            f"folder."
+        )
     vectors = list(dict.fromkeys(name for record in records for name in record["projections"]))
     model = listed(record["model"] for record in records)
     ends = [datetime.fromtimestamp(record["time"], UTC) for record in (records[0], records[-1])]

@@ -150,8 +150,8 @@ def server_arguments(text: str, ours: dict[str, Any]) -> Namespace:
         if getattr(args, key) != parser.get_default(key):
             raise InputError(
                 f"--vllm-args has --{key.replace('_', '-')}, which pvec sets: use its own "
-                f"option or setting (--host, --port, --api-key, --served-name, --model, --dtype, "
-                f"backend.vllm.{key})."
+                f"option or setting (--host, --port, --api-key, --served-model-name, --model, "
+                f"--dtype, backend.vllm.{key})."
             )
     vars(args).update(ours, disable_fastapi_docs=True)
     try:
