@@ -11,13 +11,15 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
-from helpers.serving import EVIL, running_server
+from helpers.serving import EVIL
 from openai import AsyncOpenAI
 
 REQUESTS, CLIENTS = 2_000, 32
@@ -39,6 +41,29 @@ MALFORMED: list[dict[str, Any]] = [
 
 Case = tuple[int, int]
 """The number of a question and of a steering."""
+
+
+@contextmanager
+def server_process(*options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Serve in a process of its own, as a user does; yield the address and the process.
+
+    In a thread of this process the server's garbage collections would run in the client's midst,
+    and destroy generators of the client's library that asyncio is just about to close.
+    """
+    command = [sys.executable, "-m", "pvec", "serve", "--vector", f"evil={EVIL}", "--port", "0"]
+    with subprocess.Popen(
+        [*command, *options, "--json"],
+        stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        lines: list[str] = []
+        while not lines or lines[-1] != "}\n":
+            lines.append(process.stdout.readline())
+            assert lines[-1], "the server ended before it listened"
+        try:
+            yield json.loads("".join(lines))["url"], process
+        finally:
+            process.terminate()
 
 
 async def ask(client: AsyncOpenAI, case: Case, **options: Any) -> Any:
@@ -112,9 +137,9 @@ def test_two_thousand_requests_get_their_own_answers_and_leave_nothing() -> None
 
             await asyncio.gather(*(run() for _ in range(CLIENTS)))
 
-    with running_server() as up:
-        asyncio.run(everything(up.url))
-        metrics = httpx2.get(f"{up.url}/metrics").text
+    with server_process() as (url, _):
+        asyncio.run(everything(url))
+        metrics = httpx2.get(f"{url}/metrics").text
     value = dict(re.findall(r"^(pvec_\S+) (\S+)$", metrics, re.M))
     answers = {
         reason: float(value.get(f'pvec_answers_total{{reason="{reason}"}}', 0))
@@ -134,39 +159,30 @@ def test_two_thousand_requests_get_their_own_answers_and_leave_nothing() -> None
 @pytest.mark.timeout(300)
 def test_sigterm_under_load_loses_no_accepted_answer(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
-    command = [sys.executable, "-m", "pvec", "serve", "--vector", f"evil={EVIL}", "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--log", str(log), "--json"],
-        stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.stdout is not None
-    lines: list[str] = []
-    while not lines or lines[-1] != "}\n":
-        lines.append(process.stdout.readline())
-    url = json.loads("".join(lines))["url"]
     answered: list[str] = []
     refused: list[int | None] = []
 
-    async def client_of() -> None:
-        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
-            while True:
-                try:
-                    answer = await ask(client, (0, 1))
-                except (openai.InternalServerError, openai.APIConnectionError) as error:
-                    refused.append(getattr(error, "status_code", None))
-                    return
-                answered.append(answer.choices[0].finish_reason)
+    with server_process("--log", str(log)) as (url, process):
 
-    async def load() -> None:
-        clients = asyncio.gather(*(client_of() for _ in range(16)))
-        while len(answered) < 50:
-            await asyncio.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        await clients
+        async def client_of() -> None:
+            async with AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
+                while True:
+                    try:
+                        answer = await ask(client, (0, 1))
+                    except (openai.InternalServerError, openai.APIConnectionError) as error:
+                        refused.append(getattr(error, "status_code", None))
+                        return
+                    answered.append(answer.choices[0].finish_reason)
 
-    asyncio.run(load())
-    assert process.wait(timeout=30) == 0
-    process.stdout.close()
+        async def load() -> None:
+            clients = asyncio.gather(*(client_of() for _ in range(16)))
+            while len(answered) < 50:
+                await asyncio.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            await clients
+
+        asyncio.run(load())
+        assert process.wait(timeout=30) == 0
     assert len(refused) == 16
     assert set(refused) <= {503, None}  # None: the port is closed
     assert set(answered) == {"stop"}
