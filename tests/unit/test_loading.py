@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -32,6 +34,23 @@ def test_inspecting_reads_everything_but_the_weights(monkeypatch: pytest.MonkeyP
     assert len(metadata.fingerprint) == len(metadata.chat_hash) == 16
     assert metadata.tokenizer.chat_template == tiny_tokenizer().chat_template
     assert metadata.adapter is None
+
+
+def test_threads_may_load_at_once() -> None:
+    # in a process of its own: the first import of transformers is part of it
+    code = """if True:
+        from concurrent.futures import ThreadPoolExecutor
+        from pvec.models.files import ModelSpec
+        from pvec.models.load import load_model
+        with ThreadPoolExecutor(4) as threads:
+            specs = [ModelSpec(model=name) for name in ("tiny", "tiny/judge") * 2]
+            loaded = list(threads.map(load_model, specs))
+        print(*(model.info.fingerprint for model in loaded))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second, *others = done.stdout.split()
+    assert others == [first, second]
 
 
 def test_a_loaded_model_says_what_was_chosen_and_why() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import RLock
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from pvec.documents import read_text
 from pvec.errors import InputError, ModelError
@@ -20,6 +21,27 @@ from pvec.models.quantise import check_quantise, quantise_config
 from pvec.models.template import chat_format, end_of_turn
 from pvec.models.weights import load_weights, model_config
 from pvec.types import ModelInfo, Progress
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_LOADING = RLock()
+
+
+def _one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
+    """Let one thread at a time into the functions that load.
+
+    transformers imports its modules lazily and switches initialisation and number format for the
+    whole process while it loads: of two threads, one would miss a name or its tied weights.
+    """
+
+    @wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _LOADING:
+            return function(*args, **kwargs)
+
+    return alone
+
 
 _TOKENIZER_FILES = (
     "tokenizer*.json",
@@ -97,6 +119,7 @@ class LoadedModel:
     info: ModelInfo
 
 
+@_one_at_a_time
 def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelMetadata:
     """Read configuration, tokenizer and fingerprint of a model; no weights are loaded.
 
@@ -137,6 +160,7 @@ def inspect_model(spec: ModelSpec, *, weights: bool = True) -> ModelMetadata:
     return replace(metadata, notes=(*metadata.notes, note))
 
 
+@_one_at_a_time
 def load_model(
     spec: ModelSpec,
     *,
