@@ -12,6 +12,7 @@ import pytest
 from pvec.errors import InputError
 from pvec.judges.choice import choose_judge
 from pvec.judges.cost import OWN_PRICES, Budget, Price, estimate, known_price, parse_price
+from pvec.judges.reply import Usage
 from pvec.settings.judging import JudgeSettings
 
 CENT = Price(prompt=10_000.0, completion=20_000.0)
@@ -116,7 +117,7 @@ def test_without_a_limit_everything_may_be_asked_and_is_counted() -> None:
     budget = Budget(limit=None, price=CENT)
     reserved = budget.reserve(characters=3_000_000, completion_tokens=1)
     assert reserved is not None
-    budget.settle(reserved, prompt_tokens=100, completion_tokens=1, characters=400)
+    budget.settle(reserved, Usage(prompt=100, completion=1), characters=400)
     assert budget.spent == pytest.approx(1.02)
 
 
@@ -127,8 +128,8 @@ def test_requests_in_flight_count_against_the_limit() -> None:
     assert first is not None
     assert second is not None
     assert budget.reserve(characters=90, completion_tokens=0) is None
-    budget.settle(first, prompt_tokens=10, completion_tokens=0, characters=90)
-    budget.settle(second, prompt_tokens=10, completion_tokens=0, characters=150)
+    budget.settle(first, Usage(prompt=10, completion=0), characters=90)
+    budget.settle(second, Usage(prompt=10, completion=0), characters=150)
     assert budget.spent == pytest.approx(0.2)
     assert budget.reserve(characters=90, completion_tokens=0) is not None
 
@@ -138,7 +139,7 @@ def test_estimates_learn_from_what_the_server_counts() -> None:
     reserved = budget.reserve(characters=100, completion_tokens=0)
     assert reserved == pytest.approx(100 / 3 / 100)
     assert reserved is not None
-    budget.settle(reserved, prompt_tokens=50, completion_tokens=0, characters=100)
+    budget.settle(reserved, Usage(prompt=50, completion=0), characters=100)
     assert budget.reserve(characters=100, completion_tokens=0) == pytest.approx(0.5)
 
 

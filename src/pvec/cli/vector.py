@@ -8,30 +8,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from pvec.cli import vector_weights
-from pvec.cli.console import Console, table
+from pvec.cli import vector_hub, vector_weights
+from pvec.cli.console import Console
 from pvec.cli.options import console_from, new_app, options, resolved_from, settings_from
+from pvec.cli.vector_options import File, Files, Kind, Layer
 from pvec.errors import InputError
 from pvec.types import MEAN_DIFF, Method, VectorKind
 
 app = new_app("Compute, inspect, compare, combine and convert vectors.")
-app.add_typer(vector_weights.app)  # its commands stand beside those of this file
+for _part in (vector_hub, vector_weights):
+    app.add_typer(_part.app)  # its commands stand beside those of this file
 
-Files = Annotated[
-    list[Path],
-    typer.Argument(metavar="FILE…", help="Vector files, or run folders with one vector each."),
-]
-File = Annotated[
-    Path, typer.Argument(metavar="FILE", help="A vector file, or a run folder with one vector.")
-]
-Kind = Annotated[
-    VectorKind | None,
-    typer.Option(metavar="KIND", help="response_avg (the default), prompt_avg or prompt_last."),
-]
-Layer = Annotated[
-    int | None,
-    typer.Option("--layer", "-l", metavar="N", help="Layer, counted from 1 (0: embedding)."),
-]
 NumLayers = Annotated[
     int | None,
     typer.Option(
@@ -312,55 +299,6 @@ def convert(
         source, target, kind=kind, model_hint=model_hint, num_layers=num_layers, layer=layer
     )
     console_from(ctx).emit(result, render_files)
-
-
-@app.command()
-@options()
-def push(
-    ctx: typer.Context,
-    files: Files,
-    repo: Annotated[
-        str, typer.Option("--to", metavar="OWNER/NAME", help="The hub's model repository.")
-    ],
-    private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository private.")
-    ] = False,
-    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Commit message.")] = None,
-) -> None:
-    """Put vectors on the model hub, with a card that explains them.
-
-    Log in first with `hf auth login`, or set HF_TOKEN.
-    """
-    from pvec.vectors import hub
-
-    console = console_from(ctx)
-    result = hub.push(files, repo, private=private, message=message, notify=console.note)
-    text = f"{', '.join(result.files)} → {result.url}"
-    console.emit(result, lambda console, _: console.print(text))
-
-
-@app.command()
-@options()
-def pull(
-    ctx: typer.Context,
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A model repository.")],
-    files: Annotated[
-        list[str] | None, typer.Argument(metavar="FILE…", help="Which files (default: all).")
-    ] = None,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder they are put into.")
-    ] = Path("vectors"),
-    revision: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit.")
-    ] = None,
-) -> None:
-    """Fetch vectors from the model hub."""
-    from pvec.vectors import hub
-
-    result = hub.pull(repo, files or (), out=out, revision=revision)
-    rows = [(file.trait, file.model or "–", file.path) for file in result.files]
-    listing = table(("trait", "model", "file"), rows)
-    console_from(ctx).emit(result, lambda console, _: console.print(listing))
 
 
 def _compare_methods(console: Console, run: Path, *, kind: VectorKind, layer: int | None) -> None:

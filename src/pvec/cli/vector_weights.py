@@ -9,7 +9,7 @@ import typer
 
 from pvec.cli.console import Console, table
 from pvec.cli.options import console_from, new_app, options, settings_from
-from pvec.types import VectorKind
+from pvec.cli.vector_options import Files, Kind, Layer
 
 if TYPE_CHECKING:
     from pvec.evaluation.bake import BakeResult
@@ -17,19 +17,6 @@ if TYPE_CHECKING:
     from pvec.vectors.decompose import Decomposition
 
 app = new_app()
-
-Files = Annotated[
-    list[Path],
-    typer.Argument(metavar="FILE…", help="Vector files, or run folders with one vector each."),
-]
-Kind = Annotated[
-    VectorKind | None,
-    typer.Option(metavar="KIND", help="response_avg (the default), prompt_avg or prompt_last."),
-]
-Layer = Annotated[
-    int | None,
-    typer.Option("--layer", "-l", metavar="N", help="Layer, counted from 1 (0: embedding)."),
-]
 
 MOST_SHOWN = 16
 """Rows of a table; the others are in ``--json``."""

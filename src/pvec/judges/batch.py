@@ -305,16 +305,7 @@ class BatchJudge(OpenAIJudge):
                 reading = self._read(parse_reply(body), scale=query.scale)
             except MalformedReply as error:
                 return str(error)
-            usage = parse_usage(body)
-            if usage is None:
-                self.budget.release(share, billed=True)
-            else:
-                self.budget.settle(
-                    share,
-                    prompt_tokens=usage.prompt,
-                    completion_tokens=usage.completion,
-                    characters=None,
-                )
+            self.budget.settle(share, parse_usage(body), characters=None)
             return reading
         said = parse_error(json.dumps(body or line.get("error")).encode())
         code = status if isinstance(status, int) and status != 200 else said.code

@@ -218,15 +218,7 @@ class Endpoint(Closing):
             billed = False
             raise
         finally:
-            if usage is None:
-                self.budget.release(reserved, billed=billed)
-            else:
-                self.budget.settle(
-                    reserved,
-                    prompt_tokens=usage.prompt,
-                    completion_tokens=usage.completion,
-                    characters=characters,
-                )
+            self.budget.settle(reserved, usage, billed=billed, characters=characters)
 
     # -- what an error means --------------------------------------------------------------------
 

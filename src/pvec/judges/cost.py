@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, TypeAdapter
 
 from pvec.documents import read_json
 from pvec.errors import InputError
+from pvec.judges.reply import Usage
 
 OWN_PRICES = Path(__file__).with_name("prices.json")
 """Prices by provider and model, with their date and source; providers change them."""
@@ -186,24 +187,24 @@ class Budget:
         return amount
 
     def settle(
-        self,
-        reserved: float,
-        *,
-        prompt_tokens: int,
-        completion_tokens: int,
-        characters: int | None,
+        self, reserved: float, usage: Usage | None, *, billed: bool = True, characters: int | None
     ) -> None:
         """Replace a reservation by what the server says was used, for a prompt of that many
         ``characters`` (None: unknown, which teaches nothing about later ones).
+
+        Without ``usage`` the reservation counts as spent where it may be ``billed``.
         """
+        if usage is None:
+            self.release(reserved, billed=billed)
+            return
         self._reserved -= reserved
-        self.prompt_tokens += prompt_tokens
-        self.completion_tokens += completion_tokens
+        self.prompt_tokens += usage.prompt
+        self.completion_tokens += usage.completion
         if characters is not None:
             self._characters += characters
-            self._counted += prompt_tokens
+            self._counted += usage.prompt
         self.spent += self._price.cost(
-            prompt_tokens=prompt_tokens, completion_tokens=completion_tokens
+            prompt_tokens=usage.prompt, completion_tokens=usage.completion
         )
 
     def release(self, reserved: float, *, billed: bool) -> None:

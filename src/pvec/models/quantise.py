@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -75,9 +74,6 @@ def quantise_config(kind: Quantisation, dtype: torch.dtype) -> Any:
 
 
 def _torchao_int8() -> Any:
-    # Importing torchao logs which GPU kernels do not load, and a warning to its own developers.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
