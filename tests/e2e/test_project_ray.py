@@ -54,7 +54,8 @@ def settings() -> Settings:
         {
             "model": {"id": str(saved_model("qwen2"))},
             "backend": {"name": "hf"},
-            "project": {"layers": [2], "scale_out": "ray", "workers": 2, "chunk_rows": 4},
+            "pool": {"workers": "2"},
+            "project": {"layers": [2], "scale_out": "ray", "chunk_rows": 4},
         }
     )
 

@@ -39,7 +39,10 @@ Out = Annotated[
 
 
 @app.command()
-@options("model", "backend", "generation", "judge", "filter", "extract", "paths")
+@options(
+    "model", "backend", "pool.workers", "generation", "judge", "filter", "extract", "paths",
+    further=("pool",),
+)  # fmt: skip
 def extract(ctx: typer.Context, trait: Traits, out: Out = None, dry_run: DryRun = False) -> None:
     """Make the persona vector of one or more traits.
 

@@ -33,7 +33,7 @@ Compare = Annotated[
 
 
 @app.command()
-@options("judge", "filter")
+@options("judge", "filter", further=("pool",))
 def judge(ctx: typer.Context, run: RunFolder, compare: Compare = None) -> None:
     """Score the answers of a run, or score them again with another judge.
 

@@ -50,7 +50,7 @@ Condition = Annotated[
 @app.command()
 @options(
     "model.id", "model.adapter", "project.layers", "project.rollouts",
-    further=("model", "backend", "generation", "judge", "project.judge", "project.kind",
+    further=("model", "backend", "pool", "generation", "judge", "project.judge", "project.kind",
              "project.same_model",
              *READING, "project.chunk_rows", "paths"),
 )  # fmt: skip

@@ -52,7 +52,7 @@ Tokens = Annotated[
     "project.turns",
     further=(*READING, "model", "backend", "generation.thinking", "project.kind",
              "project.same_model", "project.chunk_rows", "project.scale_out",
-             "project.workers", "paths"),
+             "pool", "paths"),
 )  # fmt: skip
 def project(
     ctx: typer.Context,

@@ -44,8 +44,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace filtered f
 @options(
     "model.id", "model.adapter", "project.layers", "project.natural", "project.naturals",
     "project.subset", "project.percentile",
-    further=("model", "backend", "generation", "project.kind", "project.same_model", *READING,
-             "project.chunk_rows", "paths"),
+    further=("model", "backend", "pool", "generation", "project.kind", "project.same_model",
+             *READING, "project.chunk_rows", "paths"),
 )  # fmt: skip
 def screen(
     ctx: typer.Context,

@@ -39,7 +39,7 @@ ApiKey = Annotated[
 @options(
     "model.id", "model.adapter", "serve", "generation.max_tokens", "generation.thinking",
     "steer.kind", "steer.positions", "steer.operator", "steer.coef_unit",
-    further=("model", "backend"),
+    further=("model", "backend", "pool"),
 )  # fmt: skip
 def serve(ctx: typer.Context, vector: Vectors = None, api_key: ApiKey = None) -> None:
     """Serve a model to OpenAI clients, steered and measured by request.

@@ -50,7 +50,8 @@ Questions = Annotated[
     "project.layers",
     further=("model.dtype", "model.device", "model.device_map", "model.revision",
              "model.chat_template", "model.allow_pickle", "model.trust_remote_code",
-             "backend.token_budget", "project.kind", "project.same_model", *READING, "paths"),
+             "backend.token_budget", "pool", "project.kind", "project.same_model",
+             *READING, "paths"),
 )  # fmt: skip
 def shift(
     ctx: typer.Context,

@@ -55,7 +55,9 @@ Out = Annotated[
 
 
 @app.command("steer-eval")
-@options("model", "backend", "generation", "judge", "steer", "paths")
+@options(
+    "model", "backend", "pool.workers", "generation", "judge", "steer", "paths", further=("pool",)
+)
 def steer_eval(
     ctx: typer.Context,
     trait: TraitName,

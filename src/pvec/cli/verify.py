@@ -34,7 +34,10 @@ Thorough = Annotated[
 
 
 @app.command()
-@options("model", "backend", "steer.kind", "steer.layer", "steer.coef", "steer.coef_unit")
+@options(
+    "model", "backend", "steer.kind", "steer.layer", "steer.coef", "steer.coef_unit",
+    further=("pool",),
+)  # fmt: skip
 def verify(ctx: typer.Context, vector: Vector = None, thorough: Thorough = False) -> None:
     """Verify independently that steering changes activations exactly as specified.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pvec.backends.pool.address import Workers
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.arrow_table import with_column
 from pvec.data.conversations import Conversation, conversation_of
@@ -169,7 +170,7 @@ def run(
 
     if not ray.is_initialized():
         # a CPU per worker, and one that reads and writes: without it nothing would ever arrive
-        cpus = settings.project.workers + 1
+        cpus = _workers(settings) + 1
         ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     data = _read(path, lines=lines)
     there = _columns(data, lines=lines)
@@ -191,8 +192,13 @@ def run(
         rows=rows,
         columns=new,
         files=files,
-        workers=settings.project.workers,
+        workers=_workers(settings),
     )
+
+
+def _workers(settings: Settings) -> int:
+    workers = Workers.parse(settings.pool.workers)
+    return (workers.count if workers else None) or 1
 
 
 def _projected(data: ray.data.Dataset, job: RayJob, worker: type[RayWorker]) -> ray.data.Dataset:
@@ -205,7 +211,7 @@ def _projected(data: ray.data.Dataset, job: RayJob, worker: type[RayWorker]) -> 
         fn_constructor_args=(job,),
         batch_format="pyarrow",
         batch_size=project.chunk_rows,
-        compute=ray.data.ActorPoolStrategy(size=project.workers),
+        compute=ray.data.ActorPoolStrategy(size=_workers(job.settings)),
         num_gpus=1 if torch.cuda.is_available() else 0,
     )
 

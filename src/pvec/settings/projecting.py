@@ -69,9 +69,6 @@ or replaced by the last prompt token"""
     scale_out: Literal["local", "ray"] = "local"
     """Run here, or on the workers of a Ray cluster"""
 
-    workers: int = Field(default=1, ge=1)
-    """Ray workers, each with a model of its own"""
-
     @property
     def span_types(self) -> tuple[ProjectionKind, ...]:
         """``types``, those of a response once for each of its ``spans``."""

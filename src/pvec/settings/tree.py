@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
 from pvec.settings.judging import AuthorSettings, JudgeSettings
+from pvec.settings.pooling import PoolSettings
 from pvec.settings.projecting import ProjectSettings
 from pvec.settings.sections import (
     BackendSettings,
@@ -42,7 +43,8 @@ _VLLM_NAMES = {
 }
 
 RENAMED: dict[str, str] = {
-    f"backend.vllm.{old}": f"backend.vllm.{new}" for old, new in _VLLM_NAMES.items()
+    **{f"backend.vllm.{old}": f"backend.vllm.{new}" for old, new in _VLLM_NAMES.items()},
+    "project.workers": "pool.workers",
 }
 """Old dotted path of a setting → its present one. The old name still works in files, in the
 environment and as a hidden option, and a note says the new one.
@@ -65,6 +67,7 @@ class Settings(Section):
 
     model: ModelSettings = Field(default_factory=ModelSettings)
     backend: BackendSettings = Field(default_factory=BackendSettings)
+    pool: PoolSettings = Field(default_factory=PoolSettings)
     generation: GenerationSettings = Field(default_factory=GenerationSettings)
     judge: JudgeSettings = Field(default_factory=JudgeSettings)
     author: AuthorSettings = Field(default_factory=AuthorSettings)

@@ -1,0 +1,1 @@
+"""A backend that is many backends: workers of a Ray cluster, each with an engine of its own."""
