@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -86,6 +87,7 @@ class ModelSession(Closing):
                 "model reasons when it was trained to"
             )
         self._backend: Backend | None = None
+        self._lender: ModelSession | None = None
         self.kept_means: KeptMeans | None = None
         """Keeps the activations that are captured while generating, if a workflow needs them."""
 
@@ -139,6 +141,8 @@ class ModelSession(Closing):
     @property
     def backend(self) -> Backend:
         """The loaded model; the first use loads it and notes what was chosen and why."""
+        if self._lender is not None:
+            return self._lender.backend
         if self._backend is None:
             self.notify(f"loading {self.metadata.id} on {self.choice.name} ({self.choice.reason})")
             self._backend = open_backend(
@@ -163,13 +167,54 @@ class ModelSession(Closing):
     @property
     def loaded(self) -> bool:
         """Whether the weights are in memory."""
-        return self._backend is not None
+        return self._lender.loaded if self._lender is not None else self._backend is not None
 
-    def close(self) -> None:
-        """Free the model; using ``backend`` again would load it again."""
-        if self._backend is not None:
+    def lend(
+        self,
+        settings: Settings,
+        *,
+        notify: Notify = ignore,
+        on_progress: Callable[[Progress], None] = ignore,
+    ) -> ModelSession:
+        """Return a session of another command on this model, which is loaded once for all of them.
+
+        ``settings`` may differ in everything but the model and its backend. Closing the session
+        leaves the model to this one.
+        """
+        same = (settings.model, settings.backend) == (self.settings.model, self.settings.backend)
+        assert same, "a session lends its model as it is"
+        lent = copy.copy(self)
+        vars(lent).update(
+            settings=settings, notify=notify, on_progress=on_progress,
+            _lender=self._lender or self, _backend=None, kept_means=None,
+        )  # fmt: skip
+        return lent
+
+    def free(self) -> None:
+        """Free the model, also a lent one; using ``backend`` again would load it again."""
+        if self._lender is not None:
+            self._lender.free()
+        elif self._backend is not None:
             self._backend.close()
             self._backend = None
+
+    def close(self) -> None:
+        """Free the model unless it is lent."""
+        if self._lender is None:
+            self.free()
+
+
+def open_session(
+    settings: Settings,
+    *,
+    lender: ModelSession | None = None,
+    notify: Notify = ignore,
+    on_progress: Callable[[Progress], None] = ignore,
+) -> ModelSession:
+    """Return the session of a command: with a model of its own, or with that of ``lender``."""
+    if lender is not None:
+        return lender.lend(settings, notify=notify, on_progress=on_progress)
+    return ModelSession(settings, notify=notify, on_progress=on_progress)
 
 
 def open_backend(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pvec.backends.run_session import RunSession
-from pvec.backends.session import ModelSession, Notify, ignore
+from pvec.backends.session import ModelSession, Notify, ignore, open_session
 from pvec.data.judged_csv import write_judged_csv
 from pvec.errors import InputError, JudgeError
 from pvec.evaluation.effect_numbers import SideEffects
@@ -85,11 +85,12 @@ def plan(
     also: Sequence[str] = (),
     tasks: Sequence[str] = (),
     out: Path | None = None,
+    lender: ModelSession | None = None,
     notify: Notify = ignore,
 ) -> SteerEvalPlan:
     """Say what ``run`` would do and what judging would cost; loads no weights, asks nobody."""
     check_tasks(tasks)
-    with ModelSession(settings) as session:
+    with open_session(settings, lender=lender) as session:
         setup = SteerSetup(session, trait, vectors=vectors, also=also, out=out)
         effects = _side_effects(setup)
         for note in setup.notes:
@@ -114,7 +115,7 @@ def plan(
         )
 
 
-def run(
+def run(  # noqa: PLR0913 (what to evaluate: each is an option)
     settings: Settings,
     trait: str,
     *,
@@ -122,20 +123,22 @@ def run(
     also: Sequence[str] = (),
     tasks: Sequence[str] = (),
     out: Path | None = None,
+    lender: ModelSession | None = None,
     notify: Notify = ignore,
     on_progress: Callable[[Progress], None] = ignore,
 ) -> SteerEvalResult:
     """Evaluate a model on ``trait`` (name or path), steered by ``vectors`` if there are any.
 
     ``also`` names further traits to judge, ``tasks`` lm-eval tasks to run unsteered and at the
-    picked point. The run folder is ``out`` or ``runs/steer-TRAIT-MODEL``. Raises ``InputError``,
+    picked point. The run folder is ``out`` or ``runs/steer-TRAIT-MODEL``. The model is that of
+    ``lender``, if there is one (see ``ModelSession.lend``). Raises ``InputError``,
     ``ModelError``, ``JudgeError`` or ``StoreError`` for wrong input before any weights are loaded,
     and ``JudgeError`` when the judge scored nothing.
     """
     check_tasks(tasks)
     with ExitStack() as stack:
         session = stack.enter_context(
-            ModelSession(settings, notify=notify, on_progress=on_progress)
+            open_session(settings, lender=lender, notify=notify, on_progress=on_progress)
         )
         setup = SteerSetup(session, trait, vectors=vectors, also=also, out=out)
         effects = _side_effects(setup)

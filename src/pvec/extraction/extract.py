@@ -21,7 +21,7 @@ from pvec.backends.planned import (
     question_messages,
 )
 from pvec.backends.run_session import RunSession, run_identity, use_run_date
-from pvec.backends.session import ModelSession, Notify, ignore
+from pvec.backends.session import ModelSession, Notify, ignore, open_session
 from pvec.errors import InputError
 from pvec.extraction.vector import (
     ENOUGH,
@@ -70,13 +70,18 @@ class ExtractPlan(RunPlan):
 
 
 def plan(
-    settings: Settings, traits: Sequence[str], *, out: Path | None = None, notify: Notify = ignore
+    settings: Settings,
+    traits: Sequence[str],
+    *,
+    out: Path | None = None,
+    lender: ModelSession | None = None,
+    notify: Notify = ignore,
 ) -> list[ExtractPlan]:
     """Say what ``run`` would do and what judging would cost; loads no weights, asks nobody.
 
     Raises what ``run`` raises for bad input.
     """
-    with ModelSession(settings) as session:
+    with open_session(settings, lender=lender) as session:
         plans = []
         for trait in _load_traits(traits, settings.extract, out=out, notify=notify):
             folder = run_folder(settings, trait, out=out)
@@ -100,12 +105,14 @@ def run(
     traits: Sequence[str],
     *,
     out: Path | None = None,
+    lender: ModelSession | None = None,
     notify: Notify = ignore,
     on_progress: Callable[[Progress], None] = ignore,
 ) -> list[ExtractResult]:
     """Extract the persona vectors of ``traits`` (names or paths) with one model load.
 
-    Each trait gets a run folder: ``out`` for a single one, else ``runs/TRAIT-MODEL``. Raises
+    Each trait gets a run folder: ``out`` for a single one, else ``runs/TRAIT-MODEL``. The model is
+    that of ``lender``, if there is one (see ``ModelSession.lend``). Raises
     ``InputError``, ``ModelError``, ``JudgeError`` or ``StoreError`` for wrong input before any
     weights are loaded, and ``InputError`` with the counts when too few answers were kept (after
     the other traits were finished).
@@ -113,7 +120,7 @@ def run(
     loaded = _load_traits(traits, settings.extract, out=out, notify=notify)
     with ExitStack() as stack:
         session = stack.enter_context(
-            ModelSession(settings, notify=notify, on_progress=on_progress)
+            open_session(settings, lender=lender, notify=notify, on_progress=on_progress)
         )
         scorer = None
         if settings.extract.judge:

@@ -17,7 +17,7 @@ import numpy as np
 
 from pvec.backends.hf.backend import HFBackend
 from pvec.backends.planned import OnProgress, PromptCache, question_messages
-from pvec.backends.session import ModelSession, Notify, ignore
+from pvec.backends.session import ModelSession, Notify, ignore, open_session
 from pvec.data.conversations import Ids
 from pvec.errors import InputError, ModelError
 from pvec.models.adapters import adapted, find_adapter
@@ -78,7 +78,7 @@ class ShiftResult(HtmlResult):
     next: tuple[str, ...] = ()
 
 
-def run(
+def run(  # noqa: PLR0913 (what to measure: each is an option)
     settings: Settings,
     models: Sequence[str],
     vectors: Sequence[str | Path],
@@ -86,13 +86,15 @@ def run(
     traits: Sequence[str] = (),
     questions: Path | None = None,
     output: OutputOptions = DEFAULT_OUTPUT,
+    lender: ModelSession | None = None,
     notify: Notify = ignore,
     on_progress: OnProgress = ignore,
 ) -> ShiftResult:
     """Measure the shift of each of ``models[1:]`` from the base ``models[0]``.
 
     The prompts are the evaluation questions of ``traits`` (default: those of the vectors), or
-    those of the file ``questions``. Raises ``InputError`` or ``ModelError`` for wrong input before
+    those of the file ``questions``. The base is loaded by ``lender``, if there is one (see
+    ``ModelSession.lend``). Raises ``InputError`` or ``ModelError`` for wrong input before
     weights are loaded.
     """
     if len(models) < 2:
@@ -100,7 +102,7 @@ def run(
     base, *checkpoints = models
     settings = on_base(settings, base)
     adapters = {name: find_adapter(base, name) for name in checkpoints}
-    with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
+    with open_session(settings, lender=lender, notify=notify, on_progress=on_progress) as session:
         loaded = open_vectors(session, vectors)
         prompts = _prompts(session, loaded, traits=traits, questions=questions, output=output)
         wholes = {
@@ -162,7 +164,8 @@ def _measure_all(
         if files is not None:
             with _adapter_on(_backend(session), files) as backend:
                 values[name] = measure(backend) - at_base
-    session.close()
+    if wholes:
+        session.free()
     for name, whole in wholes.items():
         with whole:
             values[name] = measure(_backend(whole)) - at_base
