@@ -365,3 +365,5 @@ class Progress:
     unit: str = "items"
     detail: str = ""
     extra: Mapping[str, float] = field(default_factory=dict)
+    outer: bool = False
+    """Whether it counts parts that each have stages of their own (the cells of a grid)."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pvec.cli.console import Console
+from pvec.cli.grid import Grid, run_on_grid
 from pvec.cli.options import DryRun, console_from, new_app, options, settings_from
 from pvec.cli.render import (
     TINY_NOTE,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 app = new_app()
 
 Traits = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--trait", "-t", metavar="NAME|FILE", help="A bundled trait or a .json file; repeatable."
     ),
@@ -43,21 +44,30 @@ Out = Annotated[
     "model", "backend", "pool.workers", "generation", "judge", "filter", "extract", "paths",
     further=("pool",),
 )  # fmt: skip
-def extract(ctx: typer.Context, trait: Traits, out: Out = None, dry_run: DryRun = False) -> None:
+def extract(
+    ctx: typer.Context,
+    trait: Traits = None,
+    out: Out = None,
+    grid: Grid = None,
+    dry_run: DryRun = False,
+) -> None:
     """Make the persona vector of one or more traits.
 
     Generates answers under opposite system prompts, judges them, keeps those that show the trait
     (or do not), and takes the difference of their mean activations. Run it again and it finishes
-    what is missing.
+    what is missing. A grid file runs many models, traits and seeds.
     """
+    if grid is not None:
+        run_on_grid(ctx, "extract", grid, out=out, dry_run=dry_run, refused={"--trait": trait})
+        return
     from pvec.extraction import extract as workflow
 
-    settings, console = settings_from(ctx), console_from(ctx)
+    settings, console, traits = settings_from(ctx), console_from(ctx), trait or ()
     if dry_run:
-        plans = workflow.plan(settings, trait, out=out, notify=console.note)
+        plans = workflow.plan(settings, traits, out=out, notify=console.note)
         console.emit(plans, _render_plans)
     else:
-        console.emit(console.call(partial(workflow.run, settings, trait, out=out)), _render)
+        console.emit(console.call(partial(workflow.run, settings, traits, out=out)), _render)
 
 
 def _render_plans(console: Console, plans: Sequence[ExtractPlan]) -> None:

@@ -81,13 +81,18 @@ class PlainProgress:
         self._clock = clock
         self._stage: str | None = None
         self._pace = Pace(began=(0.0, 0))
+        self._outer: Pace | None = None
 
     def __call__(self, progress: Progress) -> None:
         """Write a line when enough happened since the last one."""
         now = self._clock()
+        if progress.outer:
+            self._outer, self._stage = self._outer or _pace(progress, now), None
+            self._write(f"{progress.stage}: {describe(progress, self._outer, now)}")
+            return
         if progress.stage != self._stage:
             self._stage = progress.stage
-            self._pace = Pace(began=(now, progress.done))
+            self._pace = _pace(progress, now)
         else:
             self._pace.rate(now, progress.done)
             if not self._due(progress, now):
@@ -125,10 +130,13 @@ def bars(console: rich.console.Console, *, clock: Clock = time.monotonic) -> Ite
 
     def on_progress(progress: Progress) -> None:
         now = clock()
+        if progress.outer:  # the stages of its last part give way to those of the next
+            for stage in [stage for stage in tasks if stage != progress.stage]:
+                drawn.remove_task(tasks.pop(stage)[0])
         if progress.stage not in tasks:
             tasks[progress.stage] = (
                 drawn.add_task(progress.stage, total=progress.total, said=""),
-                Pace(began=(now, progress.done)),
+                _pace(progress, now),
             )
         task, pace = tasks[progress.stage]
         room = console.width - len(progress.stage) - _BAR
@@ -137,6 +145,12 @@ def bars(console: rich.console.Console, *, clock: Clock = time.monotonic) -> Ite
 
     with drawn:
         yield on_progress
+
+
+def _pace(progress: Progress, now: float) -> Pace:
+    """Return the pace of a stage that begins; of outer parts the first one's time counts too."""
+    began = (now, progress.done)
+    return Pace(began=began, first=began if progress.outer else None)
 
 
 def duration(seconds: float) -> str:

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pvec.cli.console import Console, table
+from pvec.cli.grid import Grid, run_on_grid
 from pvec.cli.options import (
     READING,
     RunOut,
     SkipBad,
     Traits,
-    Vectors,
     console_from,
     new_app,
     options,
     settings_from,
 )
 from pvec.cli.render import intervals, r_interval, render_next
+from pvec.errors import InputError
 from pvec.runs.names import model_label
 from pvec.types import OutputOptions
 
@@ -30,10 +31,14 @@ if TYPE_CHECKING:
 app = new_app()
 
 Models = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
         metavar="BASE FINETUNED...", help="The base model, then its finetunes or their adapters."
     ),
+]
+ShiftVectors = Annotated[
+    list[str] | None,
+    typer.Option("--vector", metavar="FILE", help="Vector file or run; repeatable."),
 ]
 Questions = Annotated[
     Path | None,
@@ -56,18 +61,27 @@ Questions = Annotated[
 def shift(
     ctx: typer.Context,
     *,
-    models: Models,
-    vector: Vectors,
+    models: Models = None,
+    vector: ShiftVectors = None,
     trait: Traits = None,
     questions: Questions = None,
     out: RunOut = None,
+    grid: Grid = None,
     skip_bad: SkipBad = False,
 ) -> None:
     """Measure how far finetuning moved models along vectors.
 
     The shift is the mean over prompts of the last prompt token's activation, finetuned minus base,
-    projected on the vector. Further options: docs/cli.md.
+    projected on the vector. With a grid file the models are those with `checkpoints:` and the
+    vectors those that `pvec extract` made with it. Further options: docs/cli.md.
     """
+    if grid is not None:
+        refused = {"BASE FINETUNED...": models, "--vector": vector, "--trait": trait}
+        arguments = {"questions": questions, "skip_bad": skip_bad}
+        run_on_grid(ctx, "shift", grid, out=out, refused=refused, arguments=arguments)
+        return
+    if not vector:
+        raise InputError("No vector was named: give --vector FILE, a vector file or a run.")
     from pvec.projection import shift as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
@@ -75,7 +89,7 @@ def shift(
         partial(
             workflow.run,
             settings,
-            models,
+            models or (),
             vector,
             traits=trait or (),
             questions=questions,

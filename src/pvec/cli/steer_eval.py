@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pvec.cli.console import Console, table
+from pvec.cli.grid import Grid, run_on_grid
 from pvec.cli.options import DryRun, console_from, new_app, options, settings_from
 from pvec.cli.render import interval, render_judge, render_next, render_plan
+from pvec.errors import InputError
 
 if TYPE_CHECKING:
     from pvec.evaluation.effect_numbers import SideEffects
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 app = new_app()
 
 TraitName = Annotated[
-    str,
+    str | None,
     typer.Option("--trait", "-t", metavar="NAME|FILE", help="A bundled trait or a .json file."),
 ]
 Vectors = Annotated[
@@ -60,11 +62,12 @@ Out = Annotated[
 )
 def steer_eval(
     ctx: typer.Context,
-    trait: TraitName,
+    trait: TraitName = None,
     vector: Vectors = None,
     also: Also = None,
     tasks: Tasks = None,
     out: Out = None,
+    grid: Grid = None,
     dry_run: DryRun = False,
 ) -> None:
     """Evaluate steering: trait and coherence by layer and coefficient.
@@ -72,14 +75,22 @@ def steer_eval(
     Every layer and coefficient, a random vector of the same norm, the trait asked for in the
     prompt, and the unsteered model answer the same questions in one pass. Layer and coefficient
     are picked on half of the questions and reported on the other half; with `--search N` only N
-    points are tried, on the first half. Run it again and it finishes what is missing.
+    points are tried, on the first half. Run it again and it finishes what is missing. A grid file
+    runs every vector that `pvec extract` made with it.
     """
+    arguments: dict[str, Any] = {"also": also or (), "tasks": tasks or ()}
+    if grid is not None:
+        refused = {"--trait": trait, "--vector": vector}
+        run_on_grid(
+            ctx, "steer-eval", grid, out=out, dry_run=dry_run, refused=refused, arguments=arguments
+        )
+        return
+    if trait is None:
+        raise InputError("No trait was named: give --trait NAME (`pvec trait list` shows them).")
     from pvec.evaluation import steer_eval as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
-    arguments: dict[str, Any] = {
-        "vectors": vector or (), "also": also or (), "tasks": tasks or (), "out": out,
-    }  # fmt: skip
+    arguments |= {"vectors": vector or (), "out": out}
     if dry_run:
         plan = workflow.plan(settings, trait, notify=console.note, **arguments)
         console.emit(plan, _render_plan)

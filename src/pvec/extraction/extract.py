@@ -83,7 +83,7 @@ def plan(
     """
     with open_session(settings, lender=lender) as session:
         plans = []
-        for trait in _load_traits(traits, settings.extract, out=out, notify=notify):
+        for trait in load_traits(traits, settings.extract, out=out, notify=notify):
             folder = run_folder(settings, trait, out=out)
             use_run_date(session, folder)
             plan = plan_run(
@@ -117,7 +117,7 @@ def run(
     weights are loaded, and ``InputError`` with the counts when too few answers were kept (after
     the other traits were finished).
     """
-    loaded = _load_traits(traits, settings.extract, out=out, notify=notify)
+    loaded = load_traits(traits, settings.extract, out=out, notify=notify)
     with ExitStack() as stack:
         session = stack.enter_context(
             open_session(settings, lender=lender, notify=notify, on_progress=on_progress)
@@ -240,7 +240,7 @@ def _finish(jobs: Sequence[_Job]) -> list[ExtractResult]:
     return results
 
 
-def _load_traits(
+def load_traits(
     names: Sequence[str], settings: ExtractSettings, *, out: Path | None, notify: Notify = ignore
 ) -> list[Trait]:
     """Return the traits; refuse what could never make a vector, before anybody is asked."""

@@ -31,6 +31,9 @@ class RunPlan:
     most_tokens: int
     judge: str
     judging: str
+    judge_calls: int = 0
+    dollars: float | None = 0.0
+    """What the judge calls cost; None where the price is unknown."""
 
 
 def plan_run(
@@ -52,6 +55,8 @@ def plan_run(
     run = Run.preview(folder, kind=kind, identity=identity)
     left = list(planned) if run is None else missing(run, planned)
     judge, judging = "none", "no judge calls"
+    calls = 0
+    dollars: float | None = 0.0
     if judged:
         scorer = ResponseScorer.of(session, vectors=vectors, need_key=False)
         judge, settings = scorer.choice.model, session.settings.judge
@@ -60,7 +65,8 @@ def plan_run(
             judge = f"contrast:{judge}"
             judging = _forward_passes(scorer, settings, run, planned, metrics)
         else:
-            judging = str(_estimate(scorer, settings, run, planned, metrics))
+            cost = _estimate(scorer, settings, run, planned, metrics)
+            judging, calls, dollars = str(cost), cost.calls, cost.dollars
     return RunPlan(
         run=folder,
         answers=len(planned),
@@ -68,6 +74,8 @@ def plan_run(
         most_tokens=sum(response.sampling.max_tokens for response in left),
         judge=judge,
         judging=judging,
+        judge_calls=calls,
+        dollars=dollars,
     )
 
 

@@ -1,0 +1,1 @@
+"""Grids: one command on many models, traits and seeds."""
