@@ -58,7 +58,7 @@ class BatchLimits:
 
 def limits_for(device: torch.device, *, bytes_per_token: int, vocab_size: int) -> BatchLimits:
     """Return limits under which at most three quarters of the free memory become cache."""
-    free = _free_bytes(device)
+    free = free_bytes(device)
     on_cpu = device.type == "cpu"
     rows = min(_MOST_ROWS, int(free * 0.1) // (vocab_size * _SAMPLING_BYTES))
     return BatchLimits(
@@ -158,7 +158,8 @@ def use_idle_cores(*, most: int | None = None) -> str:
     return f"threads: {chosen} ({max(idle, 0)} of {cores} cores are idle; OMP_NUM_THREADS sets it)"
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that is free on a device, in bytes; of main memory half of it."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free

@@ -17,6 +17,7 @@ from pvec.backends.hf.attention import grouped_decoding, supports_grouping
 from pvec.backends.hf.kvcache import FixedCache, RowCache, StateCache
 from pvec.backends.hf.probe import Probe
 from pvec.errors import ModelError
+from pvec.models.costs import cache_numbers
 from pvec.models.decoder import Decoder, find_decoder
 from pvec.models.template import end_of_turn
 from pvec.steering.steerer import Steerer
@@ -154,7 +155,7 @@ def causal_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> CausalModel:
         stop_ids=stop_ids(inner, tokenizer),
         pad_id=pad if 0 <= pad < decoder.vocabulary else 0,  # masked, so any token serves
         vocab_size=config.vocab_size,
-        bytes_per_token=_bytes_per_token(config, inner.dtype),
+        bytes_per_token=max(cache_numbers(config) * inner.dtype.itemsize, 1),
         parameters=frozenset(inspect.signature(inner.forward).parameters),
         tokenizer=tokenizer,
         fixed_shapes=decoder.device.type == "cuda" and _can_fix_shapes(inner, decoder),
@@ -198,17 +199,3 @@ def left_padded(
         real[row, width - len(sequence) :] = True
     positions = (real.long().cumsum(dim=1) - 1).clamp(min=0)
     return ids.to(device), real.to(device), positions.to(device)
-
-
-def _bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Return what a position costs in the cache; sizes of heads may differ between layers."""
-    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
-    numbers = 0
-    for layer in layers:
-        query_heads = getattr(layer, "num_attention_heads", None)
-        if query_heads:
-            heads = getattr(layer, "num_key_value_heads", None) or query_heads
-            numbers += heads * (
-                getattr(layer, "head_dim", None) or layer.hidden_size // query_heads
-            )
-    return max(int(2 * numbers * dtype.itemsize), 1)
