@@ -75,8 +75,9 @@ class Backend(Closing):
     def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
         """Yield one ``Generation`` per request as it finishes.
 
-        Raises ``SteeringError`` when the positions touched differ from those requested, and
-        ``ModelError`` for a prompt that leaves no room in the model's context.
+        Requests may be ``Arrivals``: then those that arrive later join those that run. Raises
+        ``SteeringError`` when the positions touched differ from those requested, and ``ModelError``
+        for a prompt that leaves no room in the model's context.
         """
 
     def stream(self, requests: Iterable[Request]) -> Iterator[StreamChunk]:
@@ -87,6 +88,11 @@ class Backend(Closing):
         """
         for generation in self.generate(requests):
             yield StreamChunk(id=generation.id, token_ids=generation.token_ids, finished=generation)
+
+    @property
+    @abstractmethod
+    def rows_at_once(self) -> int:
+        """How many answers run at once, if they are short enough."""
 
     @property
     def captures_while_generating(self) -> bool:

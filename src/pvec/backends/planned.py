@@ -163,6 +163,8 @@ class _Watch:
         if seconds := time.monotonic() - self._started:
             tokens, rows = (progress.extra.get(name, 0.0) for name in ("tokens", "rows"))
             detail = f"{tokens / seconds:,.0f} tokens/s, {rows:.0f} at once" if tokens else ""
+            if tokens and (workers := progress.extra.get("workers")):
+                detail += f" on {workers:.0f} workers"
         done = self._already + progress.done
         self._show(
             Progress(stage=self._stage, done=done, total=self._total, unit="answers", detail=detail)

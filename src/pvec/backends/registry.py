@@ -12,8 +12,9 @@ from pvec.errors import InputError, did_you_mean, install_command
 
 BackendName = Literal["hf", "vllm"]
 
-_CLASSES: dict[BackendName, str] = {
+_CLASSES: dict[BackendName | Literal["pool"], str] = {
     "hf": "pvec.backends.hf.backend:HFBackend",
+    "pool": "pvec.backends.pool.backend:PoolBackend",
     "vllm": "pvec.backends.vllm.engine:VLLMBackend",
 }
 
@@ -54,8 +55,10 @@ def choose_backend(
     return BackendChoice(name="vllm" if name == "vllm" else "hf", reason="as set")
 
 
-def backend_class(name: BackendName) -> type[Backend]:
-    """Import and return the class of a backend (heavy: torch, perhaps vLLM)."""
+def backend_class(name: BackendName | Literal["pool"]) -> type[Backend]:
+    """Import and return the class of a backend (heavy: torch, perhaps vLLM); ``pool``: workers
+    that run one of the others.
+    """
     module, _, attribute = _CLASSES[name].partition(":")
     cls: type[Backend] = getattr(importlib.import_module(module), attribute)
     return cls

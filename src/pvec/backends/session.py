@@ -18,6 +18,7 @@ from pvec.types import BY_SPAN, Progress, Sampling
 if TYPE_CHECKING:
     from pvec.backends.base import Backend
     from pvec.backends.kept_means import KeptMeans
+    from pvec.backends.pool.pool import Pool
     from pvec.backends.registry import BackendName
     from pvec.models.load import ModelMetadata
 
@@ -53,6 +54,7 @@ class ModelSession(Closing):
         on_progress: Callable[[Progress], None] = ignore,
         processes: Processes = ALONE,
     ) -> None:
+        from pvec.backends.pool.cluster import check_workers
         from pvec.backends.registry import choose_backend
         from pvec.models.files import read_config
         from pvec.models.load import choose_device, inspect_model
@@ -73,7 +75,12 @@ class ModelSession(Closing):
         config = read_config(self.metadata.files.folder)
         if self.choice.name == "hf":
             check_quantisation(config, name=self.metadata.id)
-        if self.spec.quantize is not None:
+        self._workers = check_workers(settings)
+        if self._workers is not None and processes.size > 1:
+            raise InputError(
+                "Several processes of a launcher and --workers do not go together: use one of them."
+            )
+        if self.spec.quantize is not None and not self._on_cluster:
             check_quantise(
                 self.spec,
                 config,
@@ -88,6 +95,7 @@ class ModelSession(Closing):
             )
         self._backend: Backend | None = None
         self._lender: ModelSession | None = None
+        self._pool: Pool | None = None
         self.kept_means: KeptMeans | None = None
         """Keeps the activations that are captured while generating, if a workflow needs them."""
 
@@ -96,16 +104,43 @@ class ModelSession(Closing):
         """What changes an answer besides prompt, sampling and steering: weights (adapter
         included), tokenizer and chat template, backend, number format.
         """
-        from pvec.models.load import choose_device, choose_dtype
-
-        stored = self.metadata.stored_dtype if self.choice.name == "hf" else "float32"
-        dtype, _ = choose_dtype(self.spec.dtype, choose_device(self.spec.device)[0], stored=stored)
-        name = str(dtype).removeprefix("torch.")
+        name = self._dtype
         if self.spec.quantize is not None:
             name += f"+{self.spec.quantize}"
         stop = "" if self.metadata.added_stop is None else f"/stop {self.metadata.added_stop}"
         chat = f"{self.metadata.chat_hash}{stop}"
         return f"{self.metadata.fingerprint}/{chat}/{self.choice.name}/{name}"
+
+    @property
+    def _on_cluster(self) -> bool:
+        """Whether the model runs on machines that are not like this one."""
+        return self._workers is not None and self._workers.address is not None
+
+    @cached_property
+    def _dtype(self) -> str:
+        """The number format that the model runs in, chosen where it runs."""
+        from pvec.models.load import choose_device, choose_dtype
+
+        if self._lender is not None:
+            return self._lender._dtype  # noqa: SLF001
+        if self._on_cluster:
+            from pvec.backends.pool.cluster import model_order
+
+            pool, settings = self._hold_pool(), on_backend(self.settings, self.choice.name)
+            fingerprint = self.metadata.fingerprint
+            return pool.dtype(model_order(self.spec, settings, fingerprint=fingerprint))
+        stored = self.metadata.stored_dtype if self.choice.name == "hf" else "float32"
+        dtype, _ = choose_dtype(self.spec.dtype, choose_device(self.spec.device)[0], stored=stored)
+        return str(dtype).removeprefix("torch.")
+
+    def _hold_pool(self) -> Pool:
+        """Return the workers, which stay until the session is closed."""
+        from pvec.backends.pool.cluster import pool_for
+
+        if self._pool is None:
+            settings = on_backend(self.settings, self.choice.name)
+            self._pool = pool_for(settings, notify=self.notify)
+        return self._pool
 
     @property
     def thinking(self) -> bool:
@@ -145,9 +180,14 @@ class ModelSession(Closing):
             return self._lender.backend
         if self._backend is None:
             self.notify(f"loading {self.metadata.id} on {self.choice.name} ({self.choice.reason})")
+            spec = self.spec
+            if self._workers is not None:
+                self._hold_pool()
+            if self._on_cluster:  # every worker takes what the first chose
+                spec = replace(spec, dtype=self._dtype)  # type: ignore[arg-type]
             self._backend = open_backend(
                 self.choice.name,
-                self.spec,
+                spec,
                 self.settings,
                 metadata=self.metadata,
                 notify=self.notify,
@@ -157,7 +197,7 @@ class ModelSession(Closing):
             self.notify(f"{info.num_layers} layers, {info.hidden_size} wide, {info.dtype}")
             for note in info.notes:
                 self.notify(f"  {note}")
-            if info.device == "cpu" and self.choice.name == "hf":
+            if info.device == "cpu" and self.choice.name == "hf" and self._workers is None:
                 from pvec.models.memory import use_idle_cores
 
                 most = _BUNDLED_THREADS if info.bundled else None
@@ -199,9 +239,13 @@ class ModelSession(Closing):
             self._backend = None
 
     def close(self) -> None:
-        """Free the model unless it is lent."""
-        if self._lender is None:
-            self.free()
+        """Free the model, and the workers that nobody else uses, unless it is lent."""
+        if self._lender is not None:
+            return
+        self.free()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
 
 def open_session(
@@ -226,12 +270,23 @@ def open_backend(
     notify: Notify = ignore,
     on_load: Callable[[Progress], None] = ignore,
 ) -> Backend:
-    """Load a model on a backend, as set. Raises ``ModelError`` or ``InputError``."""
+    """Load a model on a backend, in this process or in workers, as set.
+
+    Raises ``ModelError`` or ``InputError``.
+    """
     from pvec.backends.registry import backend_class
 
-    return backend_class(name).from_settings(
+    if settings.pool.workers:
+        settings = on_backend(settings, name)
+    return backend_class("pool" if settings.pool.workers else name).from_settings(
         spec, settings, metadata=metadata, on_note=notify, on_load=on_load
     )
+
+
+def on_backend(settings: Settings, name: BackendName) -> Settings:
+    """Return the settings with this backend in place of ``auto``."""
+    backend = settings.backend.model_copy(update={"name": name})
+    return settings.model_copy(update={"backend": backend})
 
 
 def load_judge_model(name: str, settings: Settings) -> Backend:

@@ -134,7 +134,7 @@ class HFBackend(Backend):
         return generation.generate(
             self._decoding_model(),
             self.tokenizer,
-            list(requests),
+            requests,
             limits=self.limits,
             notify=self.on_note,
             progress=self.on_progress,
@@ -149,6 +149,11 @@ class HFBackend(Backend):
             limits=self.limits,
             notify=self.on_note,
         )
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many answers the batch has room for."""
+        return self.limits.rows
 
     def live(self, directions: Sequence[Direction] = ()) -> LiveBatch:
         """Return a batch that requests join and leave as it runs, projected on ``directions``."""

@@ -9,12 +9,13 @@ request only.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from pvec.backends.arrivals import arriving
 from pvec.backends.base import NOT_FINITE
 from pvec.backends.hf.forward import CausalModel
 from pvec.backends.hf.kvcache import RowCache
@@ -35,7 +36,7 @@ _REFILL_BELOW = 0.75
 def generate(
     model: CausalModel,
     tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
+    requests: Iterable[Request],
     *,
     limits: BatchLimits,
     notify: Notify,
@@ -46,11 +47,10 @@ def generate(
     ``limits`` shrink when memory runs out, and ``notify`` is told; ``progress`` hears of every
     step: answers done, and under ``extra`` the ``tokens`` sampled so far and the ``rows`` running.
     """
-    rows = admit(requests, model=model, notify=notify)
-    Steerer(model.decoder, [row.request.steering for row in rows])  # refuse before anything runs
-    queue = deque(sorted(rows, key=lambda r: (-len(r.request.prompt_ids), r.shared_key)))
+    arrivals = arriving(requests)
+    queue: deque[Row] = deque()
     batch = DecodeBatch(model, notify)
-    most = done = tokens = 0
+    most = done = tokens = total = 0
 
     def advance() -> list[Finished]:
         nonlocal most, tokens
@@ -62,12 +62,23 @@ def generate(
         tokens += len(batch.rows)
         return batch.step()
 
-    while queue or batch.rows:
+    while True:
+        arrived = arrivals.take(wait=not (queue or batch.rows))
+        if arrived:
+            rows = admit(arrived, model=model, notify=notify)
+            Steerer(model.decoder, [row.request.steering for row in rows])  # refuse before a pass
+            total += len(rows)
+            order = [*queue, *rows]
+            queue = deque(sorted(order, key=lambda r: (-len(r.request.prompt_ids), r.shared_key)))
+        if not queue and not batch.rows:
+            if arrived is None:
+                return
+            continue
         advanced = unless_out_of_memory(advance)
         if advanced is not None or batch.ended:
             done += len(batch.ended)
             extra = {"tokens": float(tokens), "rows": float(len(batch.rows))}
-            progress(Progress(stage="generate", done=done, total=len(rows), extra=extra))
+            progress(Progress(stage="generate", done=done, total=total, extra=extra))
             yield from (_generation(answer, tokenizer) for answer in batch.ended)
         if advanced is not None:
             continue

@@ -170,6 +170,11 @@ class VLLMBackend(Backend):
             yield answer, unknown_means(answer.id, rows, hidden_size=self.info.hidden_size)
 
     @property
+    def rows_at_once(self) -> int:
+        """How many requests the engines run at once."""
+        return self.options.max_num_seqs * self.options.data_parallel_size
+
+    @property
     def captures_while_generating(self) -> bool:
         """Whether ``generate_and_capture`` works: not under asynchronous scheduling."""
         return not self.options.async_scheduling
