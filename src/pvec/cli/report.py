@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 app = new_app()
 
 Runs = Annotated[
-    list[Path], typer.Argument(metavar="RUN...", help="Run folders, or logs of `pvec serve`.")
+    list[Path],
+    typer.Argument(metavar="RUN...", help="Run folders, grid folders, or logs of `pvec serve`."),
 ]
 Out = Annotated[
     Path | None,

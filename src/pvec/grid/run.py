@@ -46,8 +46,8 @@ class GridResult:
             first = self.failed[0]
             raise PvecError(
                 f"{len(self.failed)} of {len(self.cells)} cells failed, the first: {first.label} "
-                f"({first.reason.rstrip('.')}). The others are kept, and the same command tries "
-                "those that failed again."
+                f"({first.reason.rstrip('.')}). What is done is kept, and the same command tries "
+                "again what failed."
             )
 
 

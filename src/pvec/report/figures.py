@@ -9,6 +9,7 @@ with it, and the caption says so, with n; every mark says its numbers in a title
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -95,29 +96,38 @@ def line_chart(
     x: XAxis,
     panels: Sequence[Panel],
     ordered: bool = False,
+    columns: int = 1,
     table: Table | None = None,
 ) -> Figure:
     """Draw lines over x, one panel per quantity, all sharing x.
 
-    ``ordered`` lines (layers, doses) get the colours of the ramp. ``table`` replaces the table of
-    one row per point.
+    Panels of several ``columns`` are small multiples: of one quantity, under their labels, with one
+    scale. ``ordered`` lines (layers, doses) get the colours of the ramp. ``table`` replaces the
+    table of one row per point.
     """
     labels = list(dict.fromkeys(label for panel in panels for label in _labels(panel)))
+    rows = math.ceil(len(panels) / columns)
     colours = _line_colours(panels, ordered=ordered)
     places = sorted({place for panel in panels for line in panel.lines for place in line.x})
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        grid = canvas.subplots(rows, columns, sharex=True, sharey=columns > 1, squeeze=False)
+        axes, empty = grid.flat[: len(panels)], grid.flat[len(panels) :]
         for axis, panel in zip(axes, panels, strict=True):
             _draw_panel(axis, panel, x_label=x.label, colours=colours, labels=labels)
-        draw_x(list(axes), x)
+        for axis in empty:
+            axis.set_axis_off()
+        if columns > 1:
+            _label_multiples(grid, panels, x)
+        else:
+            draw_x(list(axes), x)
         mark_x(axes[-1], places)
         if len(labels) > 1:
             draw_legend(canvas, list(axes), labels)
 
     points = [point for panel in panels for line in panel.lines for point in line.points]
     shape = "Bands" if len(places) > _BARS else "Bars"
-    height = 0.9 + 1.9 * len(panels) + legend_height(labels)
+    height = 0.9 + (1.9 if columns == 1 else 1.5) * rows + legend_height(labels)
     return Figure(
         name=name,
         title=title,
@@ -183,6 +193,16 @@ def histogram(
         draw=draw,
         size=(5.0, 3.0 + legend_height(labels)),
     )
+
+
+def _label_multiples(grid: Any, panels: Sequence[Panel], x: XAxis) -> None:
+    """Write each panel's label over it, and name x under the last panel of each column."""
+    for axis, panel in zip(grid.flat, panels, strict=False):
+        axis.set_title(textwrap.fill(printable(panel.label), 60 // grid.shape[1]), size=9.5)
+        axis.set_ylabel("")
+    for axis in grid.flat[: len(panels)][-grid.shape[1] :]:
+        axis.tick_params(labelbottom=True)
+        axis.set_xlabel(printable(x.label), size=10)
 
 
 def _line_colours(panels: Sequence[Panel], *, ordered: bool) -> dict[str, str]:

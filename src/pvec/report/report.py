@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import NoneType
+from typing import TYPE_CHECKING
 
 from pvec import __version__
 from pvec.documents import misfit
@@ -17,8 +18,12 @@ from pvec.report.page import Chapter, Section, Widget, render_page, script_of_pa
 from pvec.report.sections import build_chapters, served
 from pvec.report.sections.common import RunData, listed
 from pvec.runs.files import atomic_write, probe_target
+from pvec.runs.grid import is_grid, read_grid
 from pvec.runs.manifest import FILE_NAME
 from pvec.runs.store import Run
+
+if TYPE_CHECKING:
+    from pvec.report.sections.grid_numbers import GridNumbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,8 @@ class ReportResult:
     files: tuple[Path, ...]
     findings: tuple[str, ...]
     parts: tuple[Path, ...] = ()
+    grids: tuple[GridNumbers, ...] = ()
+    """All numbers of the grids among the runs."""
 
 
 def run(
@@ -41,7 +48,8 @@ def run(
     judge: str | None = None,
     beside: bool = False,
 ) -> ReportResult:
-    """Write the report of the runs in ``paths``, which may also be logs of ``pvec serve``.
+    """Write the report of the runs in ``paths``, which may also be folders of a grid and logs of
+    ``pvec serve``.
 
     ``out`` is the page (default: ``report.html`` in the run's folder, or in the working directory
     for several runs and for logs); figures go into ``NAME_figures`` beside it. ``judge`` chooses
@@ -50,14 +58,19 @@ def run(
     before anything is written.
     """
     logs = [path for path in paths if path.is_file() and path.name != FILE_NAME]
-    folders = [path for path in paths if path not in logs]
-    runs = _read(folders, judge, beside=beside) if folders or not logs else []
+    grids = _grids([path for path in paths if is_grid(path)], judge)
+    folders = [path for path in paths if path not in logs and not is_grid(path)]
+    runs = _read(folders, judge, beside=beside) if folders or not (logs or grids) else []
     own = len(paths) == 1 and not logs
     page = out or (paths[0] / "report.html" if own else Path("report.html"))
     if page.is_dir():
         raise InputError(f"--out {page} is a folder: give the page a name, such as report.html.")
     probe_target(page)
-    chapters = [*build_chapters(runs), *([served.build(logs)] if logs else [])]
+    chapters = [
+        *(chapter for _, chapter in grids),
+        *build_chapters(runs),
+        *([served.build(logs)] if logs else []),
+    ]
     if beside and not any(w.beside for w in _widgets(chapters)):
         raise InputError("--beside has no effect here: only tokens (`pvec project --tokens`) do.")
     html = render_page(
@@ -76,6 +89,7 @@ def run(
         page=page,
         files=tuple(files),
         parts=tuple(parts),
+        grids=tuple(numbers for numbers, _ in grids),
         findings=tuple(chapter.summary for chapter in chapters),
     )
 
@@ -85,6 +99,18 @@ def sections_of(paths: Sequence[Path], *, judge: str | None = None) -> list[Sect
     return [
         section for chapter in build_chapters(_read(paths, judge)) for section in chapter.sections
     ]
+
+
+def _grids(folders: Sequence[Path], judge: str | None) -> list[tuple[GridNumbers, Chapter]]:
+    """Return numbers and chapter of each grid."""
+    if not folders:
+        return []
+    from pvec.report.sections.grid import build
+    from pvec.report.sections.grid_numbers import GridRuns, grid_numbers
+
+    runs = [GridRuns(grid=read_grid(folder), judge=judge) for folder in folders]
+    numbers = [grid_numbers(grid) for grid in runs]
+    return [(found, build(grid, found)) for grid, found in zip(runs, numbers, strict=True)]
 
 
 _IDENTITY = {"trait": str, "model": str, "adapter": (str, NoneType)}

@@ -24,7 +24,7 @@ from pvec.runs.names import model_label
 from pvec.runs.summary import read_summary
 from pvec.stats import FEW_PAIRS, Interval
 
-_SHAPE: Mapping[str, Any] = {
+SHIFT_SHAPE: Mapping[str, Any] = {
     "base": str,
     "shifts": [{**PLACE, "checkpoint": str, "shift": MEAN, "score": NUMBER, ...: (MEAN, NoneType)}],
     "trends": [{**PLACE, "pearson": R, "spearman": R, ...: (MEAN, *NUMBER)}],
@@ -34,7 +34,7 @@ _SHAPE: Mapping[str, Any] = {
 
 def build(runs: Sequence[RunData]) -> Chapter:
     """Return one section per run, and for several bases a first one that compares them."""
-    read = [(run, read_summary(run.path, shape=_SHAPE)) for run in runs]
+    read = [(run, read_summary(run.path, shape=SHIFT_SHAPE)) for run in runs]
     sections = tuple(_shift(run, stored) for run, stored in read)
     if len(read) > 1:
         overview = _overview(read)

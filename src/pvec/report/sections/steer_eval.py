@@ -37,22 +37,28 @@ def build(runs: Sequence[RunData]) -> Chapter:
     sections: list[Section] = []
     summaries: list[tuple[RunData, SweepSummary]] = []
     for run in runs:
-        answers = read_sweep(run.run, judge=run.judge)
-        steer, effects = run.settings.get("steer", {}), read_effects(run.path)
-        most = steer.get("max_kl")
-        sweep = stored_summary(
-            run.run,
-            answers,
-            trait=run.trait,
-            min_coherence=steer.get("min_coherence", 75.0),
-            kl=KLLimit(most=most, of=effects.kl if effects else {}) if most else None,
-        )
+        sweep, answers = read_run(run)
         summaries.append((run, sweep))
         sections.append(_section(run, sweep, answers))
     if len(runs) == 1:
         return Chapter(summary=sections[0].summary, sections=tuple(sections))
     overview = overview_section(summaries)
     return Chapter(summary=overview.summary, sections=(overview, *sections))
+
+
+def read_run(run: RunData) -> tuple[SweepSummary, list[ScoredAnswer]]:
+    """Return the numbers of a sweep and its answers."""
+    answers = read_sweep(run.run, judge=run.judge)
+    steer, effects = run.settings.get("steer", {}), read_effects(run.path)
+    most = steer.get("max_kl")
+    sweep = stored_summary(
+        run.run,
+        answers,
+        trait=run.trait,
+        min_coherence=steer.get("min_coherence", 75.0),
+        kl=KLLimit(most=most, of=effects.kl if effects else {}) if most else None,
+    )
+    return sweep, answers
 
 
 def _section(run: RunData, sweep: SweepSummary, answers: Sequence[ScoredAnswer]) -> Section:
