@@ -227,6 +227,10 @@ def test_dry_run_counts_and_costs_and_touches_nothing(
     assert plan["most_tokens"] == 12 * ANSWERS
     assert f"{2 * ANSWERS} judge calls" in plan["judging"]
     assert "$" in plan["judging"]
+    needs = plan["resources"]
+    assert (needs["rows"], needs["workers"], needs["gpus"]) == (ANSWERS, 0, 0)
+    assert [time["workers"] for time in needs["times"]] == [1]
+    assert needs["times"][0]["seconds"] > 0
     assert not folder.exists()
     assert server.answered.total() == 0
 

@@ -26,7 +26,7 @@ REL, ABS = 1e-3, 1e-4
 
 VOLATILE = frozenset(
     "created started ended timings seconds monitor_seconds tokens_per_second memory_bytes "  # noqa: SIM905
-    "train_runtime train_samples_per_second train_steps_per_second total_flos".split()
+    "free_bytes train_runtime train_samples_per_second train_steps_per_second total_flos".split()
 )
 """Keys whose values differ from run to run."""
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from helpers.models import ARCHITECTURES, tiny_model
+from helpers.models import ARCHITECTURES, saved_model, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 
+from pvec.backends import resources
+from pvec.backends.session import ModelSession
 from pvec.models.costs import Estimate, Machine, ModelSize, Work, model_size
+from pvec.settings import Settings
 
 CPU = Machine(flops=1e11, bandwidth=1e10, memory=4e9, share=1.0, layer_seconds=0.0, origin="test")
 
@@ -139,3 +143,22 @@ def test_workers_share_the_work_and_small_shares_fill_batches_less() -> None:
         Estimate(size=size, work=work.divided(count), machine=CPU).seconds for count in (1, 4)
     )
     assert one / 4 <= four < one / 2
+
+
+@pytest.mark.parametrize(("gpus", "counts"), [(1, []), (2, [1, 2, 3])])
+def test_a_plan_says_how_many_gpus_and_how_long_with_1_2_and_all_workers(
+    gpus: int, counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(model={"id": str(saved_model())}, pool={"workers": "3"})
+    small = replace(CPU, memory=500e3)  # 196 kB of weights, and room for 6 answers of 35 kB
+    place = resources._Place(machine=small, workers=3, gpus=gpus)
+    monkeypatch.setattr(resources, "_place", lambda *_: place)
+    work = Work(prompts=9, prompt_tokens=9 * 80, answers=90, answer_tokens=900, context=80)
+    session = ModelSession(Settings(model=settings.model))
+    session.settings = settings
+    needs = resources.resources(session, work)
+    weights = sum(p.nbytes for p in tiny_model().parameters())
+    assert (needs.weight_bytes, needs.gpus, needs.workers) == (weights, 2, 3)
+    assert [time.workers for time in needs.times] == counts
+    seconds = [time.seconds for time in needs.times]
+    assert seconds == sorted(seconds, reverse=True)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from pvec.backends.base import Backend
     from pvec.backends.kept_means import KeptMeans
     from pvec.backends.pool.pool import Pool
+    from pvec.backends.pool.worker import ModelOrder
     from pvec.backends.registry import BackendName
+    from pvec.models.costs import Machine
     from pvec.models.load import ModelMetadata
 
 Notify = Callable[[str], None]
@@ -104,7 +106,7 @@ class ModelSession(Closing):
         """What changes an answer besides prompt, sampling and steering: weights (adapter
         included), tokenizer and chat template, backend, number format.
         """
-        name = self._dtype
+        name = self.dtype
         if self.spec.quantize is not None:
             name += f"+{self.spec.quantize}"
         stop = "" if self.metadata.added_stop is None else f"/stop {self.metadata.added_stop}"
@@ -117,21 +119,35 @@ class ModelSession(Closing):
         return self._workers is not None and self._workers.address is not None
 
     @cached_property
-    def _dtype(self) -> str:
+    def dtype(self) -> str:
         """The number format that the model runs in, chosen where it runs."""
         from pvec.models.load import choose_device, choose_dtype
 
         if self._lender is not None:
-            return self._lender._dtype  # noqa: SLF001
+            return self._lender.dtype
         if self._on_cluster:
-            from pvec.backends.pool.cluster import model_order
-
-            pool, settings = self._hold_pool(), on_backend(self.settings, self.choice.name)
-            fingerprint = self.metadata.fingerprint
-            return pool.dtype(model_order(self.spec, settings, fingerprint=fingerprint))
+            return self._hold_pool().dtype(self._order(self.spec))
         stored = self.metadata.stored_dtype if self.choice.name == "hf" else "float32"
         dtype, _ = choose_dtype(self.spec.dtype, choose_device(self.spec.device)[0], stored=stored)
         return str(dtype).removeprefix("torch.")
+
+    @property
+    def cluster_machine(self) -> tuple[Machine, int, int] | None:
+        """How fast a device of a cluster's workers is, the GPUs of each, and the number of workers;
+        None where the model runs on this machine. Starts the workers, loads nothing.
+        """
+        if not self._on_cluster:
+            return None
+        pool = self._hold_pool()
+        spec = replace(self.spec, dtype=self.dtype)  # type: ignore[arg-type]
+        machine, gpus = pool.machine(self._order(spec))
+        return machine, gpus, len(pool.members)
+
+    def _order(self, spec: ModelSpec) -> ModelOrder:
+        from pvec.backends.pool.cluster import model_order
+
+        settings = on_backend(self.settings, self.choice.name)
+        return model_order(spec, settings, fingerprint=self.metadata.fingerprint)
 
     def _hold_pool(self) -> Pool:
         """Return the workers, which stay until the session is closed."""
@@ -184,7 +200,7 @@ class ModelSession(Closing):
             if self._workers is not None:
                 self._hold_pool()
             if self._on_cluster:  # every worker takes what the first chose
-                spec = replace(spec, dtype=self._dtype)  # type: ignore[arg-type]
+                spec = replace(spec, dtype=self.dtype)  # type: ignore[arg-type]
             self._backend = open_backend(
                 self.choice.name,
                 spec,

@@ -94,6 +94,7 @@ def plan(
                 planned=planned_responses(trait, session),
                 metrics=metrics_of(trait),
                 judged=settings.extract.judge,
+                captures=settings.extract.judge,
             )
             _note_activations(session, plan.answers, folder, notify=notify)
             plans.append(ExtractPlan(trait=trait.name, **vars(plan)))

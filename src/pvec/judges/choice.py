@@ -211,9 +211,12 @@ def judge_name(choice: JudgeChoice, settings: JudgeSettings, *, spec: ModelSpec)
             tokens=settings.contrast_tokens,
             most_pairs=settings.contrast_pairs,
         )
-    return local_name(
-        inspect_model(spec if choice.kind == "local" else ModelSpec(model=_bundled_judge()))
-    )
+    return local_name(inspect_model(loaded_spec(choice, spec=spec)))
+
+
+def loaded_spec(choice: JudgeChoice, *, spec: ModelSpec) -> ModelSpec:
+    """Return the model that a judge of one's own loads; ``spec`` is how its name is loaded."""
+    return ModelSpec(model=_bundled_judge()) if choice.kind == "tiny" else spec
 
 
 def _bundled_judge() -> str:

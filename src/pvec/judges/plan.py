@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pvec.backends.planned import PlannedResponse, missing
-from pvec.backends.session import ModelSession
+from pvec.backends.resources import Resources, planned_work, resources
+from pvec.backends.session import ModelSession, judge_spec
+from pvec.judges.choice import loaded_spec
 from pvec.judges.contrast import contrast_query, other_systems
 from pvec.judges.cost import Estimate, estimate
 from pvec.judges.prompts import Metric, fill, missing_queries
 from pvec.judges.scoring import ResponseScorer, scaled
+from pvec.models.costs import Work
+from pvec.models.files import ModelSpec
 from pvec.runs.responses import Json
 from pvec.runs.store import Run
+from pvec.settings import Settings
 from pvec.settings.judging import JudgeSettings
 from pvec.vectors.vector import PersonaVector
 
@@ -34,9 +39,23 @@ class RunPlan:
     judge_calls: int = 0
     dollars: float | None = 0.0
     """What the judge calls cost; None where the price is unknown."""
+    resources: Resources | None = None
+    """What the model takes; None when nothing is left to do."""
 
 
-def plan_run(
+@dataclass(frozen=True, kw_only=True)
+class _Judging:
+    """Who judges, and what that takes. ``model`` scores here, which is ``work`` for it."""
+
+    judge: str = "none"
+    judging: str = "no judge calls"
+    judge_calls: int = 0
+    dollars: float | None = 0.0
+    model: ModelSpec | None = None
+    work: Work = field(default_factory=Work)
+
+
+def plan_run(  # noqa: PLR0913 (what a run is, and what it does)
     session: ModelSession,
     folder: Path,
     *,
@@ -46,36 +65,69 @@ def plan_run(
     metrics: Sequence[Metric],
     judged: bool,
     vectors: Iterable[PersonaVector] = (),
+    captures: bool = False,
+    further_tokens: int = 0,
 ) -> RunPlan:
     """Count what a run lacks of its planned responses and of their scores, and what that costs.
+
+    ``captures`` says that the activations of the answers are captured, as are those of
+    ``further_tokens``.
 
     Needs no key, loads no weights and writes nothing; raises what the run itself would raise for
     its settings and its folder.
     """
     run = Run.preview(folder, kind=kind, identity=identity)
     left = list(planned) if run is None else missing(run, planned)
-    judge, judging = "none", "no judge calls"
-    calls = 0
-    dollars: float | None = 0.0
+    work = planned_work(left, captures=captures, further=further_tokens)
+    judging = _Judging()
     if judged:
         scorer = ResponseScorer.of(session, vectors=vectors, need_key=False)
-        judge, settings = scorer.choice.model, session.settings.judge
         if scorer.choice.kind == "contrast":
             scorer.check(metrics, extraction=kind == "extract")
-            judge = f"contrast:{judge}"
-            judging = _forward_passes(scorer, settings, run, planned, metrics)
-        else:
-            cost = _estimate(scorer, settings, run, planned, metrics)
-            judging, calls, dollars = str(cost), cost.calls, cost.dollars
+        judging = _judging(scorer, session.settings, run, planned, metrics)
+    needs = None
+    if left or further_tokens or (judging.model is not None and judging.work != Work()):
+        needs = resources(session, work, judge=judging.model, judged=judging.work)
     return RunPlan(
         run=folder,
         answers=len(planned),
         missing=len(left),
-        most_tokens=sum(response.sampling.max_tokens for response in left),
-        judge=judge,
-        judging=judging,
-        judge_calls=calls,
-        dollars=dollars,
+        most_tokens=work.answer_tokens,
+        judge=judging.judge,
+        judging=judging.judging,
+        judge_calls=judging.judge_calls,
+        dollars=judging.dollars,
+        resources=needs,
+    )
+
+
+def _judging(
+    scorer: ResponseScorer,
+    settings: Settings,
+    run: Run | None,
+    planned: Sequence[PlannedResponse],
+    metrics: Sequence[Metric],
+) -> _Judging:
+    """Say what scoring the planned responses takes; loads and asks nothing."""
+    choice = scorer.choice
+    model = None
+    if choice.kind not in ("openai", "litellm"):
+        model = loaded_spec(choice, spec=judge_spec(choice.model, settings))
+    if choice.kind == "contrast":
+        passes, work = _forward_passes(scorer, settings.judge, run, planned, metrics)
+        text = (
+            f"{passes:,} forward passes of an answer, at most {work.scored:,} tokens and the "
+            f"prompts they share, on this machine; no key, no cost"
+        )
+        return _Judging(judge=f"contrast:{choice.model}", judging=text, model=model, work=work)
+    cost = _estimate(scorer, settings.judge, run, planned, metrics)
+    return _Judging(
+        judge=choice.model,
+        judging=str(cost),
+        judge_calls=cost.calls,
+        dollars=cost.dollars,
+        model=model,
+        work=Work(captured=cost.prompt_tokens, context=cost.prompt_tokens / max(cost.calls, 1)),
     )
 
 
@@ -124,8 +176,10 @@ def _forward_passes(
     run: Run | None,
     planned: Sequence[PlannedResponse],
     metrics: Sequence[Metric],
-) -> str:
-    """Say how much the contrast judge would compute: every answer after each of its prompts."""
+) -> tuple[int, Work]:
+    """Return the passes of the contrast judge, each answer after each of its prompts, and the
+    answers' tokens in them.
+    """
     records = {} if run is None else {record.id: record for record in run.responses()}
     known = set() if run is None else run.scored_ids()
     name, most = scorer.expected_name, settings.contrast_pairs
@@ -140,7 +194,5 @@ def _forward_passes(
             length = len(record.token_ids) if record else response.sampling.max_tokens
             passes += 2 * len(pairs)
             tokens += 2 * len(pairs) * min(length, settings.contrast_tokens)
-    return (
-        f"{passes:,} forward passes of an answer, at most {tokens:,} tokens and the prompts they "
-        f"share, on this machine; no key, no cost"
-    )
+    mean = sum(len(response.prompt_ids) for response in planned) / max(len(planned), 1)
+    return passes, Work(scored=tokens, context=mean)

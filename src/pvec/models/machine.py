@@ -18,7 +18,7 @@ CALLS = 110
 """What calling the operations of one layer cost there, in small operations."""
 GRAPH_SECONDS = 1e-4
 """Assumed time of a layer's operations on a GPU, where steps are replayed as graphs."""
-_SECONDS = 0.04
+_SECONDS = 0.08
 """How long each rate is measured."""
 
 
@@ -48,7 +48,7 @@ def measure_machine(device: str, *, dtype: torch.dtype, threads: int) -> Machine
         share=SHARE,
         layer_seconds=GRAPH_SECONDS if gpu else CALLS * call,
         origin=f"{flops / 1e12:.2g} TFLOP/s in {str(dtype).removeprefix('torch.')} and "
-        f"{bandwidth / 1e9:,.0f} GB/s, measured here ({how}), of which models reach "
+        f"{bandwidth / 1e9:,.0f} GB/s, measured now on {how}, of which models reach "
         f"about {SHARE:.0%}",
     )
 

@@ -18,6 +18,8 @@ import numpy as np
 from pvec.backends.planned import OnProgress
 from pvec.backends.run_session import RunSession, use_run_date
 from pvec.backends.session import ModelSession, Notify, ignore
+from pvec.data.conversations import Chat, Ids, Pair
+from pvec.judges.cost import rough_tokens
 from pvec.judges.plan import RunPlan, plan_run
 from pvec.notebook import HtmlResult
 from pvec.projection import base_responses
@@ -165,6 +167,8 @@ def plan(
             planned=base_responses.planned_responses(session, [prompts[key] for key in keys]),
             metrics=(),
             judged=False,
+            captures=True,
+            further_tokens=sum(map(_rough_length, sets.values())),
         )
 
 
@@ -189,6 +193,22 @@ def _checked(
 
 def _prompts(sets: Mapping[str, Samples]) -> dict[str, Prompt]:
     return {key: prompt for samples in sets.values() for key, prompt in samples.distinct.items()}
+
+
+def _rough_length(samples: Samples) -> int:
+    """Estimate the tokens of the samples, whose texts are not tokenised before they are needed."""
+    return sum(
+        len(conversation.prompt_ids) + len(conversation.answer_ids)
+        if isinstance(conversation, Ids)
+        else rough_tokens(_full_text(conversation))
+        for conversation in samples.conversations()
+    )
+
+
+def _full_text(conversation: Chat | Pair) -> str:
+    if isinstance(conversation, Pair):
+        return conversation.prompt + conversation.answer
+    return "".join(message["content"] for message in conversation.messages)
 
 
 class _Screening:

@@ -13,6 +13,7 @@ from pvec.backends.pool.members import Handle, Member, Spawn, WorkerDied
 from pvec.backends.pool.worker import ModelOrder, Opened
 from pvec.closing import Closing
 from pvec.errors import InputError, ModelError, PvecError
+from pvec.models.costs import Machine
 from pvec.runs.manifest import package_versions
 
 _COMPARED = ("python", "pvec", "torch", "transformers", "peft", "vllm")
@@ -77,16 +78,25 @@ class Pool(Closing):
 
     def dtype(self, order: ModelOrder) -> str:
         """Return the number format that the workers choose for a model."""
+        return str(self._first("dtype", order)).removeprefix("torch.")
+
+    def machine(self, order: ModelOrder) -> tuple[Machine, int]:
+        """Return how fast a device of a worker is, and how many GPUs each has; see ``Worker``."""
+        measured: tuple[Machine, int] = self._first("machine", order)
+        return measured
+
+    def _first(self, method: str, order: ModelOrder) -> Any:
+        """Return what the first worker that is there answers, or raise it."""
         while True:
             member = self._wait_for(lambda m: m.opening is None)
             try:
-                chosen = member.handle.submit("dtype", order).result()
+                answer = member.handle.submit(method, order).result()
             except WorkerDied as death:
                 self.lost(member, member.handle, str(death))
                 continue
-            if isinstance(chosen, PvecError):
-                raise chosen
-            return str(chosen).removeprefix("torch.")
+            if isinstance(answer, PvecError):
+                raise answer
+            return answer
 
     def open(self, order: ModelOrder) -> Opened:
         """Load a model in every worker and return what the first says of it.

@@ -17,6 +17,7 @@ from pvec.backends.base import Backend
 from pvec.backends.pool.jobs import Feed, Job, Numbered, run_job
 from pvec.backends.registry import BackendName
 from pvec.errors import ModelError, PvecError
+from pvec.models.costs import Machine
 from pvec.models.files import ModelSpec
 from pvec.runs.manifest import package_versions
 from pvec.settings import Settings
@@ -85,6 +86,21 @@ class Worker:
             return str(choose_dtype(order.spec.dtype, device, stored=stored)[0])
         except PvecError as error:
             return error
+
+    def machine(self, order: ModelOrder) -> tuple[Machine, int] | PvecError:
+        """Measure one device in the format of ``order``; also return how many GPUs there are."""
+        import torch
+
+        from pvec.models.load import choose_device
+        from pvec.models.machine import measure_machine
+
+        try:
+            device = choose_device(order.spec.device)[0]
+        except PvecError as error:
+            return error
+        dtype = getattr(torch, order.spec.dtype)
+        machine = measure_machine(device, dtype=dtype, threads=torch.get_num_threads())
+        return machine, torch.cuda.device_count() if device.startswith("cuda") else 0
 
     def open(self, order: ModelOrder, rows: int | None = None) -> Opened | PvecError:
         """Load a model, at most ``rows`` answers at once; the reason where that fails."""
