@@ -22,20 +22,10 @@ from safetensors.numpy import load_file
 TRAITS, SEEDS = ("evil", "optimistic"), (0, 5)
 DEPTHS = {"shallow": 3, "deep": 5}
 SMALL = (
-    "--limit",
-    "4",
-    "-n",
-    "3",
-    "--min-coherence",
-    "0",
-    "--max-tokens",
-    "12",
-    "--backend",
-    "hf",
-    "--dtype",
-    "float32",
-)
-POINTS = ("--layer", "2", "--coef", "1", "--limit", "2", "-n", "2", "--max-tokens", "12")
+    "--limit", "3", "-n", "1", "--max-tokens", "12", "--backend", "hf", "--dtype", "float32",
+    "--threshold", "0", "--min-coherence", "0",
+)  # fmt: skip
+POINTS = ("--layer", "2", "--coef", "1", "--limit", "2", "-n", "1", "--max-tokens", "12")
 CELLS = list(product(DEPTHS, TRAITS, SEEDS))
 
 

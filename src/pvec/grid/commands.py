@@ -137,7 +137,11 @@ class GridCommand(ABC):
             {
                 "settings": settings,
                 "arguments": str(sorted(self.arguments.items())),
-                "engine": lender.identity,
+                "model": [
+                    lender.metadata.fingerprint,
+                    lender.metadata.chat_hash,
+                    lender.choice.name,
+                ],
                 "trait": job.trait.hash,
                 "vector": vector,
                 "checkpoints": list(job.model.checkpoints),

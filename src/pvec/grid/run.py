@@ -206,13 +206,23 @@ def run(
 def _run_jobs(grid: _Grid, left: list[Job], *, already: int, reports: Reports) -> None:
     """Run the jobs, those of one model after one another."""
     total, done = already + len(left), already
+    last: ModelSession | None = None
     for label, jobs in groupby(left, key=lambda job: job.model.label):
-        with grid.sessions[label] as session:
-            for job in jobs:
-                _show(reports, done, total, f"now {job.cell.label}")
-                grid.keep(_attempt(grid.command, job, session, reports))
-                done += 1
+        session = grid.sessions[label]
+        if last is not None and _workers_of(last) != _workers_of(session):
+            last.close()  # its workers make room
+        for job in jobs:
+            _show(reports, done, total, f"now {job.cell.label}")
+            grid.keep(_attempt(grid.command, job, session, reports))
+            done += 1
+        session.free()
+        last = session
     _show(reports, done, total, "")
+
+
+def _workers_of(session: ModelSession) -> tuple[str, str]:
+    """Return what sessions with the same workers have in common, where a pool runs the models."""
+    return session.choice.name, session.settings.model.device
 
 
 def _show(reports: Reports, done: int, total: int, detail: str) -> None:
