@@ -291,7 +291,8 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
         monitor={"vectors": [name], "layers": 2, "every": 2, "prompts": ["Hello?"]},
     )
     one = train.run(path, out=tmp_path / "one")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", "0", "-m", "pvec", "train", str(path)]
     command += ["--out", str(tmp_path / "two"), "--json", "-q"]

@@ -13,7 +13,7 @@ from itertools import accumulate
 from types import TracebackType
 from typing import Self, TypeVar
 
-from pvec.errors import PvecError
+from pvec.errors import InputError, PvecError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,10 +32,24 @@ class Processes:
 
     @classmethod
     def launched(cls) -> Self:
-        """Return the processes that a launcher announced in the environment."""
-        return cls(
-            rank=int(os.environ.get("RANK", "0")), size=int(os.environ.get("WORLD_SIZE", "1"))
-        )
+        """Return the processes that a launcher announced in the environment.
+
+        Raises ``InputError`` for an environment in which this process would work alone although
+        several were started.
+        """
+        size = _number("WORLD_SIZE", 1)
+        if "RANK" not in os.environ:
+            if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+                raise InputError(
+                    "accelerate launch started a process that knows of no others, as it does with "
+                    "--cpu: use --multi_gpu in its place, which works on CPUs too, or torchrun."
+                )
+            if size > 1:
+                raise InputError(
+                    f"WORLD_SIZE is {size} but RANK is not set: start the processes with "
+                    f"accelerate launch or torchrun, or unset WORLD_SIZE."
+                )
+        return cls(rank=_number("RANK", 0), size=size)
 
     @property
     def main(self) -> bool:
@@ -45,7 +59,7 @@ class Processes:
     @property
     def local_rank(self) -> int:
         """This process's number on its machine: the accelerator it uses."""
-        return int(os.environ.get("LOCAL_RANK", "0"))
+        return _number("LOCAL_RANK", 0)
 
     def share(self, items: Sequence[Item], *, cost: Callable[[Item], int]) -> Sequence[Item]:
         """Return this process's part of ``items``: neighbours, about equal in cost."""
@@ -64,6 +78,14 @@ class Processes:
         gathered: list[Result | None] | None = [None] * self.size if self.main else None
         dist.gather_object(value, gathered)
         return [value for value in gathered or [] if value is not None]
+
+    def share_all(self, value: Result) -> list[Result]:
+        """Return every process's ``value``, on all of them."""
+        import torch.distributed as dist
+
+        values: list[Result | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
 
     def on_main(self, make: Callable[[], Result]) -> Result:
         """Run ``make`` on the main process and return its result, or raise its error, on all."""
@@ -101,6 +123,14 @@ class Processes:
             import torch.distributed as dist
 
             dist.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    """Return a variable of the launcher's environment."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise InputError(f"{name}={text!r} in the environment is no number: unset or correct it.")
+    return int(text)
 
 
 ALONE = Processes()

@@ -50,7 +50,8 @@ def train(
     """Finetune with LoRA, optionally steered, logging the persona shift.
 
     Steering is verified before the first step. Running the command again resumes from the last
-    checkpoint. Several processes: `accelerate launch -m pvec train CONFIG`.
+    checkpoint. Several processes: `accelerate launch --multi_gpu --num_processes N -m pvec train
+    CONFIG` (docs/training.md).
     `examples/configs` has a commented configuration for each use.
     """
     from pvec.backends.processes import Processes

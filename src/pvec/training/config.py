@@ -187,6 +187,10 @@ class MemoryPart(Part):
     unsloth: bool = False
     """Load the model through unsloth (needs unsloth and a GPU)"""
 
+    shard: bool = False
+    """Divide the frozen weights among the processes of a launch (FSDP), for models that are too \
+large for one device"""
+
 
 def _coef(value: Any) -> Any:
     """Read a number or a percentile that is written as text."""
@@ -346,6 +350,7 @@ class TrainConfig(Part):
     def identity(self) -> dict[str, Any]:
         """Return what makes two trainings different: all but what is written or watched."""
         different = self.model_dump(mode="json", exclude={"output", "monitor"})
+        del different["memory"]["shard"]  # where the weights are changes nothing
         if self.model.gguf_file is None:  # as written before there was this setting
             del different["model"]["gguf_file"]
         if not self.data.skip_bad:

@@ -96,6 +96,8 @@ def load_for_training(
     if config.model.quantize:
         packed = quantise_config(config.model.quantize, dtype)
         options |= {"quantization_config": packed, "device_map": device}
+    if config.memory.shard:
+        options["distributed_config"] = _sharded()
     model, notes = load_weights(
         files.folder, name=config.model.id, gguf=files.gguf, on_progress=on_progress, **options
     )
@@ -104,11 +106,33 @@ def load_for_training(
     text = model.config.get_text_config()
     if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
         text.num_experts = text.num_local_experts  # the name by which TRL asks
-    if not config.model.quantize:
+    model.requires_grad_(False)  # before a first pass swaps the parameters of a sharded model
+    if config.memory.shard:
+        _begin_at_the_root(model)
+    elif not config.model.quantize:
         torch.nn.Module.to(model, device)
     if device == "cpu":
         notify(use_idle_cores())
-    return model.requires_grad_(False)
+    return model
+
+
+def _sharded() -> Any:
+    """Return how transformers divides weights among all processes while it loads them (FSDP2).
+
+    The adapter, which is put on later, is whole on every process.
+    """
+    import torch.distributed as dist
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    return DistributedConfig(fsdp_size=dist.get_world_size())
+
+
+def _begin_at_the_root(model: Any) -> None:
+    """Run the whole model once: FSDP takes the module that runs first for the root of all."""
+    import torch
+
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 
 
 def _through_unsloth(config: TrainConfig, folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:

@@ -25,6 +25,7 @@ from pvec.training.adapter import AdapterPlan, plan_adapter
 from pvec.training.batches import CPU_PASS_COST, PASS_COST, BatchPlan, Layout, plan_batches
 from pvec.training.config import TrainConfig
 from pvec.training.data import OnRow, Rows, TrainingData, prepare_data, read_chats
+from pvec.training.launch import check_sharding
 from pvec.training.model import check_installed, check_train_packages
 from pvec.training.monitor import monitor_shift
 from pvec.training.shift import PersonaShiftCallback
@@ -126,6 +127,7 @@ def make_plan(
     dtype, dtype_note = choose_dtype(config.model.dtype, device)
     problems = Problems()
     problems.attempt(lambda: check_installed(config, device=device))
+    problems.attempt(lambda: check_sharding(config, processes))
     metadata = problems.attempt(lambda: _inspect_base(config, device))
     vectors: dict[str, PersonaVector] = {}
     vector_notes: list[str] = []

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,9 @@ from pvec.runs.files import atomic_write, probe_target
 from pvec.runs.jsonl import JsonlLog, encode_line
 from pvec.runs.store import Run
 from pvec.runs.summary import ANSWERS, HOOKS_ON, LOG, PREFIX
+from pvec.training.checkpoints import Checkpoint, has_adapter, latest_checkpoint
 from pvec.training.configfile import load_config
+from pvec.training.launch import agreed_plan, require_same_state, together, wait_for_folder
 from pvec.types import Progress
 
 if TYPE_CHECKING:
@@ -108,33 +111,47 @@ def run(
     Raises ``InputError``, ``ModelError`` or ``StoreError`` for bad input before any weights are
     loaded, and ``SteeringError`` before step 1 when steering does not prove itself.
     """
-    plan = check(
-        path, overrides=overrides, out=out, runs=runs, notify=notify, on_progress=on_progress
+    processes = Processes.launched()
+    if not processes.main:
+        notify = on_progress = ignore
+    planned = partial(
+        check,
+        path,
+        overrides=overrides,
+        out=out,
+        runs=runs,
+        notify=notify,
+        on_progress=on_progress,
     )
-    for note in plan.notes:
-        notify(note)
-    with _opened(plan) as store:
-        finished = _finished(plan)
-        if finished is not None:
-            notify(f"this training is finished already: {plan.folder}")
-            return finished
-        if store is not None:
-            probe_target(plan.folder / RESULT)
-        return _train(plan, store, notify=notify, on_progress=on_progress)
+    with together(processes):
+        plan = agreed_plan(planned, processes, notify=notify)
+        for note in plan.notes:
+            notify(note)
+        with _opened(plan) as store:
+            wait_for_folder(plan.folder, processes)
+            finished = _finished(plan)
+            resume = latest_checkpoint(plan.folder, shapes=plan.adapter.shapes, notify=notify)
+            state = finished is not None, resume.step if resume else 0
+            require_same_state(state, plan.folder, processes)
+            if finished is not None:
+                notify(f"this training is finished already: {plan.folder}")
+                return finished
+            if store is not None:
+                probe_target(plan.folder / RESULT)
+            return _train(plan, store, resume, notify=notify, on_progress=on_progress)
 
 
 def _train(
     plan: TrainPlan,
     store: Run | None,
+    resume: Checkpoint | None,
     *,
     notify: Notify,
     on_progress: Callable[[Progress], None],
 ) -> TrainResult:
-    from pvec.training.checkpoints import latest_checkpoint
     from pvec.training.model import load_for_training
     from pvec.training.trainer import train
 
-    resume = latest_checkpoint(plan.folder, shapes=plan.adapter.shapes, notify=notify)
     if resume is not None:
         notify(f"resuming from {resume.path.name}")
     notify(f"loading {plan.metadata.id} on {plan.device}")
@@ -192,8 +209,6 @@ def _opened(plan: TrainPlan) -> Iterator[Run | None]:
 
 def _finished(plan: TrainPlan) -> TrainResult | None:
     """Return the result of a training that is finished, or None."""
-    from pvec.training.checkpoints import has_adapter
-
     if not has_adapter(plan.folder / ADAPTER, shapes=plan.adapter.shapes):
         return None
     try:

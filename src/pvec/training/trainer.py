@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from trl.trainer.sft_config import SFTConfig
@@ -75,6 +76,8 @@ class PlannedTrainer(SFTTrainer):
                 processing_class=plan.metadata.tokenizer,
                 peft_config=copy.deepcopy(plan.adapter.config),
             )
+        if plan.config.memory.shard:
+            self._average_adapter_only()
         self.steering = TrainingSteering(self.model, plan.steering) if plan.steering else None
         self.coefs: tuple[float, ...] = ()
         self.touched = [0] * len(plan.steering)
@@ -83,6 +86,28 @@ class PlannedTrainer(SFTTrainer):
         if plan.shift is not None:
             plan.shift.add_to(self)
         self.add_callback(_StepCallback(self, on_log, on_step))
+
+    def _average_adapter_only(self) -> None:
+        """Train a model whose frozen weights are sharded like one that is whole.
+
+        Only the adapter has gradients and an optimiser, and it is whole on every process: what the
+        Trainer does and refuses for sharded models does not concern it.
+        """
+        self.is_distributed_loading_by_transformers = False
+        self.args.save_only_model = False
+        frozen = [
+            name for name, weight in self.model.named_parameters() if not weight.requires_grad
+        ]
+        frozen += [name for name, _ in self.model.named_buffers()]
+        ignore_in: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model  # noqa: SLF001
+        ignore_in(self.model, frozen)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the adapter from its own weights: reading a sharded model takes all processes."""
+        adapter = {name: w for name, w in self.model.named_parameters() if w.requires_grad}
+        super()._save(
+            output_dir, state_dict=adapter if self.plan.config.memory.shard else state_dict
+        )
 
     def get_train_dataloader(self) -> Any:
         """Return the loader of the passes that were planned; accelerate deals them out."""
@@ -297,6 +322,7 @@ def training_arguments(plan: TrainPlan, model: PreTrainedModel) -> SFTConfig:
         max_length=None,
         padding_free=config.batch.layout == "packed",
         dataset_kwargs={"skip_prepare_dataset": True},
+        save_only_model=config.memory.shard,  # until the Trainer is made: see there
     )
 
 
