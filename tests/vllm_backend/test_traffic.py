@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pvec.backends.pool.jobs import Job
+from pvec.backends.pool.worker import Worker
 from pvec.backends.vllm.engine import VLLMBackend
 from pvec.errors import InputError, ModelError, SteeringError
 from pvec.types import Instruction, Progress, Request, Sampling, StreamChunk, TokenSpans
@@ -53,6 +55,27 @@ def test_hundreds_of_different_steerings_pass_through_four_slots(backend: VLLMBa
         tokens, _ = greedy(model, request.prompt_ids, tokens=3, stop=[2], plan=request.steering)
         assert list(found[request.id].token_ids) == tokens, request.id
         assert found[request.id].touched == (1 + len(tokens) - 1,)
+
+
+def test_requests_that_arrive_while_others_run_join_them(backend: VLLMBackend) -> None:
+    """As a pool's worker gets them; a prompt as long as the context fails as it does alone."""
+    long = [_request(n, tokens=40) for n in range(4)]
+    late = [_request(n, tokens=2) for n in range(4, 8)]
+    wanted = {g.id: g.token_ids for g in backend.generate([*long, *late])}
+    worker, job = Worker(), Job(key="model", method="generate", number=1)
+    worker._models["model"] = backend
+    done = worker.exchange(job, [(r.id, r) for r in long], wait=0.0).results
+    while not done:
+        done = worker.exchange(job, [(r.id, r) for r in late], wait=30.0).results
+        late = []
+    last = worker.exchange(job, [], end=True, wait=30.0)
+    order = [key for key, _ in done]
+    while not last.ended:
+        done += last.results
+        last = worker.exchange(job, [], wait=30.0)
+    done += last.results
+    assert {key: answer.token_ids for key, answer in done} == wanted
+    assert order[0] in {"r4", "r5", "r6", "r7"}, "short answers waited for the long ones' end"
 
 
 def test_an_answer_whose_logits_overflow_fails_and_the_others_go_on(backend: VLLMBackend) -> None:

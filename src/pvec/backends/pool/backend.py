@@ -196,7 +196,7 @@ class PoolBackend(Backend):
         """Yield the results of a method of the workers' backends, with the keys of their items."""
         schedule = Schedule(
             self._pool,
-            Job(number=self._pool.next_job(), key=self._key, method=method, options=options),
+            Job(key=self._key, method=method, options=options),
             items,
             retries=self._retries,
             failed=failed or _refuse,

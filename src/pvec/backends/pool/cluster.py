@@ -6,6 +6,8 @@ import hashlib
 import importlib.util
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from pvec.models.files import ModelSpec
 from pvec.settings import Settings
 
 _REACH_SECONDS = 10.0
+_HEALTH_SECONDS = 30.0
+"""Most of it is the time in which another Python imports Ray."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,15 +217,28 @@ def connect(
 
 
 def _reach(address: str) -> None:
-    """Raise ``InputError`` when nobody listens: Ray itself would wait for minutes."""
+    """Raise ``InputError`` unless Ray answers: Ray itself would wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
+    remedy = "correct --workers, or start a cluster there with `ray start --head`"
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
     except (OSError, OverflowError) as error:
+        raise InputError(f"Nothing answers at {address} ({error}): {remedy}.") from None
+    if address.startswith("ray://"):
+        return
+    check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        healthy = subprocess.run(  # noqa: S603 (no shell; the address is one argument)
+            check, capture_output=True, timeout=_HEALTH_SECONDS, check=False
+        )
+        answered = healthy.returncode == 0
+    except subprocess.TimeoutExpired:
+        answered = False
+    if not answered:
         raise InputError(
-            f"Nothing answers at {address} ({error}): correct --workers, or start a cluster there "
-            f"with `ray start --head`."
-        ) from None
+            f"What answers at {address} is no Ray of this version (the port of a head is mostly "
+            f"6379): {remedy}."
+        )
 
 
 def _share(settings: Settings, workers: Workers) -> Share:

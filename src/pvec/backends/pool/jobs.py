@@ -22,14 +22,14 @@ Numbered = tuple[Any, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One call of a backend's method, shared by the workers. ``options`` are its other arguments;
-    ``key`` names the model.
+    """One call of a backend's method. ``options`` are its other arguments; ``key`` names the
+    model. ``number`` is its own in the worker.
     """
 
-    number: int
     key: str
     method: Method
     options: Mapping[str, Any] = field(default_factory=dict)
+    number: int = 0
 
     @property
     def whole(self) -> bool:

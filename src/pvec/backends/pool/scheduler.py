@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -19,7 +19,7 @@ from pvec.backends.pool.jobs import Job, Numbered
 from pvec.backends.pool.members import Handle, Member, WorkerDied
 from pvec.backends.pool.pool import Pool
 from pvec.backends.pool.worker import Exchange
-from pvec.errors import InputError
+from pvec.errors import InputError, ModelError
 
 _WAIT = 1.0
 """Seconds that an exchange waits for a result: so late at most does a worker get more items."""
@@ -44,13 +44,18 @@ class Item:
 
 @dataclass(eq=False, kw_only=True)
 class _Part:
-    """A worker's part of the job. ``handle`` is that of the process which holds the items."""
+    """A worker's part of the work: a ``job`` of its own, in the process of ``handle``.
+
+    ``closed``: it was told that no items follow; ``ended``: it has said that it is through.
+    """
 
     member: Member
     handle: Handle
+    job: Job
     holds: dict[Any, Item] = field(default_factory=dict)
     exchanging: Future[Exchange] | None = None
     progress: Mapping[str, float] = field(default_factory=dict)
+    closed: bool = False
     ended: bool = False
 
 
@@ -125,21 +130,27 @@ class Schedule:
     def _give(self, member: Member) -> None:
         """Hand items to a worker and ask what it has done, unless it is asked already."""
         part = self._parts.get(member.number)
+        if part is not None and part.ended:  # what came back from a dead worker is another job
+            part = None
         if part is not None and part.exchanging is not None:
             return
-        items = self._share(member, part.holds if part else {})
+        items = [] if part and part.closed else self._share(member, part.holds if part else {})
         if part is None:
             if not items:
                 return
-            part = self._parts[member.number] = _Part(member=member, handle=member.handle)
+            job = replace(self._job, number=self._pool.next_job())
+            part = _Part(member=member, handle=member.handle, job=job)
+            self._parts[member.number] = part
         for item in items:
             if item.key in part.holds:
                 raise InputError(f"Two items are called {item.key!r}: give each an id of its own.")
             part.holds[item.key] = item
-        end = self._drawn_all and not self._waiting and not self._held()
-        if part.holds or (end and not part.ended):
+        part.closed = part.closed or (self._drawn_all and not self._waiting)
+        if part.holds or part.closed:
             pairs = [(item.key, item.payload) for item in items]
-            part.exchanging = part.handle.submit("exchange", self._job, pairs, end=end, wait=_WAIT)
+            part.exchanging = part.handle.submit(
+                "exchange", part.job, pairs, end=part.closed, wait=_WAIT
+            )
 
     def _share(self, member: Member, holds: Mapping[Any, Item]) -> list[Item]:
         """Take from the queue what a worker that ``holds`` items may have now."""
@@ -198,6 +209,11 @@ class Schedule:
         self._on_progress(self._done, sums)
         if exchange.error is not None:
             raise exchange.error
+        if part.ended and part.holds:
+            raise ModelError(
+                f"{part.member.label} returned nothing for {len(part.holds)} of its items: run the "
+                f"same command again, and report this as a bug if it happens again."
+            )
 
     def _missed(self) -> Iterator[Numbered]:
         """Give up parts whose worker was replaced while another job used it."""
@@ -225,4 +241,4 @@ class Schedule:
         """Let the workers forget the job; what they still compute of it is thrown away."""
         for part in self._parts.values():
             with suppress(WorkerDied):
-                part.handle.submit("stop", self._job.number)
+                part.handle.submit("stop", part.job.number)

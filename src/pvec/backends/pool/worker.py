@@ -134,7 +134,10 @@ class Worker:
         running.feed.put(items)
         if end:
             running.feed.end()
-        return running.collect(wait)
+        done = running.collect(wait)
+        if done.ended:
+            del self._running[job.number]
+        return done
 
     def stop(self, number: int) -> None:
         """Abandon a job: what is under way is computed and thrown away."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pvec.backends.vllm.packing import pack_plan, unpack
-from pvec.backends.vllm.requests import EngineRequest, EngineResult, not_finite
+from pvec.backends.vllm.requests import END, Drawn, EngineRequest, EngineResult, not_finite
 from pvec.backends.vllm.slots import Rows, Slots
 from pvec.backends.vllm.token_rows import RequestMetadata
 from pvec.backends.vllm.worker import EXTRA
@@ -28,6 +29,8 @@ from pvec.types import Instruction
 
 _FETCH_AT = 16
 """Finished requests whose counts are fetched together; one that captured is fetched at once."""
+
+_PAUSE_SECONDS = 0.005
 
 
 @dataclass(kw_only=True, eq=False)
@@ -71,32 +74,47 @@ class EngineClient:
         self._dead = False
         self._spoiled: ModelError | None = None
 
-    def run(self, requests: Iterable[EngineRequest]) -> Iterator[EngineResult]:
-        """Yield results as requests finish; requests are drawn as there is room for them."""
+    def run(self, requests: Iterable[Drawn]) -> Iterator[EngineResult]:
+        """Yield results as requests finish; requests are drawn as there is room for them.
+
+        None among them says that nothing more is there yet: the engine goes on with what it has.
+        """
         if self._spoiled is not None:
             raise self._spoiled
         mailbox: deque[EngineResult] = deque()
         source = iter(requests)
-        waiting = next(source, None)
+        waiting = next(source, END)
         in_engine = 0
         try:
             while True:
                 while (
-                    waiting is not None
+                    isinstance(waiting, EngineRequest)
                     and in_engine < self._window
                     and self._admit(waiting, mailbox)
                 ):
-                    waiting, in_engine = next(source, None), in_engine + 1
+                    waiting, in_engine = next(source, END), in_engine + 1
                 if mailbox:
                     done = mailbox.popleft()
                     in_engine -= done.finished
                     yield done
-                elif in_engine or waiting is not None:
-                    self._step(short=waiting is not None and in_engine < self._window)
-                else:
+                elif waiting is END and not in_engine:
                     return
+                elif waiting is None:
+                    waiting = self._paused(source, mailbox, idle=not in_engine)
+                else:
+                    self._step(short=waiting is not END and in_engine < self._window)
         finally:
             self._abandon(mailbox)
+
+    def _paused(
+        self, source: Iterator[Drawn], mailbox: deque[EngineResult], *, idle: bool
+    ) -> Drawn:
+        """Go on with what runs, then look whether more requests have come."""
+        if idle:
+            time.sleep(_PAUSE_SECONDS)  # another engine has work
+        else:
+            self._step(short=False)
+        return None if mailbox else next(source, END)
 
     @property
     def running(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from pvec.backends.arrivals import Arrivals
 from pvec.backends.base import Backend
 from pvec.backends.vllm import scores
 from pvec.backends.vllm.client import EngineClient
@@ -17,7 +18,7 @@ from pvec.backends.vllm.costs import accumulator_rows, capture_bytes, table_byte
 from pvec.backends.vllm.replicas import ReplicaPool, gpus_of
 from pvec.backends.vllm.requests import (
     Adapters,
-    EngineRequest,
+    Drawn,
     EngineResult,
     RequestBuilder,
     span_means,
@@ -123,9 +124,12 @@ class VLLMBackend(Backend):
         """
         self._check_adapters((adapters or {}).values())
         failed: list[Generation] = []
-        runnable = self._runnable(requests, failed)
-        translated = (self._requests.for_request(r, adapters=adapters) for r in runnable)
-        for result in self._watched(translated):
+
+        def translate(batch: Iterable[Request]) -> Iterator[Drawn]:
+            runnable = self._runnable(batch, failed)
+            return (self._requests.for_request(r, adapters=adapters) for r in runnable)
+
+        for result in self._watched(self._arriving(requests, translate)):
             yield self._requests.answer(result)
         yield from failed
 
@@ -159,11 +163,14 @@ class VLLMBackend(Backend):
         rows = self._layer_rows(layers)
         self._check_adapters((adapters or {}).values())
         failed: list[Generation] = []
-        translated = (
-            self._requests.for_request(r, adapters=adapters, capture=True)
-            for r in self._runnable(requests, failed)
-        )
-        for result in self._watched(translated):
+
+        def translate(batch: Iterable[Request]) -> Iterator[Drawn]:
+            runnable = self._runnable(batch, failed)
+            return (
+                self._requests.for_request(r, adapters=adapters, capture=True) for r in runnable
+            )
+
+        for result in self._watched(self._arriving(requests, translate)):
             generation = self._requests.answer(result)
             yield generation, self._means(result, rows, identity=generation.id)
         for answer in failed:
@@ -242,7 +249,7 @@ class VLLMBackend(Backend):
             check_served_adapter(self._folder, Path(folder))
             self._checked_adapters.add(folder)
 
-    def _run(self, requests: Iterable[EngineRequest]) -> Iterator[EngineResult]:
+    def _run(self, requests: Iterable[Drawn]) -> Iterator[EngineResult]:
         """Yield results as requests finish; at the end check how many tokens were steered."""
         yield from self._pool.run(requests)
         self._check_proof()
@@ -262,7 +269,20 @@ class VLLMBackend(Backend):
             else:
                 failed.append(answer)
 
-    def _watched(self, requests: Iterable[EngineRequest]) -> Iterator[EngineResult]:
+    def _arriving(
+        self, requests: Iterable[Request], translate: Callable[[Iterable[Request]], Iterator[Drawn]]
+    ) -> Iterator[Drawn]:
+        """Yield what ``translate`` makes of requests as they come, None while none has come."""
+        if not isinstance(requests, Arrivals):
+            yield from translate(requests)
+            return
+        while (arrived := requests.take(wait=not self._pool.running)) is not None:
+            if arrived:
+                yield from translate(arrived)
+            else:
+                yield None
+
+    def _watched(self, requests: Iterable[Drawn]) -> Iterator[EngineResult]:
         """Run requests and report each to ``on_progress``; only finished answers have tokens."""
         done = tokens = 0
         for result in self._run(requests):

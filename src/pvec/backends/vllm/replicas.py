@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pvec.backends.vllm.client import EngineClient
-from pvec.backends.vllm.requests import EngineRequest, EngineResult
+from pvec.backends.vllm.requests import END, Drawn, EngineResult
 from pvec.errors import InputError
 
 
@@ -26,7 +26,7 @@ class ReplicaPool:
         self.clients = tuple(clients)
         self._turn = threading.Lock()  # one stream at a time drives the engines
 
-    def run(self, requests: Iterable[EngineRequest]) -> Iterator[EngineResult]:
+    def run(self, requests: Iterable[Drawn]) -> Iterator[EngineResult]:
         """Yield every request as it finishes on any engine; see ``EngineClient.run``."""
         if len(self.clients) == 1:
             yield from self.clients[0].run(requests)
@@ -50,7 +50,7 @@ class ReplicaPool:
         """Call a ``pvec_*`` method on every worker of every engine."""
         return [answer for client in self.clients for answer in client.call(method, *args)]
 
-    def _run(self, requests: Iterable[EngineRequest]) -> Iterator[EngineResult]:
+    def _run(self, requests: Iterable[Drawn]) -> Iterator[EngineResult]:
         source = _Shared(requests)
         results: queue.Queue[EngineResult | BaseException | None] = queue.Queue()
         threads = [
@@ -82,16 +82,16 @@ class ReplicaPool:
 class _Shared:
     """An iterable that several threads draw from; once ``stopped`` it is at its end."""
 
-    def __init__(self, requests: Iterable[EngineRequest]) -> None:
+    def __init__(self, requests: Iterable[Drawn]) -> None:
         self.stopped = False
         self._source = iter(requests)
         self._lock = threading.Lock()
 
-    def __iter__(self) -> Iterator[EngineRequest]:
+    def __iter__(self) -> Iterator[Drawn]:
         while True:
             with self._lock:
-                request = None if self.stopped else next(self._source, None)
-            if request is None:
+                request = END if self.stopped else next(self._source, END)
+            if request is END:
                 return
             yield request
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,17 @@ class EngineRequest:
     segments: Segments | None = None
     adapter: str | None = None
     stream: bool = False
+
+
+class End(Enum):
+    """What follows the last request."""
+
+    END = "end"
+
+
+END = End.END
+Drawn = EngineRequest | End | None
+"""What a stream of requests gives: one, its end, or None where none has arrived yet."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
