@@ -76,7 +76,7 @@ def pool_for(settings: Settings, *, notify: Callable[[str], None] | None = None)
     Sessions of one process with the same settings share them. Raises ``InputError`` when the
     cluster does not answer or has no room for them.
     """
-    name = f"{settings.pool!r}|{_engine_gpus(settings)}|{settings.model.device}"
+    name = f"{settings.pool!r} {_engine_gpus(settings)} {settings.model.device}"
     if name not in _POOLS:
         _POOLS[name] = _start(settings, name, notify=notify or (lambda _: None))
     pool = _POOLS[name]
@@ -90,9 +90,7 @@ _POOLS: dict[str, Pool] = {}
 
 
 def _engine_gpus(settings: Settings) -> int:
-    """Return how many GPUs a model takes where there are any."""
-    if settings.backend.name != "vllm":
-        return 1
+    """Return how many GPUs a model takes where there are any; a judge beside it takes no more."""
     vllm = settings.backend.vllm
     return vllm.tensor_parallel_size * vllm.pipeline_parallel_size * vllm.data_parallel_size
 
@@ -190,6 +188,7 @@ def connect(
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    silence_ray()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if workers.address is None:
@@ -214,6 +213,17 @@ def connect(
     if url := getattr(context, "dashboard_url", None):
         notify(f"Ray's dashboard: http://{url}")
     return True
+
+
+def silence_ray() -> None:
+    """Keep Ray's account of every death off standard output, which is for results.
+
+    Ray 2.60 has no setting for it. The pool and its results say what died.
+    """
+    import ray._private.worker as driver
+
+    if hasattr(driver, "print_to_stdstream"):
+        driver.print_to_stdstream = lambda *_args, **_options: None
 
 
 def _reach(address: str) -> None:
