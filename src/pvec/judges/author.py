@@ -10,6 +10,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -164,7 +165,9 @@ class Author(Closing):
         """Return the text of the model's reply to a conversation."""
         try:
             # No token limit: a model that thinks first would be cut at any that we chose.
-            reply = self._endpoint.run(self._endpoint.ask(messages, max_tokens=None))
+            reply = self._endpoint.portal.call(
+                partial(self._endpoint.ask, max_tokens=None), messages
+            )
         except GaveUp as error:
             msg = (
                 f"The author at {self._endpoint.server.place} cannot be used: {error}; "

@@ -6,10 +6,10 @@ what else a model may be asked for (``judges.author``).
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pvec.closing import Closing
 from pvec.errors import JudgeError
@@ -18,10 +18,10 @@ from pvec.judges.dialect import Dialect
 from pvec.judges.pacing import Pacer, Patience, retry_after
 from pvec.judges.reply import MalformedReply, Reply, Usage, parse_reply, parse_usage
 from pvec.judges.server import Rejection, Server
-from pvec.judges.transport import LoopThread
 from pvec.types import Message
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from anyio.from_thread import BlockingPortal
 
 SCORING: Mapping[str, Any] = {"temperature": 0, "seed": 0, "logprobs": True, "top_logprobs": 20}
 """Request parameters of a judge: one token, with its likeliest alternatives."""
@@ -105,30 +105,29 @@ class Endpoint(Closing):
         self._patience = patience
         self._role = role
         self._answered = False
-        self._loop: LoopThread | None = None
+        self._thread = ExitStack()
+        self._portal: BlockingPortal | None = None
 
     # -- from plain code ------------------------------------------------------------------------
 
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start ``coroutine`` where requests are made; cancelling the future cancels it."""
-        return self._running_loop().submit(coroutine)
+    @property
+    def portal(self) -> BlockingPortal:
+        """The thread where requests are made: the caller may be inside a loop (a notebook)."""
+        if self._portal is None:
+            from anyio.from_thread import start_blocking_portal
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run ``coroutine`` to its end and return its result; an interrupt cancels it."""
-        return self._running_loop().run(coroutine)
+            self._portal = self._thread.enter_context(start_blocking_portal())
+        return self._portal
 
     def close(self) -> None:
         """Cancel what is in flight and close the connections."""
-        if self._loop is not None:
-            loop, self._loop = self._loop, None
-            loop.cancel_all()
-            loop.run(self.server.close())
-            loop.close()
-
-    def _running_loop(self) -> LoopThread:
-        if self._loop is None:
-            self._loop = LoopThread(name="pvec-client")
-        return self._loop
+        if self._portal is None:
+            return
+        portal, self._portal = self._portal, None
+        self.halt("it was closed")
+        portal.call(self.server.close)
+        portal.call(portal.stop, True)
+        self._thread.close()
 
     # -- inside the loop ------------------------------------------------------------------------
 
