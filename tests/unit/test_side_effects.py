@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from pvec.evaluation.conditions import Condition
+from pvec.evaluation.condition import Condition
 from pvec.evaluation.effect_numbers import TextReading, summarise_effects
 from pvec.evaluation.summary import ScoredAnswer
 from pvec.evaluation.text_measures import other_script, refuses, repetition

@@ -7,93 +7,20 @@ that differences between conditions are paired. Nothing here needs a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Sequence
 
 from pvec.errors import InputError
+from pvec.evaluation.condition import Condition, layers_label
 from pvec.models.decoder import check_layer
 from pvec.settings.sections import SteerSettings
 from pvec.steering.instructions import SteeringVector, instructions, random_like
-from pvec.types import LIMITS, Dose, Instruction, Operator, Percentile, Positions
-
-Role = Literal["baseline", "prompt_pos", "prompt_neg", "steered", "random"]
-"""What a condition can be, in the order of tables."""
-
-ROLES: tuple[Role, ...] = get_args(Role)
+from pvec.types import LIMITS, Dose, Percentile, Positions
 
 AUTO_DEPTHS = (0.35, 0.45, 0.55, 0.65, 0.75)
 """Where ``--layer auto`` looks, as shares of the depth: a handful around 55 %, where the paper's
 two models (layers 20 of 28 and 16 of 32) and the bundled one steer best."""
 
 BASELINE = "unsteered"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Condition:
-    """One point of the sweep, a control, or a baseline.
-
-    ``name`` is unique in a run and for people; nothing else is read out of it. ``control_of`` is
-    the ``vector`` of the steered conditions whose control a random condition is. ``operator`` is
-    None where nothing is steered, ``positions`` where they are the run's. Where the limits of a cap
-    or floor are a percentile, ``percentile`` is its name (``pos50``) and ``coef`` its number.
-    """
-
-    name: str
-    role: Role
-    vector: str = ""
-    layers: tuple[int, ...] = ()
-    coef: float = 0.0
-    operator: Operator | None = None
-    control_of: str = ""
-    percentile: str = ""
-    positions: Positions | None = None
-    steering: tuple[Instruction, ...] = ()
-
-    def identity(self) -> dict[str, Any]:
-        """Return the JSON form that a response's id covers."""
-        return {
-            "name": self.name,
-            "role": self.role,
-            "vector": self.vector,
-            "layers": list(self.layers),
-            "coef": self.coef,
-        }
-
-    def labels(self) -> dict[str, Any]:
-        """Return what is stored beside ``identity`` and follows from it and the steering."""
-        labels: dict[str, Any] = {"operator": self.operator, "control_of": self.control_of}
-        own = {"percentile": self.percentile, "positions": self.positions}
-        return {**labels, **{name: value for name, value in own.items() if value}}
-
-
-def stored_condition(stored: Mapping[str, Any]) -> Condition:
-    """Return the condition of a stored response, without its instructions.
-
-    Runs of pvec 0.1 stored neither operator nor ``control_of``; their labels had one fixed form,
-    from which both follow.
-    """
-    steered = stored["role"] in {"steered", "random"}
-    if steered and "operator" not in stored:
-        first = str(stored["name"]).rpartition(" · ")[2].partition(" ")[0]
-        vectors = str(stored["vector"]).split(" + ")
-        control_of = " + ".join(vector.removeprefix("random like ") for vector in vectors)
-        stored = {
-            **stored,
-            "operator": first if first in {"cap", "ablate"} else "add",
-            "control_of": control_of if stored["role"] == "random" else "",
-        }
-    return Condition(
-        name=stored["name"],
-        role=stored["role"],
-        vector=stored["vector"],
-        layers=tuple(stored["layers"]),
-        coef=float(stored["coef"]),
-        operator=stored.get("operator"),
-        control_of=stored.get("control_of", ""),
-        percentile=stored.get("percentile", ""),
-        positions=stored.get("positions"),
-    )
 
 
 def parse_coefs(text: str) -> tuple[float, ...]:
@@ -140,15 +67,6 @@ def parse_layers(text: str, *, num_layers: int) -> tuple[tuple[int, ...], ...]:
         for layer in choice:
             check_layer(layer, num_layers)
     return tuple(dict.fromkeys(choices))
-
-
-def layers_label(layers: Sequence[int]) -> str:
-    """Return how a choice of layers is written: ``layer 20``, ``layers 3+4``, ``layers 1-28``."""
-    if len(layers) == 1:
-        return f"layer {layers[0]}"
-    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
-        return f"layers {layers[0]}-{layers[-1]}"
-    return "layers " + "+".join(str(layer) for layer in layers)
 
 
 def evaluation_conditions(

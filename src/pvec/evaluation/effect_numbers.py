@@ -16,13 +16,12 @@ from pydantic import TypeAdapter
 from pvec.data.csv_table import write_csv
 from pvec.documents import read_json
 from pvec.errors import StoreError
-from pvec.evaluation.conditions import Condition, Role
+from pvec.evaluation.condition import Condition, Place
 from pvec.evaluation.summary import ScoredAnswer, not_known_as_nan
 from pvec.evaluation.text_measures import other_script, refuses, repetition
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.summary import SUMMARY, write_summary
 from pvec.stats import SCORES, Interval, grouped_mean
-from pvec.types import Positions
 
 FOLDER = "side_effects"
 """Folder of a run with what was measured: a run of its own, its summary and ``TABLE``."""
@@ -56,16 +55,9 @@ class TextReading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SideEffect:
+class SideEffect(Place):
     """One condition; ``measures`` has those of ``MEASURES`` that could be taken."""
 
-    name: str
-    role: Role
-    vector: str
-    layers: tuple[int, ...]
-    coef: float
-    control_of: str
-    positions: Positions | None
     measures: Mapping[str, Interval]
 
 
@@ -84,11 +76,8 @@ class SideEffects:
 
     def control_of(self, point: SideEffect) -> Mapping[str, Interval]:
         """Return the measures of the random vector where ``point`` steers; none without one."""
-        place = (point.vector, point.layers, point.coef, point.positions)
-        for other in self.points:
-            if (other.control_of, other.layers, other.coef, other.positions) == place:
-                return other.measures if point.role == "steered" else {}
-        return {}
+        found = (other.measures for other in self.points if other.controls(point))
+        return next(found, {})
 
     @property
     def kl(self) -> dict[str, float]:
@@ -126,18 +115,7 @@ def summarise_effects(
             **_answer_measures(_of(records, condition)),
             **({"wrong_way": wrong[condition.name]} if condition.name in wrong else {}),
         }
-        points.append(
-            SideEffect(
-                name=condition.name,
-                role=condition.role,
-                vector=condition.vector,
-                layers=condition.layers,
-                coef=condition.coef,
-                control_of=condition.control_of,
-                positions=condition.positions,
-                measures=measures,
-            )
-        )
+        points.append(SideEffect(**condition.place, measures=measures))
     return SideEffects(
         points=tuple(points),
         texts=len({text.text for text in texts}),

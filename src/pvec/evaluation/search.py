@@ -15,12 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pvec.errors import InputError, install_command
-from pvec.evaluation.conditions import (
-    Condition,
-    group_layers,
-    parse_coefs,
-    steered_condition,
-)
+from pvec.evaluation.condition import Condition
+from pvec.evaluation.conditions import group_layers, parse_coefs, steered_condition
 from pvec.settings.sections import SteerSettings
 from pvec.steering.instructions import SteeringVector
 from pvec.types import Positions

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from pvec.backends.run_session import RunSession
-from pvec.evaluation.conditions import Condition, group_label, steered_condition
+from pvec.evaluation.condition import Condition
+from pvec.evaluation.conditions import group_label, steered_condition
 from pvec.evaluation.search import Outcome, search
 from pvec.evaluation.setup import SteerSetup
 from pvec.evaluation.summary import COHERENCE

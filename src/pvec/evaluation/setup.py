@@ -11,8 +11,8 @@ from pvec.backends.planned import PlannedResponse, PromptCache, derive_seed, que
 from pvec.backends.run_session import RunSession, run_identity, use_run_date
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError
+from pvec.evaluation.condition import Condition
 from pvec.evaluation.conditions import (
-    Condition,
     evaluation_conditions,
     percentile_class,
     single_layer,

@@ -15,12 +15,11 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from pvec.documents import read_json
-from pvec.evaluation.conditions import ROLES, Condition, Role, layers_label, stored_condition
+from pvec.evaluation.condition import ROLES, Condition, Place, Role, stored_condition
 from pvec.runs.responses import Json, stable_hash
 from pvec.runs.store import Run
 from pvec.runs.summary import SUMMARY, write_summary
 from pvec.stats import SCORES, Interval, grouped_mean, paired_difference
-from pvec.types import Operator, Positions
 
 COHERENCE = "coherence"
 
@@ -40,37 +39,13 @@ class ScoredAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class Point(Place):
     """One condition: mean scores by metric, and the paired differences to the baseline."""
 
-    name: str
-    role: Role
-    vector: str
-    layers: tuple[int, ...]
-    coef: float
     scores: Mapping[str, Interval]
     differences: Mapping[str, Interval]
-    operator: Operator | None = None
-    control_of: str = ""
-    percentile: str = ""
     limited: float | None = None
     """Share of the positions held to a cap or floor that lay beyond it; None if not counted."""
-    positions: Positions | None = None
-
-    @property
-    def where(self) -> str:
-        """The layers in words: ``layer 20``, ``layers 3+4``, ``layers 1-28``, and the positions
-        where they are not the run's."""
-        return layers_label(self.layers) + (f", {self.positions}" if self.positions else "")
-
-    def controls(self, other: Point) -> bool:
-        """Whether this is the random vector at the very point where ``other`` steers."""
-        return (
-            self.role == "random"
-            and other.role == "steered"
-            and (self.control_of, self.layers, self.coef, self.operator, self.positions)
-            == (other.vector, other.layers, other.coef, other.operator, other.positions)
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,41 +231,29 @@ def summarise(
 
 
 class _Table:
-    """Scores by condition, metric and question, from which any subset of questions is read."""
+    """The answers by condition, from which any subset of questions is read."""
 
     def __init__(self, answers: Sequence[ScoredAnswer], metrics: Sequence[str]) -> None:
         self._metrics = metrics
         self._conditions: dict[str, Condition] = {}
-        self._scores: dict[tuple[str, str, str], list[float | None]] = {}
-        self._limited: dict[tuple[str, str], np.ndarray] = {}
+        self._answers: dict[str, list[ScoredAnswer]] = {}
         for answer in answers:
             condition = stored_condition(answer.condition)
             self._conditions.setdefault(condition.name, condition)
-            if answer.limited:
-                key = condition.name, answer.question
-                self._limited[key] = self._limited.get(key, 0) + np.array(answer.limited)
-            for metric in metrics:
-                cell = self._scores.setdefault((condition.name, metric, answer.question), [])
-                cell.append(answer.scores.get(metric))
+            self._answers.setdefault(condition.name, []).append(answer)
 
     def points(self, questions: Sequence[str]) -> list[Point]:
         """Return every condition read on ``questions``, in the order of tables."""
+        asked = set(questions)
+        answers = {k: [a for a in own if a.question in asked] for k, own in self._answers.items()}
         baseline = next((c.name for c in self._conditions.values() if c.role == "baseline"), None)
         points = [
             Point(
-                name=condition.name,
-                role=condition.role,
-                vector=condition.vector,
-                layers=condition.layers,
-                coef=condition.coef,
-                operator=condition.operator,
-                control_of=condition.control_of,
-                percentile=condition.percentile,
-                limited=self._share_limited(condition.name, questions),
-                positions=condition.positions,
-                scores={m: self._reading(condition.name, m, questions) for m in self._metrics},
+                **condition.place,
+                limited=_share_limited(answers[condition.name]),
+                scores={m: _reading(answers[condition.name], m) for m in self._metrics},
                 differences={
-                    m: self._difference(condition.name, baseline, m, questions)
+                    m: _difference(answers[condition.name], answers[baseline], m)
                     for m in self._metrics
                     if baseline is not None and condition.name != baseline
                 },
@@ -299,39 +262,36 @@ class _Table:
         ]
         return sorted(points, key=lambda p: (ROLES.index(p.role), p.vector, p.layers, p.coef))
 
-    def _share_limited(self, name: str, questions: Sequence[str]) -> float | None:
-        counts = [self._limited[name, q] for q in questions if (name, q) in self._limited]
-        if not counts:
-            return None
-        beyond, held = np.sum(counts, axis=0)
-        return float(beyond / held)
 
-    def _reading(self, name: str, metric: str, questions: Sequence[str]) -> Interval:
-        values, groups = self._column(name, metric, questions)
-        return grouped_mean(values, groups=groups, limits=SCORES)
+def _share_limited(answers: Sequence[ScoredAnswer]) -> float | None:
+    counts = [answer.limited for answer in answers if answer.limited]
+    if not counts:
+        return None
+    beyond, held = np.sum(counts, axis=0)
+    return float(beyond / held)
 
-    def _difference(
-        self, name: str, baseline: str, metric: str, questions: Sequence[str]
-    ) -> Interval:
-        values, groups = self._column(name, metric, questions)
-        base, base_groups = self._column(baseline, metric, questions)
-        return paired_difference(
-            values,
-            groups=groups,
-            baseline=base,
-            baseline_groups=base_groups,
-            limits=(-SCORES[1], SCORES[1]),
-        )
 
-    def _column(
-        self, name: str, metric: str, questions: Sequence[str]
-    ) -> tuple[list[float | None], list[str]]:
-        pairs = [
-            (score, question)
-            for question in questions
-            for score in self._scores.get((name, metric, question), [])
-        ]
-        return [score for score, _ in pairs], [question for _, question in pairs]
+def _reading(answers: Sequence[ScoredAnswer], metric: str) -> Interval:
+    values, questions = _column(answers, metric)
+    return grouped_mean(values, groups=questions, limits=SCORES)
+
+
+def _difference(
+    answers: Sequence[ScoredAnswer], baseline: Sequence[ScoredAnswer], metric: str
+) -> Interval:
+    values, questions = _column(answers, metric)
+    base, base_questions = _column(baseline, metric)
+    return paired_difference(
+        values,
+        groups=questions,
+        baseline=base,
+        baseline_groups=base_questions,
+        limits=(-SCORES[1], SCORES[1]),
+    )
+
+
+def _column(answers: Sequence[ScoredAnswer], metric: str) -> tuple[list[float | None], list[str]]:
+    return [a.scores.get(metric) for a in answers], [a.question for a in answers]
 
 
 def best_point(points: Sequence[Point], trait: str, min_coherence: float) -> Point | None:
