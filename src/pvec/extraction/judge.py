@@ -149,12 +149,12 @@ def conclude(
     """
     scores = store.scores_by_response(judge=judge)
     outcome = JudgedExtraction(
-        filtered=_filter(records, scores, trait, settings),
+        filtered=filter_answers(records, scores, trait, settings),
         means=tuple(
             mean
             for sign in SIGNS
             for mean in metric_means(
-                [record for record in records if sign_of(record) == sign],
+                answers_of(records, sign),
                 scores,
                 [trait, COHERENCE],
                 group=sign,
@@ -164,8 +164,7 @@ def conclude(
     for sign in SIGNS:
         rows = [
             judged_answer(record, scores.get(record.id, {}), trait)
-            for record in records
-            if sign_of(record) == sign
+            for record in answers_of(records, sign)
         ]
         write_judged_csv(store.csv_path(f"{trait}_{sign}"), rows, trait=trait)
     judged = {
@@ -175,6 +174,11 @@ def conclude(
     }
     update_summary(store.path, judged={judge: judged})
     return outcome
+
+
+def answers_of(records: Iterable[ResponseRecord], sign: Sign) -> list[ResponseRecord]:
+    """Return the answers of an extraction that were given under a sign."""
+    return [record for record in records if sign_of(record) == sign]
 
 
 def sign_of(record: ResponseRecord) -> Sign:
@@ -187,7 +191,7 @@ def pair_of(record: ResponseRecord) -> tuple[str, Json, Json]:
     return record.question_id, record.condition["instruction"], record.condition["rollout"]
 
 
-def _filter(
+def filter_answers(
     records: Iterable[ResponseRecord], scores: Scores, trait: str, settings: FilterSettings
 ) -> FilterResult:
     """Decide which of an extraction's answers count, by the thresholds of the settings."""

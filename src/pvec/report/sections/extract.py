@@ -5,6 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from pvec.extraction.judge import (
+    MetricMean,
+    answers_of,
+    filter_answers,
+    metric_means,
+    pair_of,
+    sign_of,
+)
+from pvec.judges.prompts import COHERENCE
+from pvec.judges.scoring import score_of
 from pvec.report.axes import Reference, XAxis
 from pvec.report.figure import Figure, Table
 from pvec.report.figures import histogram
@@ -12,9 +22,9 @@ from pvec.report.page import Answer, Chapter, Section
 from pvec.report.sections.common import RunData, with_interval
 from pvec.report.vectors import layer_figure
 from pvec.runs.responses import ResponseRecord
-from pvec.stats import SCORES, Interval, grouped_mean
+from pvec.settings.sections import FilterSettings
 from pvec.types import Sign
-from pvec.vectors.filter import REASONS, FilterResult, ScoredResponse, filter_responses
+from pvec.vectors.filter import REASONS
 from pvec.vectors.formats import load_vector
 from pvec.vectors.quality import suggest_layer
 from pvec.vectors.vector import PersonaVector
@@ -22,7 +32,6 @@ from pvec.vectors.vector import PersonaVector
 if TYPE_CHECKING:
     from pvec.types import Score
 
-COHERENCE = "coherence"
 SIGN_NAMES: dict[Sign, str] = {
     "pos": "under positive instructions",
     "neg": "under negative instructions",
@@ -62,23 +71,16 @@ class _Extraction:
         )
 
     def _score(self, record: ResponseRecord, metric: str) -> float | None:
-        score = self.scores.get(record.id, {}).get(metric)
-        return score.score if score else None
+        return score_of(self.scores.get(record.id, {}), metric)
 
-    def _of(self, sign: Sign) -> list[ResponseRecord]:
-        return [record for record in self.records if record.condition["sign"] == sign]
-
-    def _mean(self, sign: Sign, metric: str) -> Interval:
-        records = self._of(sign)
-        values = [self._score(record, metric) for record in records]
-        return grouped_mean(
-            values, groups=[record.question_id for record in records], limits=SCORES
-        )
+    def _means(self, sign: Sign) -> Iterator[MetricMean]:
+        records = answers_of(self.records, sign)
+        return metric_means(records, self.scores, (self.trait, COHERENCE))
 
     def _summary(self) -> str:
         if not self.scores:
             return f"{len(self.records)} answers for {self.trait}, not judged yet."
-        positive, negative = (self._mean(sign, self.trait) for sign in SIGN_NAMES)
+        positive, negative = (next(self._means(sign)).score for sign in SIGN_NAMES)
         text = (
             f"Asked to be {self.trait}, {self.data.model} scores {with_interval(positive)}; "
             f"asked not to be, {with_interval(negative)}."
@@ -119,7 +121,11 @@ class _Extraction:
         groups = [
             (
                 name,
-                [s for record in self._of(sign) if (s := self._score(record, metric)) is not None],
+                [
+                    score
+                    for record in answers_of(self.records, sign)
+                    if (score := self._score(record, metric)) is not None
+                ],
             )
             for sign, name in SIGN_NAMES.items()
         ]
@@ -148,13 +154,18 @@ class _Extraction:
         if not self.scores:
             return
         columns = ("answers", "score", "mean (95 %)", "n", "missing")
-        rows = []
-        for sign, name in SIGN_NAMES.items():
-            for metric in (self.trait, COHERENCE):
-                mean = self._mean(sign, metric)
-                rows.append((name, metric, mean, mean.n, mean.missing))
-        yield "Mean scores", Table(columns=columns, rows=tuple(rows))
-        counts = self._filtered().counts
+        rows = tuple(
+            (name, mean.metric, mean.score, mean.score.n, mean.score.missing)
+            for sign, name in SIGN_NAMES.items()
+            for mean in self._means(sign)
+        )
+        yield "Mean scores", Table(columns=columns, rows=rows)
+        settings = FilterSettings(
+            threshold=self._threshold("threshold"),
+            coherence=self._threshold("min_coherence"),
+            paired=self._paired,
+        )
+        counts = filter_answers(self.records, self.scores, self.trait, settings).counts
         yield (
             "Kept and dropped",
             Table(
@@ -166,36 +177,10 @@ class _Extraction:
             ),
         )
 
-    def _filtered(self) -> FilterResult:
-        scored = [
-            ScoredResponse(
-                id=record.id,
-                sign="pos" if record.condition["sign"] == "pos" else "neg",
-                trait=self._score(record, self.trait),
-                coherence=self._score(record, COHERENCE),
-                pair=(
-                    record.question_id,
-                    record.condition["instruction"],
-                    record.condition["rollout"],
-                ),
-            )
-            for record in self.records
-        ]
-        return filter_responses(
-            scored,
-            threshold=self._threshold("threshold"),
-            coherence=self._threshold("min_coherence"),
-            paired=self._paired,
-        )
-
     def _answers(self) -> Iterator[Answer]:
         seen: dict[tuple[str, str], int] = {}
-        order = sorted(
-            self.records,
-            key=lambda r: (str(r.condition["sign"]), r.question_id, _place(r)),
-        )
-        for record in order:
-            sign: Sign = "pos" if record.condition["sign"] == "pos" else "neg"
+        for record in sorted(self.records, key=lambda r: (sign_of(r), pair_of(r))):
+            sign = sign_of(record)
             key = (sign, record.question_id)
             seen[key] = seen.get(key, -1) + 1
             yield Answer(
@@ -216,8 +201,3 @@ class _Extraction:
             yield "vector.fingerprint", self.vector.fingerprint
             for key, value in sorted(self.vector.metadata.items()):
                 yield f"vector.{key}", value
-
-
-def _place(record: ResponseRecord) -> tuple[int, int]:
-    """Return an answer's place among its question's: by instruction, then by rollout."""
-    return int(str(record.condition["instruction"])), int(str(record.condition["rollout"]))
