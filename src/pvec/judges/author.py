@@ -10,7 +10,6 @@ import json
 import random
 import re
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -165,9 +164,7 @@ class Author(Closing):
         """Return the text of the model's reply to a conversation."""
         try:
             # No token limit: a model that thinks first would be cut at any that we chose.
-            reply = self._endpoint.portal.call(
-                partial(self._endpoint.ask, max_tokens=None), messages
-            )
+            reply = self._endpoint.submit(self._endpoint.ask(messages, max_tokens=None)).result()
         except GaveUp as error:
             msg = (
                 f"The author at {self._endpoint.server.place} cannot be used: {error}; "

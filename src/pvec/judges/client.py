@@ -6,10 +6,12 @@ what else a model may be asked for (``judges.author``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from pvec.closing import Closing
 from pvec.errors import JudgeError
@@ -20,8 +22,7 @@ from pvec.judges.reply import MalformedReply, Reply, Usage, parse_reply, parse_u
 from pvec.judges.server import Rejection, Server
 from pvec.types import Message
 
-if TYPE_CHECKING:
-    from anyio.from_thread import BlockingPortal
+T = TypeVar("T")
 
 SCORING: Mapping[str, Any] = {"temperature": 0, "seed": 0, "logprobs": True, "top_logprobs": 20}
 """Request parameters of a judge: one token, with its likeliest alternatives."""
@@ -106,28 +107,27 @@ class Endpoint(Closing):
         self._role = role
         self._answered = False
         self._thread = ExitStack()
-        self._portal: BlockingPortal | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     # -- from plain code ------------------------------------------------------------------------
 
-    @property
-    def portal(self) -> BlockingPortal:
-        """The thread where requests are made: the caller may be inside a loop (a notebook)."""
-        if self._portal is None:
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start ``coroutine`` in a thread of its own, as the caller may be inside a loop (a
+        notebook); cancelling the future cancels it."""
+        if self._loop is None:
             from anyio.from_thread import start_blocking_portal
 
-            self._portal = self._thread.enter_context(start_blocking_portal())
-        return self._portal
+            portal = self._thread.enter_context(start_blocking_portal())
+            self._loop = portal.call(asyncio.get_running_loop)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
-        """Cancel what is in flight and close the connections."""
-        if self._portal is None:
-            return
-        portal, self._portal = self._portal, None
-        self.halt("it was closed")
-        portal.call(self.server.close)
-        portal.call(portal.stop, True)
-        self._thread.close()
+        """Close the connections and cancel what is in flight."""
+        if self._loop is not None:
+            self.halt("it was closed")
+            self.submit(self.server.close()).result()
+            self._loop = None
+            self._thread.close()  # its loop cancels what is left
 
     # -- inside the loop ------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ import contextlib
 import queue
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future
-from functools import partial
 from typing import Literal
 
 from pvec.errors import JudgeError
@@ -156,7 +155,7 @@ class OpenAIJudge(Judge):
             query = next(source, None)
             if query is None:
                 return
-            future = self._endpoint.portal.start_task_soon(self._judge, query)
+            future = self._endpoint.submit(self._judge(query))
             pending.add(future)
             future.add_done_callback(finished.put)
 
@@ -248,9 +247,8 @@ class OpenAIJudge(Judge):
     def _probe(self, *, max_tokens: int) -> Reply | None:
         """Ask for one number; None when the cost limit allows not even that."""
         try:
-            return self._endpoint.portal.call(
-                partial(self._endpoint.ask, max_tokens=max_tokens, tries=_PROBE_TRIES), [_PROBE]
-            )
+            asking = self._endpoint.ask([_PROBE], max_tokens=max_tokens, tries=_PROBE_TRIES)
+            return self._endpoint.submit(asking).result()
         except Halted:
             return None
         except CancelledError as error:
