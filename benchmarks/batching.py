@@ -76,8 +76,9 @@ def best(lengths: Sequence[int], passes: int) -> list[int]:
             ]
             longer[stop] = min(ways, key=sum, default=None)
         least = longer
-    assert least[n] is not None
-    return least[n]
+    best = least[n]
+    assert best is not None
+    return best
 
 
 def drawn(lengths: Sequence[int], size: int) -> Steps:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -32,13 +32,13 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from pvec.activations.capture import capture_means, default_token_budget
 from pvec.models.decoder import find_decoder
-from pvec.types import SpanMeans, TokenSpans
+from pvec.types import SpanMeans, SpanName, TokenSpans
 
 ROLLOUTS = 10
 PROMPT_TOKENS = (60, 120)
 ANSWER_TOKENS = (50, 400)
 
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "bundled": {
         "vocab_size": 3072,
         "hidden_size": 160,
@@ -122,7 +122,7 @@ def rollouts(prompts: int, *, vocabulary: int, seed: int = 0) -> list[TokenSpans
         for a in range(ROLLOUTS):
             answer = tuple(rng.randrange(vocabulary) for _ in range(rng.randint(*ANSWER_TOKENS)))
             start, stop = len(prompt), len(prompt) + len(answer)
-            spans = {
+            spans: dict[SpanName, tuple[int, int]] = {
                 "prompt": (0, start),
                 "prompt_last": (start - 1, start),
                 "response": (start, stop),
@@ -172,11 +172,11 @@ def peak_memory(device: str) -> Iterator[list[float]]:
         peak[0] = (torch.cuda.max_memory_allocated() - before) / 2**20
         return
     done = threading.Event()
-    before = resident()
+    at_start = resident()
 
     def watch() -> None:
         while not done.wait(0.01):
-            peak[0] = max(peak[0], resident() - before)
+            peak[0] = max(peak[0], resident() - at_start)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

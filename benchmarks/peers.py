@@ -195,7 +195,7 @@ class SteeringVectors(Way):
 class Pvec(Way):
     """pvec's own decode loop and capture."""
 
-    def __init__(self, model: str, given: dict[str, Any], batch: int, dtype: str) -> None:
+    def __init__(self, model: str, given: dict[str, Any], batch: int, dtype: Any) -> None:
         import numpy as np
         import torch
 
@@ -234,14 +234,14 @@ class Pvec(Way):
         """Return the differences of all three means at every layer."""
         import numpy as np
 
-        from pvec.types import TokenSpans
+        from pvec.types import SpanName, TokenSpans
 
         sequences = []
         for index, pair in enumerate(pairs):
             for side, (prompt, answer) in enumerate(pair):
                 ids = self.backend.tokenizer(prompt + answer, add_special_tokens=False).input_ids
                 cut = len(self.backend.tokenizer(prompt, add_special_tokens=False).input_ids)
-                spans = {
+                spans: dict[SpanName, tuple[int, int]] = {
                     "prompt": (0, cut),
                     "prompt_last": (cut - 1, cut),
                     "response": (cut, len(ids)),

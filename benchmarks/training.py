@@ -97,8 +97,9 @@ def build_model(shape: str, device: str) -> Any:
     """Return the bundled model, or a random one of another shape."""
     torch.manual_seed(0)
     if shape == "tiny":
-        return AutoModelForCausalLM.from_pretrained(TINY).to(device)
-    size = dict(SHAPES[shape])
+        model: Any = AutoModelForCausalLM.from_pretrained(TINY)
+        return model.to(device)
+    size: dict[str, Any] = dict(SHAPES[shape])
     heads = size.pop("heads")
     config = Qwen2Config(
         vocab_size=2048, num_attention_heads=heads, num_key_value_heads=max(1, heads // 7), **size

@@ -16,8 +16,9 @@ import pytest
 from pydantic import SecretStr
 from rich.console import Console as RichConsole
 
-from pvec.cli.console import Console, jsonable, table, with_interval
+from pvec.cli.console import Console, table, with_interval
 from pvec.cli.progress import Pace, PlainProgress, bars, describe, duration
+from pvec.runs.summary import jsonable
 from pvec.settings import Settings
 from pvec.types import Progress
 

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -213,30 +213,7 @@ def with_interval(mean: float, low: float, high: float, *, digits: int = 1) -> s
 
 def emit_json(result: Any) -> None:
     """Write a result to stdout as one JSON document."""
+    from pvec.runs.summary import jsonable
+
     text = json.dumps(jsonable(result), indent=2, ensure_ascii=False)
     sys.stdout.write(text.translate(_ESCAPED) + "\n")
-
-
-def jsonable(value: Any) -> Any:  # noqa: PLR0911 (a line per kind of value)
-    """Return ``value`` as JSON can hold it: dataclasses and models as objects, arrays as lists,
-    paths as text, NaN and infinities as null, secrets masked.
-    """
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
-    if hasattr(value, "model_dump"):  # a pydantic model; its secrets stay masked
-        return jsonable(value.model_dump())
-    if hasattr(value, "tolist"):  # numpy and torch, without importing them
-        return jsonable(value.tolist())
-    if isinstance(value, set | frozenset):
-        return sorted(jsonable(item) for item in value)
-    if isinstance(value, Iterable):
-        return [jsonable(item) for item in value]
-    return str(value)

@@ -1,14 +1,13 @@
-"""Download the files of a model from the hub into its local cache."""
+"""The model hub: the files of a model into its local cache, and what its errors mean."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal
 
-from pvec.errors import ModelError, did_you_mean
-
-Found = TypeVar("Found")
+from pvec.errors import InputError, ModelError, StoreError, did_you_mean
 
 _OTHER_COPIES = ["*/*.safetensors", "*/*.bin", "consolidated*", "original/*"]
 """The same weights in another format; transformers reads those at the top level."""
@@ -21,16 +20,13 @@ def download(name: str, *, revision: str | None, patterns: Sequence[str]) -> Pat
     """
     from huggingface_hub import snapshot_download
 
-    folder = _asked(
-        name,
-        revision,
-        lambda: snapshot_download(
+    with explained_hub(name, what="model"):
+        folder = snapshot_download(
             name,
             revision=revision,
             allow_patterns=list(patterns),
             ignore_patterns=_OTHER_COPIES,
-        ),
-    )
+        )
     return Path(folder)
 
 
@@ -41,13 +37,8 @@ def gguf_files(name: str, *, revision: str | None) -> list[str]:
 
     pattern = ["*.gguf"]
     try:
-        files = _asked(
-            name,
-            revision,
-            lambda: snapshot_download(
-                name, revision=revision, allow_patterns=pattern, dry_run=True
-            ),
-        )
+        with explained_hub(name, what="model"):
+            files = snapshot_download(name, revision=revision, allow_patterns=pattern, dry_run=True)
     except DryRunError:
         return gguf_inside(download(name, revision=revision, patterns=pattern))
     return sorted(file.filename for file in files)
@@ -58,39 +49,70 @@ def gguf_inside(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.glob("**/*.gguf"))
 
 
-def _asked(name: str, revision: str | None, ask: Callable[[], Found]) -> Found:
-    """Return ``ask()``; what the hub's client raises becomes one sentence (``ModelError``)."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+@contextmanager
+def explained_hub(name: str, *, what: Literal["model", "repository"]) -> Iterator[None]:
+    """Turn what goes wrong with the hub into one sentence with the remedy.
 
+    ``ModelError`` is about a model, ``InputError`` about a repository of vectors, ``StoreError``
+    about the disk.
+    """
+    from huggingface_hub import errors
+
+    failure = ModelError if what == "model" else InputError
+    # the HTTPError of whichever HTTP client this version of huggingface_hub is built on
+    transport_error: type[BaseException] = errors.HfHubHTTPError.__bases__[0]
     try:
-        return ask()
-    except GatedRepoError as error:
-        raise ModelError(
-            f"The model {name!r} is gated: accept its terms on the hub and log in with "
-            f"`hf auth login`."
+        yield
+    except errors.DryRunError:
+        raise
+    except errors.GatedRepoError as error:
+        raise failure(
+            f"The {what} {name!r} is gated: accept its terms on the hub and {_LOG_IN}."
         ) from error
-    except RevisionNotFoundError as error:
-        raise ModelError(
-            f"The model {name!r} has no revision {revision!r}: check the name of the revision."
+    except errors.RevisionNotFoundError as error:
+        raise failure(
+            f"The {what} {name!r} has no such revision: name a branch, tag or commit."
         ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelError(
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise failure(_missing(name, what)) from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise failure(f"{name} has no such file: `pvec vector pull` lists them.") from error
+    except errors.LocalTokenNotFoundError as error:
+        raise failure(f"The hub needs to know who you are: {_LOG_IN}.") from error
+    except errors.HfHubHTTPError as error:
+        raise failure(_refused(name, error)) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, transport_error) as error:
+        local = f"The model {name!r} is not a local folder or in the hub cache, and the hub"
+        raise failure(
+            f"{local if what == 'model' else 'The hub'} cannot be reached: check the name, the "
+            f"network, HF_ENDPOINT and HF_HUB_OFFLINE.{did_you_mean(name, ['tiny'])}"
+        ) from error
+    except OSError as error:
+        raise StoreError(
+            f"{name} cannot be transferred: {error.strerror or 'try again'}."
+        ) from error
+
+
+def _missing(name: str, what: str) -> str:
+    if what == "model":
+        return (
             f"There is no model {name!r}: it is neither a local folder nor on the hub (a private "
             f"one needs `hf auth login`).{did_you_mean(name, ['tiny'])}"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"The model {name!r} is not a local folder or in the hub cache, and the hub cannot "
-            f"be reached: check the name and the network.{did_you_mean(name, ['tiny'])}"
-        ) from error
-    except HfHubHTTPError as error:
-        raise ModelError(
-            f"The model {name!r} could not be downloaded ({error}): try again."
-        ) from error
+        )
+    return (
+        f"There is no repository {name} that you may see: write OWNER/NAME, and {_LOG_IN} if it is "
+        f"private."
+    )
+
+
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def _refused(name: str, error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return (
+            f"The hub does not let you do this with {name} (HTTP {status}): {_LOG_IN}, with a "
+            f"token that may do it."
+        )
+    return f"The hub refused the request about {name} (HTTP {status or 'error'}): try again later."

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -43,7 +44,7 @@ HOOKS_ON = f"{PREFIX}hooks_on"
 def write_summary(folder: Path, result: Mapping[str, Any]) -> None:
     """Write the numbers of a command's result into its run, replacing those of an earlier call."""
     with atomic_write(folder / SUMMARY, mode="w") as stream:
-        stream.write(json.dumps(_plain(result), indent=2, ensure_ascii=False) + "\n")
+        stream.write(json.dumps(jsonable(result), indent=2, ensure_ascii=False) + "\n")
 
 
 def update_summary(folder: Path, **sections: Mapping[str, Any]) -> None:
@@ -84,12 +85,26 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return [lines[key] for key in sorted(lines)]
 
 
-def _plain(value: Any) -> Any:
-    """Return ``value`` as JSON can hold it; NaN and infinities become null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+def jsonable(value: Any) -> Any:  # noqa: PLR0911 (a line per kind of value)
+    """Return ``value`` as JSON can hold it: dataclasses and models as objects, arrays as lists,
+    paths as text, NaN and infinities as null, secrets masked.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if hasattr(value, "model_dump"):  # a pydantic model; its secrets stay masked
+        return jsonable(value.model_dump())
+    if hasattr(value, "tolist"):  # numpy and torch, without importing them
+        return jsonable(value.tolist())
+    if isinstance(value, set | frozenset):
+        return sorted(jsonable(item) for item in value)
+    if isinstance(value, Iterable):
+        return [jsonable(item) for item in value]
+    return str(value)

@@ -6,13 +6,13 @@ login``); no message here shows a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pvec.errors import InputError, StoreError, did_you_mean
+from pvec.errors import InputError, did_you_mean
+from pvec.models.hub import explained_hub
 from pvec.runs.files import atomic_write, probe_writable
 from pvec.vectors.find import SUFFIX, load_vectors
 from pvec.vectors.formats import READABLE, load_vector, save_vector
@@ -141,7 +141,7 @@ def _create_repository(repo: str, *, private: bool) -> str:
     """Create a model repository unless it is there, and return its whole name."""
     from huggingface_hub import HfApi
 
-    with _explained(repo):
+    with explained_hub(repo, what="repository"):
         created = HfApi().create_repo(repo, private=private, repo_type="model", exist_ok=True)
     return str(created.repo_id)
 
@@ -162,7 +162,7 @@ def _commit_files(repo: str, files: Mapping[str, bytes], *, message: str) -> str
     """Put files into a repository in one commit and return its address."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    with _explained(repo):
+    with explained_hub(repo, what="repository"):
         info = HfApi().create_commit(
             repo,
             [CommitOperationAdd(name, content) for name, content in files.items()],
@@ -175,7 +175,7 @@ def _sizes(repo: str, *, revision: str | None) -> dict[str, int]:
     """Return the files of a repository and their bytes, 0 where the hub does not say."""
     from huggingface_hub import HfApi
 
-    with _explained(repo):
+    with explained_hub(repo, what="repository"):
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     return {file.rfilename: file.size or 0 for file in info.siblings or []}
 
@@ -184,56 +184,5 @@ def _fetch_file(repo: str, name: str, *, revision: str | None = None) -> Path:
     """Return the local copy of one file of a repository, fetched if need be."""
     from huggingface_hub import hf_hub_download
 
-    with _explained(repo):
+    with explained_hub(repo, what="repository"):
         return Path(hf_hub_download(repo, name, revision=revision))
-
-
-@contextmanager
-def _explained(repo: str) -> Iterator[None]:
-    """Turn what goes wrong with the hub into one sentence with the remedy."""
-    from huggingface_hub import errors
-
-    # the HTTPError of whichever HTTP client this version of huggingface_hub is built on
-    transport_error: type[BaseException] = errors.HfHubHTTPError.__bases__[0]
-    try:
-        yield
-    except errors.HFValidationError as error:
-        raise InputError(f"{repo!r} is no repository name: write OWNER/NAME.") from error
-    except errors.GatedRepoError as error:
-        raise InputError(f"{repo} is gated: accept its terms on the hub first.") from error
-    except errors.RevisionNotFoundError as error:
-        raise InputError(f"{repo} has no such revision: name a branch, tag or commit.") from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputError(
-            f"There is no repository {repo} that you may see: check its name, and log in with "
-            f"`hf auth login` if it is private."
-        ) from error
-    except errors.RemoteEntryNotFoundError as error:
-        raise InputError(f"{repo} has no such file: `pvec vector pull` lists them.") from error
-    except errors.LocalTokenNotFoundError as error:
-        raise InputError(f"The hub needs to know who you are: {_LOG_IN}.") from error
-    except errors.HfHubHTTPError as error:
-        raise InputError(_refused(repo, error)) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise InputError(f"{repo} cannot be fetched: the hub cannot be reached.") from error
-    except (errors.OfflineModeIsEnabled, transport_error) as error:
-        raise InputError(
-            "The hub cannot be reached: check the network, HF_ENDPOINT and HF_HUB_OFFLINE."
-        ) from error
-    except OSError as error:
-        raise StoreError(
-            f"{repo} cannot be transferred: {error.strerror or 'try again'}."
-        ) from error
-
-
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
-
-
-def _refused(repo: str, error: Exception) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return (
-            f"The hub does not let you do this with {repo} (HTTP {status}): {_LOG_IN}, with a "
-            f"token that may write."
-        )
-    return f"The hub refused the request about {repo} (HTTP {status or 'error'}): try again later."
