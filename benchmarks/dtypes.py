@@ -13,9 +13,10 @@ with a 95 % interval over questions.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.stats import paired_difference
 from pvec.traits.trait import Trait
-from pvec.types import Message, Sign
+from pvec.types import Message, Sign, VectorKind
 from pvec.vectors.accumulate import SPAN_OF_KIND
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
@@ -39,7 +40,7 @@ Pair = tuple[tuple[int, ...], tuple[int, ...]]
 class Found:
     """What one format gave: ``means[kind]`` is ``[answers, L + 1, H]``, ``s`` ``[answers]``."""
 
-    means: dict[str, np.ndarray]
+    means: Mapping[VectorKind, np.ndarray]
     s: np.ndarray
 
 
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def measured(
-    model: str, dtype: str, trait: Trait, records: Sequence[ResponseRecord], *, pairs: int,
+    model: str, dtype: Any, trait: Trait, records: Sequence[ResponseRecord], *, pairs: int,
     tokens: int,
 ) -> Found:  # fmt: skip
     """Capture and judge the answers in one number format."""

@@ -80,6 +80,7 @@ def decode(args: argparse.Namespace) -> None:
     running = backend(args)
     running.on_note = print  # a graph that could not be recorded
     graphs = running._causal  # noqa: SLF001
+    assert graphs is not None
     eager = replace(graphs, fixed_shapes=False)
     prompts = [tuple(3 + (7 * n + i) % 900 for i in range(64)) for n in range(512)]
     tokens = 8 if args.quick else 128

@@ -86,7 +86,7 @@ def run(arguments: list[str], holds: Callable[[Any], bool]) -> Journey:
             raise
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
     return journey
 
 

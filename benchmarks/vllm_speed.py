@@ -49,7 +49,7 @@ def make_model(folder: Path, size: str) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
-    shape = SHAPES[size]
+    shape: dict[str, Any] = SHAPES[size]
     big = size == "7b"
     config = Qwen2Config(
         **shape,
@@ -206,7 +206,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]
     }
     meter = Meter()
     with VLLMBackend(ModelSpec(model=str(folder)), options=engine_settings(options)) as backend:
-        backend._jobs.stop_ids = []  # noqa: SLF001 (answers of the lengths asked for)
+        backend._requests.stop_ids = ()  # noqa: SLF001 (answers of the lengths asked for)
         for number in range(options.repeats + 1):
             for label, requests in sets.items():
                 lengths = (len(answer.token_ids) for answer in backend.generate(requests))

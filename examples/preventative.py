@@ -94,7 +94,8 @@ def vector_of(trait: str, out: Path) -> Path:
     run = out / f"{trait}-vector"
     path = run / "vectors" / f"{trait}.safetensors"
     if not path.exists():
-        extract.run(Settings(extract={"rollouts": 3}), [trait], out=run, notify=print)
+        settings = Settings.model_validate({"extract": {"rollouts": 3}})
+        extract.run(settings, [trait], out=run, notify=print)
     return path
 
 
@@ -116,9 +117,11 @@ def judged(
     trait: str, out: Path, *, adapter: Path | None, rollouts: int
 ) -> tuple[Interval, Interval]:
     """Return the trait and coherence scores of a model's answers without a system prompt."""
-    settings = Settings(
-        model={"adapter": str(adapter) if adapter else None},
-        steer={"rollouts": rollouts, "prompt_baseline": False},
+    settings = Settings.model_validate(
+        {
+            "model": {"adapter": str(adapter) if adapter else None},
+            "steer": {"rollouts": rollouts, "prompt_baseline": False},
+        }
     )
     result = steer_eval.run(settings, trait, out=out, notify=print)
     assert result.numbers is not None

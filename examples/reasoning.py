@@ -199,6 +199,7 @@ def main() -> None:
     (made,) = extract.run(
         settings(model, thinking=True, **small), [TRAIT], out=options.out / TRAIT, notify=print
     )
+    assert made.vector is not None, "too few answers count"
     vector = made.vector.path
     print("\n| correlation with the answer's score | prompt | reasoning | answer |")
     print("|---|---:|---:|---:|")

@@ -161,7 +161,7 @@ def run_command(folder: Path, *, command: Sequence[str]) -> Result:
     )
     if done.returncode:
         raise CommandError(f"This command failed: pvec {' '.join(arguments)}")
-    result: Result = json.loads(done.stdout)
+    result: Any = json.loads(done.stdout)
     return result[0] if isinstance(result, list) else result
 
 

@@ -23,7 +23,7 @@ from pvec.traits.trait import Trait, load_trait
 from pvec.types import Progress, Request, TokenSpans
 from pvec.vectors.find import find_vector, load_vectors
 from pvec.vectors.formats import load_vector, output_path, save_vector
-from pvec.vectors.projection import project, quantiles_of
+from pvec.vectors.projection import project_layers, quantiles_of
 from pvec.vectors.show import Percentiles, percentiles_of
 from pvec.vectors.vector import DEFAULT_KIND, PersonaVector, with_metadata
 
@@ -77,7 +77,8 @@ def calibrate(
                 f"{len(spans)} answers have a token, and percentiles need {ENOUGH}: ask for more "
                 f"with --rollouts or --limit."
             )
-        places = _projections(session, spans, rows)
+        means = [answer.means["response"] for answer in session.backend.capture(spans)]
+        places = project_layers(np.stack(means), rows)
         model = session.metadata.id
     stats = {**vector.stats, **quantiles_of("unsteered", places)}
     measured = with_metadata(replace(vector, stats=stats), unsteered_answers=str(len(spans)))
@@ -130,15 +131,3 @@ def _unsteered_answers(session: ModelSession, questions: list[str]) -> list[Toke
             Progress(stage="unsteered", done=done, total=len(requests), unit="answers")
         )
     return sorted(spans, key=lambda span: span.id)
-
-
-def _projections(session: ModelSession, spans: list[TokenSpans], vector: np.ndarray) -> np.ndarray:
-    """Return the answers' projections on ``vector`` ``[L + 1, H]`` by layer, ``[N, L + 1]``; NaN
-    where it is zero.
-    """
-    means = np.stack([answer.means["response"] for answer in session.backend.capture(spans)])
-    places = [
-        project(means[:, layer], row) if row.any() else np.full(len(means), np.nan)
-        for layer, row in enumerate(vector)
-    ]
-    return np.stack(places, axis=1)

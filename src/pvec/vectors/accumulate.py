@@ -17,7 +17,7 @@ import numpy as np
 from pvec.errors import InputError, ModelError
 from pvec.stats import Interval
 from pvec.types import SIGNS, Sign, SpanMeans, SpanName, VectorKind
-from pvec.vectors.projection import quantiles_of
+from pvec.vectors.projection import project_layers, quantiles_of
 from pvec.vectors.quality import half_cosines, held_out_areas, over_splits
 
 SPAN_OF_KIND: dict[VectorKind, SpanName] = {
@@ -183,15 +183,12 @@ class VectorAccumulator:
         vector is zero.
         """
         vector = self._difference("response_avg")  # [L + 1, H]
-        lengths = np.linalg.norm(vector, axis=1)
-        found: dict[str, np.ndarray] = {}
-        for name, kind in (("response", "response_avg"), ("prompt", "prompt_last")):
-            for sign in SIGNS:
-                along = np.einsum("lh,lh->l", self._class_mean(kind, sign), vector)  # type: ignore[arg-type]
-                places = np.full(len(lengths), np.nan)
-                np.divide(along, lengths, out=places, where=lengths > 0)
-                found[f"proj_{name}_{sign}"] = places.astype(np.float32)
-        return found
+        spans: dict[str, VectorKind] = {"response": "response_avg", "prompt": "prompt_last"}
+        return {
+            f"proj_{name}_{sign}": project_layers(self._class_mean(kind, sign), vector).astype("f4")
+            for name, kind in spans.items()
+            for sign in SIGNS
+        }
 
     def class_quantiles(self) -> dict[str, np.ndarray]:
         """Return how the two classes spread along ``response_avg``, per layer ``[L + 1]``.
@@ -200,15 +197,11 @@ class VectorAccumulator:
         projections; NaN where the vector is zero.
         """
         vector = self._difference("response_avg")  # [L + 1, H]
-        lengths = np.linalg.norm(vector, axis=1)
         found: dict[str, np.ndarray] = {}
         for sign in SIGNS:
             slots = sorted(self._cells["response_avg", sign])
             _, samples = self._samples("response_avg", sign, slots)  # [N, L + 1, H]
-            along = np.einsum("nlh,lh->nl", samples, vector)
-            places = np.full_like(along, np.nan)
-            np.divide(along, lengths, out=places, where=lengths > 0)
-            found.update(quantiles_of(sign, places))
+            found.update(quantiles_of(sign, project_layers(samples, vector)))
         return found
 
     def _slot(self, question: str) -> str:

@@ -40,6 +40,16 @@ def project(activations: np.ndarray, vector: np.ndarray) -> np.ndarray:
     return along
 
 
+def project_layers(activations: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Return the projections ``[..., L + 1]`` of activations ``[..., L + 1, H]`` on the vector of
+    each layer, ``[L + 1, H]``, in float64; NaN where that is zero.
+    """
+    rows = np.asarray(vectors, dtype=np.float64)
+    lengths = np.linalg.norm(rows, axis=1)
+    along: np.ndarray = np.einsum("...lh,lh->...l", activations, rows)
+    return along / np.where(lengths > 0, lengths, np.nan)
+
+
 def cosine(activations: np.ndarray, vector: np.ndarray) -> np.ndarray:
     """Return the cosine of ``activations`` ``[..., H]`` and ``vector`` ``[H]`` in float64."""
     lengths = np.linalg.norm(np.asarray(activations, dtype=np.float64), axis=-1)
