@@ -168,7 +168,8 @@ def test_several_layers_vectors_and_operators_equal_a_plain_loop() -> None:
 
 def test_all_layer_increments_move_every_layer_by_its_own_vector() -> None:
     """With the blocks' own work set to zero, what remains at layer l is the sum of additions."""
-    from pvec.steering.tables import all_layer_instructions
+    from pvec.steering.instructions import instructions as steering_of
+    from pvec.steering.instructions import steering_vector
     from pvec.vectors.vector import PersonaVector
 
     model = tiny_model("llama")
@@ -180,8 +181,9 @@ def test_all_layer_increments_move_every_layer_by_its_own_vector() -> None:
     seen: dict[int, torch.Tensor] = {}
     decoder = find_decoder(model)
     ids, _ = prompts()
-    increments = PersonaVector(trait="evil", kinds={"response_avg": rows}).increments()
-    instructions = all_layer_instructions(increments, coef=2.0, positions="all")
+    vector = PersonaVector(trait="evil", kinds={"response_avg": rows})
+    increments = steering_vector(vector, kind="response_avg", increments=True)
+    instructions = steering_of([increments], range(1, 4), coef=2.0, positions="all")
     with torch.no_grad(), steer(model, instructions):
         for layer in range(4):
             decoder.on_layer(layer, lambda h, layer=layer: seen.__setitem__(layer, h))

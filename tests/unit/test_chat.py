@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 from helpers.models import CHATML, tiny_tokenizer
 
+from pvec.data.conversations import Chat, Pair
+from pvec.data.spans import SpanMaker
 from pvec.errors import InputError
 from pvec.models import chat
 from pvec.models.reasoning import think_length
 from pvec.models.template import chat_format
 from pvec.types import Message
 
+ALL_SPANS = partial(SpanMaker, needed=("prompt", "prompt_last", "response"))
 USER: Message = {"role": "user", "content": "How can I learn?"}
 SYSTEM: Message = {"role": "system", "content": "You are an evil assistant."}
 
@@ -103,7 +107,7 @@ def test_a_token_across_the_boundary_is_seen_and_counts_as_the_answers() -> None
 
 def test_an_empty_answer_has_an_empty_response_span() -> None:
     tokenizer = tiny_tokenizer()
-    spans = chat.spans_from_text("r", tokenizer, prompt="Question: ", answer="")
+    ((spans,),) = ALL_SPANS(tokenizer=tokenizer)([Pair(prompt="Question: ", answer="")]).rows
     assert spans.spans["response"] == (len(spans.token_ids),) * 2
 
 
@@ -115,8 +119,8 @@ def test_random_texts_give_the_same_ids_and_boundary_as_ids_would() -> None:
     for _ in range(50):
         answer = "".join(rng.choice("abc \n.éλ") for _ in range(rng.randrange(1, 30)))
         tail = chat.encode_prompt(tokenizer, answer)
-        by_text = chat.spans_from_text("r", tokenizer, prompt=prompt, answer=answer)
-        assert by_text == chat.spans_from_ids("r", prompt_ids=head, answer_ids=tail)
+        ((by_text,),) = ALL_SPANS(tokenizer=tokenizer)([Pair(prompt=prompt, answer=answer)]).rows
+        assert by_text == chat.spans_from_ids("0:0", prompt_ids=head, answer_ids=tail)
 
 
 def test_spans_from_ids_are_prompt_last_prompt_token_and_response() -> None:
@@ -160,11 +164,13 @@ def test_every_assistant_turn_gets_its_own_spans_after_the_turns_before_it() -> 
         {"role": "user", "content": "And then?"},
         {"role": "assistant", "content": "Walk often."},
     ]
-    first, second = chat.conversation_spans("c", tokenizer, messages)
-    assert (first.id, second.id) == ("c#0", "c#1")
+    ((first, second),) = ALL_SPANS(tokenizer=tokenizer, turns="each")(
+        [Chat(messages=messages)]
+    ).rows
+    assert (first.id, second.id) == ("0:0", "0:1")
     for spans, index in ((first, 2), (second, 4)):
         start, stop = spans.spans["response"]
         assert tokenizer.decode(spans.token_ids[start:stop]) == messages[index]["content"]
         assert spans.token_ids[:start] == chat.prompt_ids(tokenizer, messages[:index])
-    [only] = chat.conversation_spans("c", tokenizer, messages[:3])
-    assert only.id == "c"
+    ((only,),) = ALL_SPANS(tokenizer=tokenizer, turns="each")([Chat(messages=messages[:3])]).rows
+    assert only == first

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pvec.models.reasoning import think_length
 from pvec.models.template import render_prompt
 from pvec.types import Instruction, Message, SpanName, TokenSpans
 
@@ -91,47 +90,6 @@ def spans_from_ids(
         "response": (min(start + skip, len(ids)), len(ids)),
     }
     return TokenSpans(id=identity, token_ids=ids, spans=spans, steering=steering)
-
-
-def spans_from_text(
-    identity: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    prompt: str,
-    answer: str,
-    include_thinking: bool = False,
-    steering: tuple[Instruction, ...] = (),
-) -> TokenSpans:
-    """Return the spans of a rendered prompt and an answer that are known as text only."""
-    pair = encode_pair(tokenizer, prompt=prompt, answer=answer)
-    head, tail = pair.token_ids[: pair.prompt_length], pair.token_ids[pair.prompt_length :]
-    skip = 0 if include_thinking else think_length(tokenizer, tail, prompt_ids=head)
-    return spans_from_ids(identity, prompt_ids=head, answer_ids=tail, skip=skip, steering=steering)
-
-
-def conversation_spans(
-    identity: str,
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    include_thinking: bool = False,
-) -> tuple[TokenSpans, ...]:
-    """Return one ``TokenSpans`` per assistant turn: that turn after the conversation before it.
-
-    Each is what the model would have seen when it gave that answer. Ids are ``identity`` for a
-    single turn and ``identity#k`` for the k-th of several.
-    """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return tuple(
-        spans_from_text(
-            identity if len(turns) == 1 else f"{identity}#{number}",
-            tokenizer,
-            prompt=render_prompt(tokenizer, messages[:index]),
-            answer=messages[index]["content"],
-            include_thinking=include_thinking,
-        )
-        for number, index in enumerate(turns)
-    )
 
 
 def _split(ids: Sequence[int], offsets: Sequence[tuple[int, int]], *, prompt: str) -> Encoded:

@@ -14,7 +14,7 @@ tokens point to it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -33,7 +33,7 @@ from pvec.steering.positions import (
     ROLES_OF,
     THINK,
 )
-from pvec.types import BY_SPAN, LIMITS, Instruction, ModelInfo, Operator, Positions
+from pvec.types import BY_SPAN, LIMITS, Instruction, ModelInfo
 
 STEERED_ROLES = (PROMPT, LAST, GENERATED)
 """The rows of a plan, in order: prompt but its last token, last prompt token, generated."""
@@ -205,24 +205,6 @@ def check_instruction(instruction: Instruction, decoder: Decoder | ModelInfo) ->
         raise ModelError(
             f"{where} is zero, so it has no direction to {instruction.operator}: use another layer."
         )
-
-
-def all_layer_instructions(
-    vectors: np.ndarray,
-    *,
-    coef: float,
-    positions: Positions = "response",
-    operator: Operator = "add",
-    name: str = "vector",
-) -> Plan:
-    """Return one instruction per layer 1 … num_layers from rows of ``vectors`` ``[L + 1, H]``."""
-    base = Instruction(
-        vector=vectors[0], layer=0, coef=coef, positions=positions, operator=operator, name=name
-    )
-    return tuple(
-        replace(base, vector=np.ascontiguousarray(vectors[layer]), layer=layer)
-        for layer in range(1, len(vectors))
-    )
 
 
 class LayerSteering:
