@@ -12,7 +12,7 @@ from pvec.vectors.card import PROVENANCE
 
 if TYPE_CHECKING:
     from pvec.backends.resources import Resources
-    from pvec.extraction.calibrate import Calibration
+    from pvec.extraction.calibrate import CalibrateResult
     from pvec.extraction.compute import ComputeResult, Thinking
     from pvec.extraction.judge import MetricMean
     from pvec.extraction.methods import MethodComparison
@@ -216,7 +216,7 @@ def _render_description(console: Console, vector: VectorDescription) -> None:
     render_notes(console, vector.notes)
 
 
-def render_calibrated(console: Console, result: Calibration) -> None:
+def render_calibrated(console: Console, result: CalibrateResult) -> None:
     """Say how many answers were measured, and where they lie beside the others."""
     console.print(
         f"{result.answers:,} unsteered answers to {result.questions} questions, measured into "

@@ -17,10 +17,10 @@ from pvec.data.csv_table import write_csv
 from pvec.documents import read_json
 from pvec.errors import StoreError
 from pvec.evaluation.condition import Condition, Place
-from pvec.evaluation.summary import ScoredAnswer, not_known_as_nan
+from pvec.evaluation.summary import ScoredAnswer
 from pvec.evaluation.text_measures import other_script, refuses, repetition
 from pvec.runs.responses import ResponseRecord
-from pvec.runs.summary import SUMMARY, write_summary
+from pvec.runs.summary import SUMMARY, not_known_as_nan, write_summary
 from pvec.stats import SCORES, Interval, grouped_mean
 
 FOLDER = "side_effects"

@@ -18,7 +18,7 @@ from pvec.documents import read_json
 from pvec.evaluation.condition import ROLES, Condition, Place, Role, stored_condition
 from pvec.runs.responses import Json, stable_hash
 from pvec.runs.store import Run
-from pvec.runs.summary import SUMMARY, write_summary
+from pvec.runs.summary import SUMMARY, not_known_as_nan, write_summary
 from pvec.stats import SCORES, Interval, grouped_mean, paired_difference
 
 COHERENCE = "coherence"
@@ -336,18 +336,6 @@ def _basis(
     ]
     limit: list[Json] = [] if kl is None else [kl.most, dict(kl.of)]
     return stable_hash([trait, min_coherence, rows, *limit])
-
-
-def not_known_as_nan(value: Any) -> Any:
-    """Read the numbers of an interval that are not known, null in JSON, as NaN."""
-    if isinstance(value, list):
-        return [not_known_as_nan(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    bounds = {"mean", "low", "high"}
-    return {
-        k: math.nan if v is None and k in bounds else not_known_as_nan(v) for k, v in value.items()
-    }
 
 
 _SUMMARY: TypeAdapter[SweepSummary] = TypeAdapter(SweepSummary)

@@ -32,7 +32,7 @@ ENOUGH = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration(HtmlResult):
+class CalibrateResult(HtmlResult):
     """What was measured: ``answers`` have a token, ``percentiles`` are of all classes."""
 
     path: Path
@@ -51,7 +51,7 @@ def calibrate(
     own_model: bool = False,
     notify: Notify = ignore,
     on_progress: Callable[[Progress], None] = ignore,
-) -> Calibration:
+) -> CalibrateResult:
     """Add the percentiles of unsteered answers' projections to a vector file.
 
     ``trait`` is whose extraction questions are asked (default: the vector's), ``own_model`` takes
@@ -83,7 +83,7 @@ def calibrate(
     stats = {**vector.stats, **quantiles_of("unsteered", places)}
     measured = with_metadata(replace(vector, stats=stats), unsteered_answers=str(len(spans)))
     save_vector(measured, path)
-    return Calibration(
+    return CalibrateResult(
         path=path,
         model=model,
         questions=len(questions),

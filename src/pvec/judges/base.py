@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pvec.closing import Closing
+from pvec.judges.scales import Reading
 from pvec.types import JudgeQuery, Score
 
 
@@ -60,6 +61,21 @@ class Judge(Closing):
         ``JudgeError`` when going on is pointless (key refused, no credit, nothing but errors),
         after yielding every score that was already paid for.
         """
+
+    def scored(
+        self, query: JudgeQuery, reading: Reading, *, raw: Mapping[str, float] | None = None
+    ) -> Score:
+        """Return the score of a query as this judge read it."""
+        return Score(
+            id=query.id,
+            response_id=query.response_id,
+            metric=query.metric,
+            judge=self.name,
+            score=reading.score,
+            status=reading.status,
+            detail=reading.detail,
+            raw=raw,
+        )
 
     def close(self) -> None:
         """Give back what the judge holds. Called once, on leaving the context."""

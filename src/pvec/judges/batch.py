@@ -235,7 +235,7 @@ class BatchJudge(OpenAIJudge):
             )
         readings, failures = self._results(batch, state)
         for identity, several in readings.items():
-            yield self._score(batch.queries[identity], mean_reading(several))
+            yield self.scored(batch.queries[identity], mean_reading(several))
         left = [identity for identity in batch.queries if identity not in readings]
         if not left:
             batch.forget()
@@ -253,7 +253,7 @@ class BatchJudge(OpenAIJudge):
             for identity in left:
                 detail = f"{failures.get(identity, default)} (gave up after {_ATTEMPTS} batches)"
                 reading = Reading(score=None, status="error", detail=detail)
-                yield self._score(batch.queries[identity], reading)
+                yield self.scored(batch.queries[identity], reading)
             batch.forget()
             return []
         retry = batch.part(left, attempt=batch.attempt + 1)

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from pvec.errors import ModelError
 from pvec.judges.base import Judge
 from pvec.judges.local import Identified, LocalModel, weights_name
 from pvec.judges.prompts import COHERENCE, CONTRAST, Metric
+from pvec.judges.scales import Reading
 from pvec.models.chat import encode_pair, encode_prompt, prompt_ids
 from pvec.models.template import render_prompt
 from pvec.runs.responses import Json, ResponseRecord
@@ -166,7 +167,9 @@ class ContrastJudge(Judge):
             yield from self._measure_together(queries)
         except ModelError as error:
             if len(queries) == 1:
-                yield self._score(queries[0], status="error", detail=str(error))
+                yield self.scored(
+                    queries[0], Reading(score=None, status="error", detail=str(error))
+                )
                 return
             # One of them is too long for the model: the others are still measured.
             for query in queries:
@@ -182,22 +185,13 @@ class ContrastJudge(Judge):
         scores = []
         for task in tasks:
             if not task.answer:
-                detail = "the answer is empty"
-                scores.append(self._score(task.query, status="unparsable", detail=detail))
+                empty = Reading(score=None, status="unparsable", detail="the answer is empty")
+                scores.append(self.scored(task.query, empty))
                 continue
             raw = task.raw(sums[[number[pair] for pair in task.pairs]])
-            scores.append(self._score(task.query, status="uncalibrated", raw=raw))
+            measured = Reading(score=None, status="uncalibrated")
+            scores.append(self.scored(task.query, measured, raw=raw))
         return scores
-
-    def _score(self, query: ContrastQuery, **found: Any) -> Score:
-        return Score(
-            id=query.id,
-            response_id=query.response_id,
-            metric=query.metric,
-            judge=self.name,
-            score=None,
-            **found,
-        )
 
 
 class _Task:

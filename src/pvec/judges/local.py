@@ -116,15 +116,7 @@ class LocalJudge(Judge):
                 alike.setdefault((query.metric, query.scale), []).append(query)
             for (_, scale), group in alike.items():
                 for query, reading in self._read_all(group, scale=scale):
-                    yield Score(
-                        id=query.id,
-                        response_id=query.response_id,
-                        metric=query.metric,
-                        judge=self.name,
-                        score=reading.score,
-                        status=reading.status,
-                        detail=reading.detail,
-                    )
+                    yield self.scored(query, reading)
 
     def close(self) -> None:
         """Free the model if it is the judge's own."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 from typing import Literal
 
 from pvec.errors import JudgeError
@@ -180,18 +181,14 @@ class OpenAIJudge(Judge):
             else:
                 self._failed_in_a_row, self._answered = 0, True
                 readings.append(self._read(reply, scale=query.scale))
-        return self._score(query, mean_reading(readings))
+        return self.scored(query, mean_reading(readings))
 
-    def _score(self, query: JudgeQuery, reading: Reading) -> Score:
-        return Score(
-            id=query.id,
-            response_id=query.response_id,
-            metric=query.metric,
-            judge=self.name,
-            score=reading.score,
-            status=reading.status,
-            detail=self._endpoint.server.redact(reading.detail),
-        )
+    def scored(
+        self, query: JudgeQuery, reading: Reading, *, raw: Mapping[str, float] | None = None
+    ) -> Score:
+        """Return the score of a query; its detail does not show the key."""
+        detail = self._endpoint.server.redact(reading.detail)
+        return super().scored(query, replace(reading, detail=detail), raw=raw)
 
     async def _note_failure(self, failure: GaveUp) -> None:
         """Count a failure; raise ``JudgeError`` when it is the server that fails, not this prompt.

@@ -108,3 +108,15 @@ def jsonable(value: Any) -> Any:  # noqa: PLR0911 (a line per kind of value)
     if isinstance(value, Iterable):
         return [jsonable(item) for item in value]
     return str(value)
+
+
+def not_known_as_nan(value: Any) -> Any:
+    """Read the numbers of an interval that are not known, null in JSON, as NaN."""
+    if isinstance(value, list):
+        return [not_known_as_nan(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    bounds = {"mean", "low", "high"}
+    return {
+        k: math.nan if v is None and k in bounds else not_known_as_nan(v) for k, v in value.items()
+    }
