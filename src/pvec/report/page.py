@@ -72,9 +72,9 @@ class Section:
     run and date under every exported figure.
     """
 
-    id: str
     title: str
     summary: str
+    id: str = ""
     notes: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
     tables: tuple[tuple[str, Table], ...] = ()

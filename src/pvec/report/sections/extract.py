@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from pvec.extraction.judge import (
@@ -18,7 +18,7 @@ from pvec.judges.scoring import score_of
 from pvec.report.axes import Reference, XAxis
 from pvec.report.figure import Figure, Table
 from pvec.report.figures import histogram
-from pvec.report.page import Answer, Chapter, Section
+from pvec.report.page import Answer, Section
 from pvec.report.sections.common import RunData, with_interval
 from pvec.report.vectors import layer_figure
 from pvec.runs.responses import ResponseRecord
@@ -38,11 +38,9 @@ SIGN_NAMES: dict[Sign, str] = {
 }
 
 
-def build(runs: Sequence[RunData]) -> Chapter:
-    """Return one section per extraction."""
-    sections = tuple(_Extraction(run).section() for run in runs)
-    summary = sections[0].summary if len(sections) == 1 else f"{len(sections)} extractions."
-    return Chapter(summary=summary, sections=sections)
+def section(run: RunData) -> Section:
+    """Return what a page shows of an extraction."""
+    return _Extraction(run).section()
 
 
 class _Extraction:
@@ -58,7 +56,6 @@ class _Extraction:
 
     def section(self) -> Section:
         return Section(
-            id=self.data.id,
             title=f"Extraction of {self.trait} from {self.data.model}",
             summary=self._summary(),
             notes=tuple(self._notes()),
@@ -66,8 +63,7 @@ class _Extraction:
             tables=tuple(self._tables()),
             answers=tuple(self._answers()),
             compare=(SIGN_NAMES["neg"], SIGN_NAMES["pos"]),
-            provenance=(*self.data.provenance(), *self._vector_provenance()),
-            source=self.data.source,
+            provenance=tuple(self._vector_provenance()),
         )
 
     def _score(self, record: ResponseRecord, metric: str) -> float | None:

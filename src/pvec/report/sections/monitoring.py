@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pvec.report.axes import SCORE_AXIS, YAxis
 from pvec.report.dots import scatter
 from pvec.report.figure import Figure, Table
-from pvec.report.page import Chapter, Section
+from pvec.report.page import Section
 from pvec.report.sections.common import RunData
 from pvec.report.sections.projections import (
     NUMBER,
@@ -33,24 +33,17 @@ _PARTS = {"overall": "overall", "within": "within condition", "same_question": "
 """Correlations of a monitored vector, and what the table calls them."""
 
 
-def build(runs: Sequence[RunData]) -> Chapter:
-    """Return one section per run."""
-    sections = tuple(_monitoring(run, read_summary(run.path, shape=_SHAPE)) for run in runs)
-    return Chapter(summary=" ".join(section.summary for section in sections), sections=sections)
-
-
-def _monitoring(run: RunData, stored: Summary) -> Section:
+def section(run: RunData) -> Section:
+    """Return what a page shows of monitored prompts."""
+    stored = read_summary(run.path, shape=_SHAPE)
     columns = stored["columns"]
     suggested = [column for column in columns if column.get("suggested")]
     return Section(
-        id=run.id,
         title=f"{run.trait}: prompts monitored on {run.model}",
         summary=" ".join(map(_monitor_summary, suggested or columns[:1])),
         notes=_monitor_notes(columns),
         figures=tuple(_monitor_figures(run, stored)),
         tables=(("Correlation with trait scores", _monitor_table(stored["columns"])),),
-        source=run.source,
-        provenance=run.provenance(),
     )
 
 

@@ -17,7 +17,7 @@ from pvec.errors import StoreError
 from pvec.report.axes import Reference, XAxis
 from pvec.report.figure import Cell, Figure, Table, interval_text
 from pvec.report.figures import histogram
-from pvec.report.page import Answer, Chapter, Section, Widget, encode_floats
+from pvec.report.page import Answer, Section, Widget, encode_floats
 from pvec.report.sections.common import RunData
 from pvec.report.sections.projections import (
     MEAN,
@@ -60,19 +60,14 @@ _SETS = {"reference": "clean set", "data": "this data set"}
 _PERCENTILES = (80.0, 90.0, 95.0, 97.5, 99.0, 99.5)
 
 
-def build(runs: Sequence[RunData]) -> Chapter:
-    """Return one section per run."""
-    sections = tuple(_screening(run, read_summary(run.path, shape=_SHAPE)) for run in runs)
-    return Chapter(summary=" ".join(section.summary for section in sections), sections=sections)
-
-
-def _screening(run: RunData, stored: Summary) -> Section:
+def section(run: RunData) -> Section:
+    """Return what a page shows of a screened file."""
+    stored = read_summary(run.path, shape=_SHAPE)
     data = Path(stored["data"]).name
     columns = stored["columns"]
     sets = _read_differences(run.path / "samples.csv", stored)
     samples = _read_samples(run.path / BROWSED)
     return Section(
-        id=run.id,
         title=f"{data}: screened on {run.model}",
         summary=_screening_summary(stored, data),
         notes=tuple(_screening_notes(stored)),
@@ -81,8 +76,6 @@ def _screening(run: RunData, stored: Summary) -> Section:
         tables=(("Data set by vector", _screening_table(columns)),),
         answers=() if samples else tuple(_suspicious(stored)),
         compare=("model's own answer", "training response"),
-        source=run.source,
-        provenance=run.provenance(),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pvec.report.axes import SCORE_AXIS, YAxis, exact
 from pvec.report.dots import Dot, bars, scatter
 from pvec.report.figure import Difference, Figure, Table, interval_text
-from pvec.report.page import Chapter, Section
+from pvec.report.page import Section
 from pvec.report.sections.common import RunData
 from pvec.report.sections.projections import (
     MEAN,
@@ -32,17 +32,14 @@ SHIFT_SHAPE: Mapping[str, Any] = {
 """What this page reads of a summary."""
 
 
-def build(runs: Sequence[RunData]) -> Chapter:
-    """Return one section per run, and for several bases a first one that compares them."""
-    read = [(run, read_summary(run.path, shape=SHIFT_SHAPE)) for run in runs]
-    sections = tuple(_shift(run, stored) for run, stored in read)
-    if len(read) > 1:
-        overview = _overview(read)
-        return Chapter(summary=overview.summary, sections=(overview, *sections))
-    return Chapter(summary=sections[0].summary, sections=sections)
+def read(run: RunData) -> tuple[RunData, Summary]:
+    """Return a run with its numbers."""
+    return run, read_summary(run.path, shape=SHIFT_SHAPE)
 
 
-def _shift(run: RunData, stored: Summary) -> Section:
+def section(found: tuple[RunData, Summary]) -> Section:
+    """Return what a page shows of one base and its finetunes."""
+    run, stored = found
     furthest = max(stored["shifts"], key=lambda item: abs(item["shift"]["mean"]))
     notes = [_trend_note(trend) for trend in stored["trends"]]
     if not stored["trends"]:
@@ -51,7 +48,6 @@ def _shift(run: RunData, stored: Summary) -> Section:
             "a vector on three or more of them, the same command compares shifts with scores."
         )
     return Section(
-        id=run.id,
         title=f"Finetuning shift from {model_label(stored['base'])}",
         summary=(
             f"{model_label(furthest['checkpoint'])} moved furthest: "
@@ -61,8 +57,6 @@ def _shift(run: RunData, stored: Summary) -> Section:
         notes=tuple(notes),
         figures=(*_trend_figures(run, stored), _bars_figure(run, stored)),
         tables=(("Shifts", _shift_table(stored["shifts"])),),
-        source=run.source,
-        provenance=run.provenance(),
     )
 
 
@@ -157,7 +151,7 @@ def _at(shifts: Sequence[Summary], place: Mapping[str, Any]) -> list[Summary]:
     ]
 
 
-def _overview(runs: Sequence[tuple[RunData, Summary]]) -> Section:
+def overview(runs: Sequence[tuple[RunData, Summary]]) -> Section:
     """Return the section that compares several bases: the furthest shift along each vector."""
     vectors = list(dict.fromkeys(i["vector"] for _, stored in runs for i in stored["shifts"]))
     furthest: list[dict[str, Interval]] = []

@@ -20,7 +20,7 @@ from pvec.report.axes import SCORE_AXIS, Reference, Scale, XAxis
 from pvec.report.figure import Cell, Difference, Figure, Table
 from pvec.report.figures import Level, Panel, line_chart
 from pvec.report.grids import Grid, heat_map
-from pvec.report.page import Answer, Chapter, Section
+from pvec.report.page import Answer, Section
 from pvec.report.sections.common import RunData, with_interval
 from pvec.report.sections.side_effects import effects_table, pareto_figure
 from pvec.report.sections.steer_overview import overview_section
@@ -32,18 +32,18 @@ _LINES = 6
 """More lines than this in one figure cannot be told apart; the heat map has them all."""
 
 
-def build(runs: Sequence[RunData]) -> Chapter:
-    """Return a section per run, and for several runs a first one that compares them."""
-    sections: list[Section] = []
-    summaries: list[tuple[RunData, SweepSummary]] = []
-    for run in runs:
-        sweep, answers = read_run(run)
-        summaries.append((run, sweep))
-        sections.append(_section(run, sweep, answers))
-    if len(runs) == 1:
-        return Chapter(summary=sections[0].summary, sections=tuple(sections))
-    overview = overview_section(summaries)
-    return Chapter(summary=overview.summary, sections=(overview, *sections))
+Sweep = tuple[RunData, SweepSummary, list[ScoredAnswer]]
+"""A run with its numbers and answers."""
+
+
+def read(run: RunData) -> Sweep:
+    """Return a run, read once."""
+    return (run, *read_run(run))
+
+
+def overview(sweeps: Sequence[Sweep]) -> Section:
+    """Return the section that compares several runs."""
+    return overview_section([(run, summary) for run, summary, _ in sweeps])
 
 
 def read_run(run: RunData) -> tuple[SweepSummary, list[ScoredAnswer]]:
@@ -61,7 +61,9 @@ def read_run(run: RunData) -> tuple[SweepSummary, list[ScoredAnswer]]:
     return sweep, answers
 
 
-def _section(run: RunData, sweep: SweepSummary, answers: Sequence[ScoredAnswer]) -> Section:
+def section(found: Sweep) -> Section:
+    """Return what a page shows of a steering evaluation."""
+    run, sweep, answers = found
     baseline = sweep.baseline
     compare = (baseline.name, sweep.picks[0].point.name) if baseline and sweep.picks else None
     effects = read_effects(run.path)
@@ -73,7 +75,6 @@ def _section(run: RunData, sweep: SweepSummary, answers: Sequence[ScoredAnswer])
         figures += pareto_figure(run.id, sweep, effects)
         tables.append(("Side effects", effects_table(effects)))
     return Section(
-        id=run.id,
         title=f"Steering {run.model} with {run.trait}",
         summary=_summary(run, sweep),
         notes=tuple(_notes(run, sweep)),
@@ -81,8 +82,6 @@ def _section(run: RunData, sweep: SweepSummary, answers: Sequence[ScoredAnswer])
         tables=tuple(tables),
         answers=tuple(_browsable(answers, sweep)),
         compare=compare,
-        provenance=run.provenance(),
-        source=run.source,
     )
 
 

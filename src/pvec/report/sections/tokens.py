@@ -11,7 +11,7 @@ import numpy as np
 from pvec.report.axes import XAxis, exact
 from pvec.report.figure import Figure, interval_text
 from pvec.report.figures import Level, Line, Panel, line_chart
-from pvec.report.page import Chapter, Section, Widget
+from pvec.report.page import Section, Widget
 from pvec.report.sections.common import RunData
 from pvec.report.style import number
 from pvec.report.token_view import PASSAGE, TokenView, token_view
@@ -22,13 +22,8 @@ from pvec.stats import Interval, grouped_mean
 _SHAPE = {"data": str, "turns": str, "columns": [{"vector": str, "layer": int}]}
 
 
-def build(runs: Sequence[RunData]) -> Chapter:
-    """Return one section per projected file."""
-    sections = tuple(map(_section, runs))
-    return Chapter(summary=" ".join(section.summary for section in sections), sections=sections)
-
-
-def _section(run: RunData) -> Section:
+def section(run: RunData) -> Section:
+    """Return what a page shows of a file, token by token."""
     stored = read_summary(run.path, shape=_SHAPE)
     records = list(read_tokens(run.path))
     columns = [f"{c['vector']}, layer {c['layer']}" for c in stored["columns"]]
@@ -46,14 +41,11 @@ def _section(run: RunData) -> Section:
         widgets.insert(0, _turns(run))
         figures = (_drift_figure(run, axes, drift),)
     return Section(
-        id=run.id,
         title=f"{data}: {'drift over turns' if drift else 'every token'} on {run.model}",
         summary=_drift_sentence(columns, drift)
         + _summary_sentence(data, records, [] if drift else columns, view),
         figures=figures,
         widgets=tuple(widgets),
-        source=run.source,
-        provenance=run.provenance(),
     )
 
 

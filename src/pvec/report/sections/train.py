@@ -12,7 +12,7 @@ from pvec.report.axes import XAxis, exact
 from pvec.report.dots import bars
 from pvec.report.figure import Cell, Figure, Table, interval_text
 from pvec.report.figures import Level, Line, Panel, line_chart
-from pvec.report.page import Answer, Chapter, Section
+from pvec.report.page import Answer, Section
 from pvec.report.sections.common import RunData, listed
 from pvec.report.style import number
 from pvec.runs.jsonl import read_jsonl
@@ -20,16 +20,6 @@ from pvec.runs.summary import ANSWERS, HIGH, HOOKS_ON, LOW, PREFIX, read_log
 from pvec.stats import Interval
 
 BEFORE, AFTER = "before training", "after training"
-
-
-def build(runs: Sequence[RunData]) -> Chapter:
-    """Return one section per finetuning, and for several a first one that compares them."""
-    read = [_Finetuning(run) for run in runs]
-    sections = tuple(one.section() for one in read)
-    if len(read) == 1:
-        return Chapter(summary=sections[0].summary, sections=sections)
-    overview = _overview(read)
-    return Chapter(summary=overview.summary, sections=(overview, *sections))
 
 
 _RESULT = {"steps": int, "first_loss": float, "last_loss": float, "stopped_early": bool}
@@ -46,7 +36,12 @@ def _read_result(path: Path) -> Mapping[str, Any]:
     return result
 
 
-class _Finetuning:
+def read(run: RunData) -> Finetuning:
+    """Return a run, read once."""
+    return Finetuning(run)
+
+
+class Finetuning:
     """One run, read once. ``result`` is empty while the training is not finished."""
 
     def __init__(self, data: RunData) -> None:
@@ -62,8 +57,8 @@ class _Finetuning:
         self.shifts = [self._line(key.removeprefix(PREFIX), key) for key in keys if key != HOOKS_ON]
 
     def section(self) -> Section:
+        """Return what a page shows of it."""
         return Section(
-            id=self.data.id,
             title=f"Finetuning {self.data.model}: {self.data.path.resolve().name}",
             summary=self._summary(),
             notes=tuple(self._notes()),
@@ -71,8 +66,6 @@ class _Finetuning:
             tables=tuple(self._tables()),
             answers=tuple(self._answers()),
             compare=(BEFORE, AFTER),
-            provenance=self.data.provenance(),
-            source=self.data.source,
         )
 
     def _line(self, label: str, key: str) -> Line:
@@ -204,7 +197,10 @@ class _Finetuning:
             yield "Result", Table(columns=columns, rows=(values,))
 
 
-def _overview(runs: Sequence[_Finetuning]) -> Section:
+section = Finetuning.section
+
+
+def overview(runs: Sequence[Finetuning]) -> Section:
     """Return the section that compares several finetunings: how far each moved."""
     names = [run.data.path.resolve().name for run in runs]
     moved = [dict(run.moved()) for run in runs]
