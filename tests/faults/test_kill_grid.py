@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.judge_server import JudgeServer
-from helpers.models import save_model, tiny_model
+from helpers.models import save_adapter, save_model, tiny_model
 from helpers.shell import pvec
 from safetensors.numpy import load_file
 
@@ -122,9 +122,16 @@ def test_a_killed_grid_ends_with_the_runs_of_separate_commands(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-key")
     for seed, (name, depth) in enumerate(DEPTHS.items()):
         save_model(tiny_model("qwen2", seed=seed, num_layers=depth), tmp_path / name)
+    save_adapter(tmp_path / "deep", tmp_path / "adapter")
     # JSON is YAML
     (tmp_path / "g.yaml").write_text(
-        json.dumps({"models": list(DEPTHS), "traits": TRAITS, "seeds": SEEDS})
+        json.dumps(
+            {
+                "models": ["shallow", {"id": "deep", "checkpoints": "adapter"}],
+                "traits": TRAITS,
+                "seeds": SEEDS,
+            }
+        )
     )
     folder = tmp_path / "runs" / "g"
     with JudgeServer() as server:
@@ -150,9 +157,18 @@ def test_a_killed_grid_ends_with_the_runs_of_separate_commands(
             assert (pair[0] / file).read_bytes() == (pair[1] / file).read_bytes()
         steered = pvec("steer-eval", "--grid", "g.yaml", *POINTS, *judge)
         assert steered.code == 0, steered.err
+    shifted = pvec("shift", "--grid", "g.yaml", "--dtype", "float32")
+    assert shifted.code == 0, shifted.err
+    alone = pvec(
+        "shift", "deep", "adapter", "--vector", folder / "extract-evil-deep-s5", "--dtype",
+        "float32", "--json",
+    )  # fmt: skip
     report = pvec("report", folder, "--json")
     assert report.code == 0, report.err
     (numbers,) = report.json["grids"]
     check_report(folder, numbers)
     sweeps = {cell["run"] for cell in numbers["steering"]}
     assert sweeps == {f"steer-{trait}-{model}-s{seed}" for model, trait, seed in CELLS}
+    assert len(numbers["shifts"]) == len(TRAITS) * len(SEEDS)
+    (shift,) = (s["shift"] for s in numbers["shifts"] if s["run"] == "shift-evil-deep-s5")
+    assert shift["mean"] == pytest.approx(alone.json["shifts"][0]["shift"]["mean"], rel=1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -237,8 +238,12 @@ class ModelSession(Closing):
         ``settings`` may differ in everything but the model and its backend. Closing the session
         leaves the model to this one.
         """
+        from pvec.models.template import is_dated, set_date
+
         same = (settings.model, settings.backend) == (self.settings.model, self.settings.backend)
         assert same, "a session lends its model as it is"
+        if is_dated(self.metadata.tokenizer):  # as a run before this one may have set it
+            set_date(self.metadata.tokenizer, datetime.now())
         lent = copy.copy(self)
         vars(lent).update(
             settings=settings, notify=notify, on_progress=on_progress,

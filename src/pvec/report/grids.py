@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _WRITTEN_CELLS = 150
 """Numbers are written into the cells of a grid of up to this many."""
 
+_ROOMY = 24
+"""Characters side by side that have room at full size."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -92,6 +95,8 @@ def _draw_cells(axis: Axes, grid: Grid, colours: ScalarMappable) -> None:
 
     written = sum(len(row) for row in grid.values) <= _WRITTEN_CELLS
     (row_label, rows), (column_label, columns) = grid.rows, grid.columns
+    longest = max((len(number(v, grid.digits)) for row in grid.values for v in row), default=0)
+    size = 10 if longest * len(columns) <= _ROOMY else 8
     for r, row in enumerate(grid.values):
         for c, value in enumerate(row):
             if math.isnan(value):
@@ -104,7 +109,7 @@ def _draw_cells(axis: Axes, grid: Grid, colours: ScalarMappable) -> None:
                 light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
                 tone = "#101418" if light > 0.18 else "#ffffff"
                 text = number(value, grid.digits)
-                axis.text(c + 0.5, r + 0.5, text, ha="center", va="center", color=tone, size=10)
+                axis.text(c + 0.5, r + 0.5, text, ha="center", va="center", color=tone, size=size)
 
 
 def _frame(axis: Axes, row: int, column: int) -> None:

@@ -149,11 +149,11 @@ def _vector_figures(
                 value_label="cosine of seeds",
                 limits=(0.0, 1.0),
                 scale="quality",
-                digits=3,
+                digits=2,
                 first_row="top",
             ),
             name="grid_seeds",
-            title="Stability: cosine between the vectors of the seeds",
+            title="Stability: cosine between seeds",
             caption="Mean over pairs of seeds, at the suggested layer (the lower median).",
         )
     for what, found in (("traits", numbers.trait_cosines), ("models", numbers.model_cosines)):
@@ -215,7 +215,7 @@ def _cosine_map(cosines: Cosines, what: str) -> Figure:
     ]
     return heat_map(
         Grid(
-            columns=(what, names),
+            columns=(what, cosines.names),
             rows=(what, names),
             values=cosines.cosines,
             value_label="cosine",
