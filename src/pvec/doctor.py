@@ -47,7 +47,7 @@ EXTRAS = {
     "quantize": "int8 weights (--quantize int8), compressed-tensors checkpoints",
     "litellm": "judges of Anthropic, Gemini and others (--judge-model litellm:…)",
     "sae": "pretrained sparse autoencoders (vector decompose --sae RELEASE:ID)",
-    "ray": "projection on a Ray cluster (project --engine ray)",
+    "ray": "several machines (--workers, project --engine ray)",
 }
 """The optional parts of pvec by the extra that installs them, and what each is for."""
 

@@ -68,15 +68,15 @@ def check_same(model: Any, mine: Generation, theirs: Generation, prompt: Sequenc
 
 
 def process_id(pool: PoolBackend, number: int) -> int | None:
-    """Return the process of a worker that has the model."""
-    member = pool._pool.members[number]
-    return int(member.label.rpartition("process ")[2].rstrip(")")) if member.opened else None
+    """Return the process of a worker that has started: it may be loading the model."""
+    label = pool.workers[number]
+    return int(label.rpartition("process ")[2].rstrip(")")) if "process" in label else None
 
 
 def kill_at_random(pool: PoolBackend, killed: list[int], stop: threading.Event) -> None:
     draw = random.Random(7)
     while len(killed) < WORKER_KILLS and not stop.is_set():
-        time.sleep(draw.uniform(0.1, 0.7))
+        time.sleep(draw.uniform(0.3, 1.5))
         process = process_id(pool, draw.randrange(2))
         if process is not None and process not in killed:
             os.kill(process, signal.SIGKILL)
