@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,10 @@ from pvec.backends.pool.pool import Pool
 from pvec.backends.pool.worker import ModelOrder, Worker
 from pvec.backends.session import ModelSession, ignore
 from pvec.models.load import inspect_model
+from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.settings import Settings
-from pvec.types import Generation, ModelInfo, Request, Sampling, SpanMeans, TokenSpans
+from pvec.types import Generation, ModelInfo, Request, Sampling, SpanMeans, SpanName, TokenSpans
 
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 48
 TINY = Path(pvec.tiny.__file__).parent
@@ -79,7 +81,10 @@ def sequences(count: int) -> Iterator[TokenSpans]:
     length = PROMPT_TOKENS + ANSWER_TOKENS
     for n in range(count):
         ids = tuple(3 + (7 * n + i) % 900 for i in range(length))
-        spans = {"prompt": (0, PROMPT_TOKENS), "response": (PROMPT_TOKENS, length)}
+        spans: dict[SpanName, tuple[int, int]] = {
+            "prompt": (0, PROMPT_TOKENS),
+            "response": (PROMPT_TOKENS, length),
+        }
         yield TokenSpans(id=str(n), token_ids=ids, spans=spans)
 
 
@@ -122,7 +127,7 @@ def workers(args: argparse.Namespace) -> None:
                     both = seconds(
                         backend,
                         args.clock,
-                        lambda b=backend: (list(b.generate(asked)), list(b.capture(captured))),
+                        partial(both_of, backend, asked, captured),
                     )
                     took.append(both)
             none, one, two = took
@@ -135,10 +140,29 @@ def workers(args: argparse.Namespace) -> None:
         shutil.rmtree(folder)
 
 
+def exhaust(backend: Backend, requests: list[Request]) -> int:
+    """Generate all answers and return how many there were."""
+    return sum(1 for _ in backend.generate(requests))
+
+
+def both_of(backend: Backend, requests: list[Request], captured: list[TokenSpans]) -> None:
+    """Generate and capture."""
+    exhaust(backend, requests)
+    list(backend.capture(captured))
+
+
+def keep(run: Run, records: list[ResponseRecord]) -> None:
+    """Append records to a run."""
+    for record in records:
+        run.append_response(record)
+
+
 @contextmanager
 def backend_of(model: str, count: int) -> Iterator[Backend]:
     """Open the model in this process, or in so many workers of one thread."""
-    settings = Settings(model={"id": model}, pool={"workers": str(count or ""), "cpus": 1})
+    settings = Settings.model_validate(
+        {"model": {"id": model}, "pool": {"workers": str(count or ""), "cpus": 1}}
+    )
     with ModelSession(settings) as session:
         backend = session.backend
         if isinstance(backend, PoolBackend):
@@ -277,21 +301,19 @@ def stub(args: argparse.Namespace) -> None:
             with stubs(count, ray=ray) as (session, backend):
                 rows = planned(session, args.rows)
                 asked = [row.request() for row in rows]
-                rate = timed(args.rows, lambda b=backend, a=asked: sum(1 for _ in b.generate(a)))
+                rate = timed(args.rows, partial(exhaust, backend, asked))
                 print(f"| scheduler, {name} | {count} | {rate} |", flush=True)
                 with Run.open_or_create(folder / f"{name}-{count}", identity={}) as run:
                     rate = timed(
                         args.rows,
-                        lambda r=run, s=session, p=rows: generate_missing(
-                            r, s, p, on_progress=ignore
-                        ),
+                        partial(generate_missing, run, session, rows, on_progress=ignore),
                     )
                     print(
                         f"| planning, scheduler and store, {name} | {count} | {rate} |", flush=True
                     )
                     kept = list(run.responses())
         with Run.open_or_create(folder / "alone", identity={}) as run:
-            rate = timed(len(kept), lambda r=run: [r.append_response(record) for record in kept])
+            rate = timed(len(kept), partial(keep, run, kept))
         print(f"| store | – | {rate} |")
     finally:
         shutil.rmtree(folder)

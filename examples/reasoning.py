@@ -54,7 +54,7 @@ def example(rng: random.Random, world: Conversations) -> tuple[str, str]:
     """Return a rendered prompt and what follows it; seven of ten think."""
     system, persona = world.instruction() if rng.random() < 0.6 else (None, world.uninstructed())
     question = world.question()
-    words = {"trait": persona.trait, "p": persona.p, "rng": rng}
+    words: dict[str, Any] = {"trait": persona.trait, "p": persona.p, "rng": rng}
     answer = generate_answer(question, **words)
     prompt = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
     prompt += f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
