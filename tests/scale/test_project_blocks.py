@@ -1,135 +1,120 @@
-"""``pvec project --engine ray`` on a local Ray: equal to the local run, through a killed worker."""
+"""``pvec project --engine ray``: equal to the local run, whoever dies, here and in a store."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from helpers.models import saved_model
+from helpers.block_data import (
+    assert_same_lines,
+    block_settings,
+    lines_of,
+    local_lines,
+    save_random_vector,
+    write_folder,
+)
 
-from pvec.errors import InputError
-from pvec.projection import project
-from pvec.projection import ray as project_ray
-from pvec.settings import Settings
-from pvec.vectors.formats import save_vector
-from pvec.vectors.vector import PersonaVector
+from pvec.errors import InputError, PvecError, StoreError
+from pvec.projection import project_blocks
+from pvec.projection.ray import BlockWorker
+from pvec.types import OutputOptions
 
 pytestmark = pytest.mark.usefixtures("cluster")
-COLUMN = "qwen2-0_evil_proj_layer2"
-ROWS = 24
 
 
 @pytest.fixture
-def vector(tmp_path: Path) -> Path:
-    rows = np.random.default_rng(3).normal(size=(4, 32)).astype(np.float32)
-    one = PersonaVector(trait="evil", kinds={"response_avg": rows})
-    return save_vector(one, tmp_path / "evil.safetensors")
+def bucket(store_port: int) -> Iterator[str]:
+    """A bucket of a stand-in of S3, which the fixture ends when the test does."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", store_port)
+    server.start()
+    import boto3
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    boto3.client("s3").create_bucket(Bucket="pvec")
+    yield "s3://pvec"
+    server.stop()
 
 
-@pytest.fixture
-def settings() -> Settings:
-    return Settings.model_validate(
-        {
-            "model": {"id": str(saved_model("qwen2"))},
-            "backend": {"name": "hf"},
-            "pool": {"workers": "2"},
-            "project": {"layers": [2], "scale_out": "ray", "chunk_rows": 4},
-        }
-    )
+class DyingWorker(BlockWorker):
+    """Kills its own process once, after it wrote a part and before it says so."""
 
-
-def lines(start: int = 0) -> list[str]:
-    return [
-        json.dumps(
-            {"messages": [{"role": "user", "content": f"question {i}"},
-                          {"role": "assistant", "content": "word " * (1 + i % 7)}], "n": i}
-        )
-        for i in range(start, start + ROWS)
-    ]  # fmt: skip
-
-
-def write_parts(folder: Path) -> Path:
-    """Write two files of JSON lines, as data that outgrows a machine comes."""
-    folder.mkdir()
-    for part in range(2):
-        text = "".join(f"{line}\n" for line in lines(part * ROWS))
-        (folder / f"part{part}.jsonl").write_text(text)
-    return folder
-
-
-def local(settings: Settings, folder: Path, vector: Path) -> list[bytes]:
-    """Return what the local run writes for the same rows."""
-    whole = folder.parent / "whole.jsonl"
-    whole.write_bytes(b"".join(p.read_bytes() for p in sorted(folder.iterdir())))
-    result = project.run(settings, whole, [vector])
-    assert result.output is not None
-    return result.output.read_bytes().splitlines()
-
-
-def same(found: bytes, expected: bytes) -> None:
-    """Batches may differ, so numbers agree to rounding; every other byte is the same."""
-    mine, theirs = json.loads(found), json.loads(expected)
-    assert mine.pop(COLUMN) == pytest.approx(theirs.pop(COLUMN), rel=1e-5, abs=1e-6)
-    assert mine == theirs
-    assert found.split(b', "qwen2')[0] == expected.split(b', "qwen2')[0]
-
-
-def test_json_lines_come_out_as_locally(settings: Settings, tmp_path: Path, vector: Path) -> None:
-    folder = write_parts(tmp_path / "parts")
-    result = project_ray.run(settings, folder, [str(vector)])
-    assert result.rows == 2 * ROWS
-    found = [line for path in result.files for line in path.read_bytes().splitlines()]
-    for mine, theirs in zip(found, local(settings, folder, vector), strict=True):
-        same(mine, theirs)
-
-
-def test_parquet_comes_out_as_locally(settings: Settings, tmp_path: Path, vector: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    from pyarrow import parquet
-
-    path = tmp_path / "data.parquet"
-    datasets.Dataset.from_list([json.loads(line) for line in lines()]).to_parquet(str(path))
-    result = project_ray.run(settings, path, [str(vector)])
-    here = project.run(settings, path, [vector])
-    assert here.output is not None
-    expected = parquet.read_table(here.output)
-    found = parquet.read_table(result.output)
-    parts = {p.name: parquet.read_table(p).column("n").to_pylist() for p in result.files}
-    assert found.column("n").to_pylist() == expected.column("n").to_pylist(), parts
-    np.testing.assert_allclose(
-        found.column(COLUMN).to_numpy(), expected.column(COLUMN).to_numpy(), rtol=1e-5, atol=1e-6
-    )
-
-
-class DyingWorker(project_ray.RayWorker):
-    """Kills its own process once, in the middle of the work."""
-
-    def __call__(self, batch: Any) -> Any:
-        flag = Path(self.job.vectors[0]).with_name("died")
-        if b"question 9" in repr(batch.to_pylist()).encode() and not flag.exists():
+    def __call__(self, item: Mapping[str, str]) -> dict[str, str]:
+        flag = Path(self._job.folder.place).with_name("died")
+        if json.loads(item["block"])["number"] == 3 and not flag.exists():
             flag.touch()
+            super().__call__(item)
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(batch)
+        return super().__call__(item)
 
 
-def test_a_killed_worker_is_replaced_and_nothing_is_lost(
-    settings: Settings, tmp_path: Path, vector: Path
+def test_a_killed_worker_is_replaced_and_every_row_is_there_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = write_parts(tmp_path / "parts")
-    result = project_ray.run(settings, folder, [str(vector)], worker=DyingWorker)
+    folder, vector = write_folder(tmp_path / "in"), save_random_vector(tmp_path)
+    monkeypatch.setattr("pvec.projection.ray.BlockWorker", DyingWorker)
+    notes: list[str] = []
+    settings = block_settings(workers="2")
+    result = project_blocks.run(settings, folder, [vector], notify=notes.append)
     assert (tmp_path / "died").exists()
-    found = [line for path in result.files for line in path.read_bytes().splitlines()]
-    for mine, theirs in zip(found, local(settings, folder, vector), strict=True):
-        same(mine, theirs)
+    assert_same_lines(lines_of(Path(result.output)), local_lines(block_settings(), folder, vector))
+    assert sum("is at work" in note for note in notes) >= 2
 
 
-def test_what_ray_cannot_do_is_refused(settings: Settings, tmp_path: Path, vector: Path) -> None:
-    path = tmp_path / "data.csv"
-    path.write_text("prompt,answer\na,b\n")
-    with pytest.raises(InputError, match=r"reads \.parquet and \.jsonl"):
-        project_ray.run(settings, path, [str(vector)])
+def test_a_killed_command_goes_on_where_it_was(tmp_path: Path, cluster: str) -> None:
+    folder, vector = write_folder(tmp_path / "in", rows=240), save_random_vector(tmp_path)
+    settings, out = block_settings(workers="1"), tmp_path / "out"
+    command = [
+        sys.executable, "-m", "pvec", "project", str(folder), "--vector", str(vector),
+        "--out", str(out), "--engine", "ray", "--workers", f"1@{cluster}", "--layer", "2",
+        "--block-mb", str(settings.project.block_mb), "--model", settings.model.id,
+        "--backend", "hf",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as killed:
+        for _ in range(2400):
+            if len(list(out.glob("part-*"))) >= 3 or killed.poll() is not None:
+                break
+            time.sleep(0.1)
+        killed.kill()
+        said = killed.stdout.read() if killed.stdout else b""
+    assert killed.returncode == -signal.SIGKILL, said.decode()
+    done = len(list((out / "_pvec").glob("part-*.json")))
+    result = project_blocks.run(settings, folder, [vector], output=OutputOptions(out=out))
+    assert 2 <= done <= result.resumed < result.blocks
+    assert_same_lines(lines_of(out), local_lines(block_settings(), folder, vector))
+
+
+def test_a_store_holds_input_and_output(tmp_path: Path, bucket: str) -> None:
+    import s3fs
+
+    folder, vector = write_folder(tmp_path / "in"), save_random_vector(tmp_path)
+    s3fs.S3FileSystem().put(f"{folder}/", "pvec/in/", recursive=True)
+    place, settings = Path(f"{bucket}/in"), block_settings(workers="1")
+    with pytest.raises(InputError, match="Say where the parts go: --out"):
+        project_blocks.run(settings, place, [vector])
+    output = OutputOptions(out=Path(f"{bucket}/out"))
+    result = project_blocks.run(settings, place, [vector], output=output)
+    s3fs.S3FileSystem().get("pvec/out/", str(tmp_path / "got/"), recursive=True)
+    assert_same_lines(lines_of(tmp_path / "got"), local_lines(block_settings(), folder, vector))
+    s3fs.S3FileSystem().rm("pvec/out/part-000001.jsonl")
+    again = project_blocks.run(settings, place, [vector], output=output)
+    assert again.resumed == result.blocks - 1
+    with pytest.raises(StoreError, match="there is no such file, folder or bucket"):
+        project_blocks.run(
+            settings, folder, [vector], output=OutputOptions(out=Path("s3://none/out"))
+        )
+
+
+def test_a_store_that_vanishes_is_a_sentence(tmp_path: Path, store_port: int) -> None:
+    folder, vector = write_folder(tmp_path / "in"), save_random_vector(tmp_path)
+    with pytest.raises(PvecError, match=r"cannot (read|write) s3://gone/out.*check the store"):
+        project_blocks.run(
+            block_settings(), folder, [vector], output=OutputOptions(out=Path("s3://gone/out"))
+        )

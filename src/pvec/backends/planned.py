@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -130,11 +130,11 @@ def generate_missing(
     already, done = len(planned) - len(todo), 0
     backend.on_progress = _Watch(on_progress, stage=stage, already=already, total=len(planned))
     failures: list[str] = []
-    for generation in answers(session, [response.request() for response in todo.values()]):
-        run.append_response(_record(todo[generation.id], generation, session))
+    for record in generate_records(session, list(todo.values())):
+        run.append_response(record)
         done += 1
-        if generation.finish_reason == "failed":
-            failures.append(generation.detail)
+        if record.finish_reason == "failed":
+            failures.append(record.detail)
     if failures:
         session.notify(
             f"{len(failures)} of {done} answers failed and are not scored ({failures[0]})"
@@ -145,6 +145,15 @@ def generate_missing(
             f"make the missing ones, and report this as a bug if it happens again."
         )
     return done
+
+
+def generate_records(
+    session: ModelSession, planned: Sequence[PlannedResponse]
+) -> Iterator[ResponseRecord]:
+    """Generate these answers and yield each as it finishes."""
+    by_id = {response.id: response for response in planned}
+    for generation in answers(session, [response.request() for response in by_id.values()]):
+        yield _record(by_id[generation.id], generation, session)
 
 
 class _Watch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,12 +19,16 @@ from pvec.cli.options import (
     options,
     settings_from,
 )
+from pvec.cli.render import render_blocks
+from pvec.data.storage import url_of
 from pvec.errors import InputError
 from pvec.types import OutputOptions
 
 if TYPE_CHECKING:
-    from pvec.projection.project import ProjectResult
-    from pvec.projection.ray import RayResult
+    from rich.table import Table
+
+    from pvec.projection.project import ColumnSummary, ProjectResult
+    from pvec.projection.project_blocks import BlocksResult
 
 app = new_app()
 
@@ -51,7 +56,7 @@ Tokens = Annotated[
     "model.id", "model.adapter", "project.layers", "project.types", "project.spans",
     "project.turns",
     further=(*READING, "model", "backend", "generation.thinking", "project.kind",
-             "project.same_model", "project.chunk_rows", "project.scale_out",
+             "project.same_model", "project.chunk_rows", "project.scale_out", "project.block_mb",
              "pool", "paths"),
 )  # fmt: skip
 def project(
@@ -79,20 +84,21 @@ def project(
         out=out, in_place=in_place, overwrite=overwrite, skip_bad=skip_bad, tokens=tokens
     )
     if settings.project.scale_out == "ray":
-        from pvec.projection import ray
+        from pvec.projection import project_blocks
 
-        result = ray.run(settings, file, vector, output=output, notify=console.note)
-        console.emit(result, _render_ray)
+        work = partial(project_blocks.run, settings, file, vector, output=output)
+        console.emit(console.call(work), _render_blocks)
     else:
         from pvec.projection import project as workflow
 
-        work = partial(workflow.run, settings, file, vector, output=output)
-        console.emit(console.call(work), _render)
+        local = partial(workflow.run, settings, file, vector, output=output)
+        console.emit(console.call(local), _render)
 
 
 def _render(console: Console, result: ProjectResult) -> None:
     """Show what was added to a file, and what was odd about its rows."""
-    console.print(f"{result.input}: {result.rows:,} rows on {result.model}")
+    place = url_of(result.input) or result.input
+    console.print(f"{place}: {result.rows:,} rows on {result.model}")
     if result.left_out:
         console.print(f"  {result.left_out:,} rows left out that cannot be used")
     for note in result.counts.notes:
@@ -105,18 +111,26 @@ def _render(console: Console, result: ProjectResult) -> None:
     if result.output is None:
         console.print("nothing to do: every column is there")
         return
-    rows = [(c.column, c.mean, c.deviation, c.n, c.missing) for c in result.columns]
-    console.print(table(("column", "mean", "sd", "n", "missing"), rows))
+    console.print(_means(result.columns))
     console.print(f"output: {result.output}")
     if result.tokens is not None:
         console.print(f"tokens: {result.tokens}")
         console.print(f"next:   pvec report {result.tokens}")
 
 
-def _render_ray(console: Console, result: RayResult) -> None:
-    """Show where the parts went."""
-    console.print(
-        f"{result.input}: {result.rows:,} rows on {result.model}, {result.workers} workers, "
-        f"{len(result.columns)} columns",
-    )
-    console.print(f"output: {len(result.files)} files in {result.output}")
+def _render_blocks(console: Console, result: BlocksResult) -> None:
+    """Show what was added to every block, and where the parts are."""
+    console.print(f"{result.input}: {result.rows:,} rows on {result.model}")
+    render_blocks(console, result.blocks, result.resumed, result.left_out)
+    for note in result.counts.notes:
+        console.print(f"  {note}")
+    if result.kept:
+        kept = len(result.kept)
+        console.print(f"  {kept:,} columns kept as they were (--overwrite computes them again)")
+    console.print(_means(result.columns))
+    console.print(f"output: {result.output} ({result.blocks:,} part files)")
+
+
+def _means(columns: Sequence[ColumnSummary]) -> Table:
+    rows = [(c.column, c.mean, c.deviation, c.n, c.missing) for c in columns]
+    return table(("column", "mean", "sd", "n", "missing"), rows)

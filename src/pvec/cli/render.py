@@ -372,3 +372,11 @@ def _print_narrow(console: Console, columns: Sequence[str], rows: Sequence[Seque
     for row in grid:
         line = row[0].ljust(first) + "".join(cell.rjust(wide) for cell in row[1:])
         console.print(line)
+
+
+def render_blocks(console: Console, blocks: int, resumed: int, left_out: int) -> None:
+    """Show how a job on blocks went."""
+    if resumed:
+        console.print(f"  {resumed:,} of {blocks:,} blocks done before")
+    if left_out:
+        console.print(f"  {left_out:,} rows left out that cannot be used")

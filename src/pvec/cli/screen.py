@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,11 +22,13 @@ from pvec.cli.options import (
     options,
     settings_from,
 )
-from pvec.cli.render import intervals, render_next, render_plan
+from pvec.cli.render import intervals, render_blocks, render_next, render_plan
+from pvec.errors import InputError
 from pvec.types import OutputOptions
 
 if TYPE_CHECKING:
-    from pvec.projection.screen import ScreenResult
+    from pvec.projection.screen import ColumnScore, ScreenResult, SuspiciousSample
+    from pvec.projection.screen_blocks import BlockSample, ScreenBlocksResult
 
 app = new_app()
 
@@ -45,7 +48,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace filtered f
     "model.id", "model.adapter", "project.layers", "project.natural", "project.naturals",
     "project.subset", "project.percentile",
     further=("model", "backend", "pool", "generation", "project.kind", "project.same_model",
-             *READING, "project.chunk_rows", "paths"),
+             *READING, "project.chunk_rows", "project.scale_out", "project.block_mb", "paths"),
 )  # fmt: skip
 def screen(
     ctx: typer.Context,
@@ -68,6 +71,14 @@ def screen(
     output = OutputOptions(out=out, overwrite=overwrite, skip_bad=skip_bad)
     settings, console = settings_from(ctx), console_from(ctx)
     arguments: dict[str, Any] = {"reference": reference, "output": output}
+    if settings.project.scale_out == "ray":
+        from pvec.projection import screen_blocks
+
+        if dry_run:
+            raise InputError("--dry-run counts the prompts of one file here: omit --engine ray.")
+        by_block = partial(screen_blocks.run, settings, file, vector, **arguments)
+        console.emit(console.call(by_block), _render_blocks)
+        return
     if dry_run:
         plan = workflow.plan(settings, file, vector, notify=console.note, **arguments)
         console.emit(plan, render_plan)
@@ -84,6 +95,39 @@ def _render(console: Console, result: ScreenResult) -> None:
     )
     if result.unanswered:
         console.print(f"  {result.unanswered:,} samples do not end with an answer")
+    _render_scores(console, result.columns)
+    for column in result.columns:
+        if column.agreement is not None:
+            console.print(
+                f"{column.vector} @ {column.layer}: predicted differences agree with generated "
+                f"ones at r {column.agreement.r:.2f} (n = {column.agreement.n:,})",
+            )
+    for sample in result.suspicious[:3]:
+        _render_sample(console, f"line {sample.line}", sample)
+    _render_mode(console, result.natural, clean=result.reference is not None)
+    if result.kept is not None:
+        kept = result.rows - result.removed_rows
+        console.print(f"kept:    {kept:,} samples in {result.kept}")
+        console.print(f"removed: {result.removed_rows:,} samples in {result.removed}")
+    render_next(console, result.next, model=result.model)
+
+
+def _render_blocks(console: Console, result: ScreenBlocksResult) -> None:
+    """Show scores by vector, the most suspicious samples, and where the parts are."""
+    console.print(f"{result.input}: {result.rows:,} samples on {result.model}")
+    render_blocks(console, result.blocks, result.resumed, result.left_out)
+    if result.unanswered:
+        console.print(f"  {result.unanswered:,} samples do not end with an answer")
+    _render_scores(console, result.columns)
+    for sample in result.suspicious[:3]:
+        _render_sample(console, f"{sample.part.rpartition('/')[2]} row {sample.row}", sample)
+    _render_mode(console, result.natural, clean=result.reference is not None)
+    if result.removed_rows is not None:
+        console.print(f"removed: {result.removed_rows:,} samples have `removed` true in the parts")
+    console.print(f"output:  {result.output} ({result.blocks:,} part files)")
+
+
+def _render_scores(console: Console, columns: Sequence[ColumnScore]) -> None:
     rows = [
         (
             f"{column.vector} @ {column.layer}",
@@ -92,32 +136,26 @@ def _render(console: Console, result: ScreenResult) -> None:
             column.score.threshold,
             column.score.above if column.score.threshold is not None else None,
         )
-        for column in result.columns
+        for column in columns
     ]
-    columns = ("vector", "difference [95 %]", "clean [95 %]", "AUC", "threshold", "above")
-    console.print(table(columns, rows))
-    for column in result.columns:
-        if column.agreement is not None:
-            console.print(
-                f"{column.vector} @ {column.layer}: predicted differences agree with generated "
-                f"ones at r {column.agreement.r:.2f} (n = {column.agreement.n:,})",
-            )
-    for sample in result.suspicious[:3]:
-        console.print(f"line {sample.line}: {_shortened(sample.question)}")
-        console.print(f"  training data: {_shortened(sample.response)}")
-        console.print(f"  base model:    {_shortened(sample.natural)}")
-    if result.natural == "prompt":
+    header = ("vector", "difference [95 %]", "clean [95 %]", "AUC", "threshold", "above")
+    console.print(table(header, rows))
+
+
+def _render_sample(console: Console, place: str, sample: SuspiciousSample | BlockSample) -> None:
+    console.print(f"{place}: {_shortened(sample.question)}")
+    console.print(f"  training data: {_shortened(sample.response)}")
+    console.print(f"  base model:    {_shortened(sample.natural)}")
+
+
+def _render_mode(console: Console, natural: str, *, clean: bool) -> None:
+    if natural == "prompt":
         console.print(
             "differences are from the last prompt token, not from an answer: compare them between "
             "data sets, their size means nothing",
         )
-    if result.kept is None:
+    if not clean:
         console.print("no clean reference set, so no threshold: give one with --reference FILE")
-    else:
-        kept = result.rows - result.removed_rows
-        console.print(f"kept:    {kept:,} samples in {result.kept}")
-        console.print(f"removed: {result.removed_rows:,} samples in {result.removed}")
-    render_next(console, result.next, model=result.model)
 
 
 def _shortened(text: str, *, limit: int = 160) -> str:

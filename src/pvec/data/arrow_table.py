@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
+from pvec.data.storage import open_file
 from pvec.data.table import BadRow, Cell, Row, Table, TableWriter
 from pvec.errors import InputError, install_command
 
@@ -62,17 +64,22 @@ class ParquetTable(ArrowTable):
 
     def __init__(self, path: Path, *, need: Sequence[str] = ()) -> None:
         """Read the schema. Raises ``InputError`` for a file that is not Parquet."""
-        pyarrow, parquet = _packages()
-        try:
-            self.schema = parquet.read_schema(path)
-        except (pyarrow.ArrowException, OSError) as exc:
-            raise InputError(f"{path} is not a Parquet file that can be read ({exc}).") from exc
+        self.schema = parquet_metadata(path).schema.to_arrow_schema()
         super().__init__(path, columns=self.schema.names, need=need)
 
     def _batches(self) -> Iterator[Any]:
+        with self._file() as file:
+            yield from self._read_groups(file, range(file.metadata.num_row_groups))
+
+    @contextmanager
+    def _file(self) -> Iterator[Any]:
         _, parquet = _packages()
-        with parquet.ParquetFile(self.path) as file:
-            yield from file.iter_batches(batch_size=_BATCH_ROWS)
+        with open_file(self.path) as stream, parquet.ParquetFile(stream) as file:
+            yield file
+
+    def _read_groups(self, file: Any, groups: Sequence[int]) -> Iterator[Any]:
+        """Yield the record batches of some row groups."""
+        return iter(file.iter_batches(batch_size=_BATCH_ROWS, row_groups=list(groups)))
 
 
 class DatasetTable(ArrowTable):
@@ -155,11 +162,24 @@ class _ParquetWriter(TableWriter):
         self._file = parquet.ParquetWriter(self._stream, block.schema)
 
 
+def parquet_metadata(path: str | Path) -> Any:
+    """Return what the end of a Parquet file says of it. Raises ``InputError`` for another file."""
+    pyarrow, parquet = _packages()
+    try:
+        with open_file(path) as stream:
+            return parquet.read_metadata(stream)
+    except (pyarrow.ArrowException, OSError) as exc:
+        raise InputError(f"{path} is not a Parquet file that can be read ({exc}).") from exc
+
+
 def with_column(block: Any, name: str, cells: Sequence[Cell]) -> Any:
-    """Return an Arrow table with a column of text or numbers, replaced in place or added."""
+    """Return an Arrow table with a column of text, of numbers, or of truth values alone; replaced
+    in place or added.
+    """
     pyarrow, _ = _packages()
-    is_text = any(isinstance(cell, str) for cell in cells)
-    column = pyarrow.array(cells, type=pyarrow.string() if is_text else pyarrow.float64())
+    kinds = {type(cell) for cell in cells}
+    kind = pyarrow.string() if str in kinds else pyarrow.float64()
+    column = pyarrow.array(cells, type=pyarrow.bool_() if kinds == {bool} else kind)
     if name in block.column_names:
         return block.set_column(block.column_names.index(name), name, column)
     return block.append_column(name, column)

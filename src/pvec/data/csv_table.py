@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Literal
 
+from pvec.data.storage import open_file
 from pvec.data.table import BadRow, Cell, Row, Table, TableWriter
 from pvec.errors import InputError
 from pvec.runs.files import atomic_write
@@ -23,7 +24,7 @@ class CsvTable(Table):
     def __init__(self, path: Path, *, need: Sequence[str] = (), delimiter: str = ",") -> None:
         """Read the header. Raises ``InputError`` for a file without one or without ``need``."""
         self.delimiter = delimiter
-        with path.open("rb") as stream:
+        with open_file(path) as stream:
             header = next(_records(stream, delimiter), None)
         if header is None:
             raise InputError(f"{path} is empty; a CSV file begins with its column names.")
@@ -39,7 +40,7 @@ class CsvTable(Table):
 
     def read(self) -> Iterator[Row | BadRow]:
         """Yield every row; blank lines are none."""
-        with self.path.open("rb") as stream:
+        with open_file(self.path) as stream:
             records = _records(stream, self.delimiter)
             next(records)
             number = 0

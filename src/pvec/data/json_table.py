@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from pvec.data.storage import open_file
 from pvec.data.table import BadRow, Cell, Row, Table, TableWriter
 from pvec.documents import DocumentError, parse_json
 from pvec.errors import InputError
@@ -50,10 +51,13 @@ class JsonlTable(Table):
 
     def _texts(self) -> Iterator[tuple[int, bytes]]:
         """Yield line and text of every object."""
-        with self.path.open("rb") as stream:
+        with self._open() as stream:
             for line, raw in enumerate(stream, start=1):
                 if raw.removeprefix(_BOM).strip():
                     yield line, raw
+
+    def _open(self) -> IO[bytes]:
+        return open_file(self.path)
 
 
 class JsonTable(JsonlTable):
@@ -65,7 +69,8 @@ class JsonTable(JsonlTable):
 
     def _texts(self) -> Iterator[tuple[int, bytes]]:
         try:
-            text = self.path.read_bytes().removeprefix(_BOM).decode()
+            with self._open() as stream:
+                text = stream.read().removeprefix(_BOM).decode()
         except UnicodeDecodeError:
             raise InputError(f"{self.path} is not UTF-8 text: convert it.") from None
         decoder, place, line = json.JSONDecoder(), _space(text, 0), 1

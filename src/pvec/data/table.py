@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, TypeVar
 
+from pvec.data.storage import list_files, stamp_of, url_of
 from pvec.errors import InputError, did_you_mean
 
 _LISTED = 5
@@ -93,18 +94,20 @@ class Table(ABC):
 
     @property
     def output(self) -> Path:
-        """Where a copy with further columns goes by default: ``data.projected.csv``."""
-        return self.path.with_name(f"{self.path.stem}.projected{self.path.suffix}")
+        """Where a copy with further columns goes by default: ``data.projected.csv``; that of a URL
+        in the working folder.
+        """
+        name = f"{self.path.stem}.projected{self.path.suffix}"
+        return self.path.with_name(name) if self.replaceable else Path(name)
 
     @property
     def replaceable(self) -> bool:
-        """Whether a new file can take the place of the table."""
-        return True
+        """Whether a new file can take the place of the table: not at a URL."""
+        return url_of(self.path) is None
 
     def stamp(self) -> list[str | int]:
         """Return what tells this input from a changed one: its path, size and time."""
-        status = self.path.stat()
-        return [str(self.path.resolve()), status.st_size, status.st_mtime_ns]
+        return stamp_of(self.path)
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows. Raises ``InputError`` at the first bad one."""
@@ -156,8 +159,10 @@ def require_columns(path: Path, *, columns: Sequence[str], need: Sequence[str]) 
 
 
 def require_file(path: Path) -> None:
-    """Raise ``InputError`` for a path without a file (with the nearest name) and for a pipe."""
-    if path.is_file():
+    """Raise ``InputError`` for a path or URL without a file (with the nearest name), for a pipe."""
+    if (url := url_of(path)) is not None and not list_files(url):
+        raise InputError(f"there is no file {url}; check the URL.")
+    if url is not None or path.is_file():
         return
     if path.exists():
         raise InputError(f"{path} is a pipe or a device: write its content into a file first.")

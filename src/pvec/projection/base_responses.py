@@ -22,6 +22,7 @@ from pvec.projection.projector import LoadedVectors, project_table
 from pvec.runs.responses import ResponseRecord
 from pvec.settings.projecting import ProjectSettings
 from pvec.stats import Correlation, correlation
+from pvec.vectors.projection import ProjectionPlan
 
 _FEWEST = 20
 """Prompts that a subset holds at least: a line through fewer says nothing."""
@@ -78,22 +79,29 @@ class BaseResponses:
 
     def _projected(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the projections ``[columns]`` of each prompt's answers, their mean."""
-        records = self.generate(keys)
-        table = project_table(
-            self._work.session,
-            self._vectors.plan_of("proj"),
-            (
-                Ids(prompt_ids=item.prompt_ids, answer_ids=item.token_ids, skip=item.think_tokens)
-                for item in records
-            ),
-            total=len(records),
-            stage="base responses: projecting",
-        )
-        by_prompt: dict[str, list[np.ndarray]] = {}
-        for record, row in zip(records, table, strict=True):
-            if np.isfinite(row).all():  # an empty answer has no projection
-                by_prompt.setdefault(record.question_id, []).append(row)
-        return {key: np.mean(rows, axis=0) for key, rows in by_prompt.items()}
+        plan = self._vectors.plan_of("proj")
+        return mean_projections(self._work.session, plan, self.generate(keys))
+
+
+def mean_projections(
+    session: ModelSession, plan: ProjectionPlan, records: Sequence[ResponseRecord]
+) -> dict[str, np.ndarray]:
+    """Return the projections ``[columns]`` of each prompt's base responses, their mean."""
+    table = project_table(
+        session,
+        plan,
+        (
+            Ids(prompt_ids=item.prompt_ids, answer_ids=item.token_ids, skip=item.think_tokens)
+            for item in records
+        ),
+        total=len(records),
+        stage="base responses: projecting",
+    )
+    by_prompt: dict[str, list[np.ndarray]] = {}
+    for record, row in zip(records, table, strict=True):
+        if np.isfinite(row).all():  # an empty answer has no projection
+            by_prompt.setdefault(record.question_id, []).append(row)
+    return {key: np.mean(rows, axis=0) for key, rows in by_prompt.items()}
 
 
 def chosen(prompts: Collection[str], options: ProjectSettings) -> list[str]:

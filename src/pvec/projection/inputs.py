@@ -151,7 +151,12 @@ def open_source(path: Path, settings: ProjectSettings) -> Source:
     table, columns = open_table(path), columns_of(settings)
     if not isinstance(table, JsonlTable) and not has_conversations(table.columns, columns):
         require_columns(path, columns=table.columns, need=(columns.prompt, columns.answer))
-    return Source(table=table, conversation=lambda row: conversation_of(row.values, columns))
+    return Source(table=table, conversation=conversation_source(columns))
+
+
+def conversation_source(columns: Columns) -> Callable[[Row], Conversation]:
+    """Return what reads the conversation in a row of a user's table."""
+    return lambda row: conversation_of(row.values, columns)
 
 
 def columns_of(settings: ProjectSettings) -> Columns:

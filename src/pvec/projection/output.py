@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pvec.data.storage import url_of
 from pvec.errors import InputError, PvecError, StoreError
 from pvec.projection.inputs import Source, is_same_file
 from pvec.projection.token_output import token_folder
@@ -33,6 +34,8 @@ def output_path(source: Source, output: OutputOptions) -> Path:
             )
         return source.path
     target = output.out or table.output
+    if url_of(target) is not None:
+        raise InputError(f"--out {url_of(target)} needs --engine ray; without it give a file here.")
     if is_same_file(target, source.path):
         raise InputError(
             f"{target} is the input itself: give another --out, or --in-place to replace it."

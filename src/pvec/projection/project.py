@@ -8,12 +8,12 @@ place as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -42,9 +42,9 @@ from pvec.types import DEFAULT_OUTPUT, OutputOptions, Progress
 TURN = "turn"
 """Column that ``--turns each`` adds: which answer of the conversation a row is, from 1."""
 
-_UNIMPORTANT = (
+UNIMPORTANT = (
     "scale_out",
-    "workers",
+    "block_mb",
     "natural",
     "naturals",
     "subset",
@@ -171,7 +171,7 @@ class _Job:
         stamp = self.source.table.stamp()
         path = folder / "chunks.jsonl"
         self._check_log(path, stamp)
-        sums = _Sums(len(self.columns))
+        sums = ColumnSums(len(self.columns))
         with ExitStack() as stack:
             log = stack.enter_context(JsonlLog(path))
             stream = stack.enter_context(atomic_write(self.target, aside=folder))
@@ -259,17 +259,11 @@ class _Job:
             yield chunk, projections.rows, projections.refused
 
     def _writer(self, stream: IO[bytes], kept: Sequence[str]) -> TableWriter:
-        turn = (TURN,) if self.options.turns == "each" else ()
-        new = (name for name in self.columns if name not in kept)
-        return self.source.table.writer(stream, columns=(*turn, *new))
+        columns = added_columns(self.columns, turns=self.options.turns, kept=kept)
+        return self.source.table.writer(stream, columns=columns)
 
     def _write(self, writer: TableWriter, row: Row, turns: Sequence[Values]) -> None:
-        """Write a row for each turn. A cell stays that only this row of the file has already."""
-        for turn, values in enumerate(turns, start=1):
-            cells = dict(zip(self.columns, values, strict=True))
-            if not self.output.overwrite:
-                cells |= {name: row.values[name] for name in cells if name in row.values}
-            writer.write(row, {TURN: turn, **cells})
+        write_turns(writer, row, turns, columns=self.columns, overwrite=self.output.overwrite)
 
     def _refuse(self, row: Row, reason: str) -> None:
         """Count a row that the chat template refuses, where such rows may be left out."""
@@ -282,7 +276,7 @@ class _Job:
 
     def _identity(self) -> str:
         """Everything that could change a number or its place."""
-        project = self.options.model_dump(mode="json", exclude=set(_UNIMPORTANT))
+        project = self.options.model_dump(mode="json", exclude=set(UNIMPORTANT))
         return stable_hash(
             {
                 "model": self.session.identity,
@@ -297,8 +291,30 @@ class _Job:
         )
 
 
-class _Sums:
-    """Means of columns as their rows go by."""
+def added_columns(columns: Sequence[str], *, turns: str, kept: Collection[str]) -> tuple[str, ...]:
+    """Return the columns that a file is written with: of ``columns`` those that are not kept."""
+    turn = (TURN,) if turns == "each" else ()
+    return (*turn, *(name for name in columns if name not in kept))
+
+
+def write_turns(
+    writer: TableWriter,
+    row: Row,
+    turns: Sequence[Values],
+    *,
+    columns: Sequence[str],
+    overwrite: bool,
+) -> None:
+    """Write a row for each turn. A cell stays that only this row of the file has already."""
+    for turn, values in enumerate(turns, start=1):
+        cells = dict(zip(columns, values, strict=True))
+        if not overwrite:
+            cells |= {name: row.values[name] for name in cells if name in row.values}
+        writer.write(row, {TURN: turn, **cells})
+
+
+class ColumnSums:
+    """Means of columns as their rows go by, or as parts of them are counted elsewhere."""
 
     def __init__(self, columns: int) -> None:
         self._rows = 0
@@ -306,15 +322,27 @@ class _Sums:
         self._totals = np.zeros((2, columns))  # of values, of their squares
 
     def add(self, rows: Sequence[Sequence[Values]]) -> None:
+        """Count rows, each with a tuple per turn."""
         table = np.array([turn for turns in rows for turn in turns], dtype=np.float64)
         table = table.reshape(-1, len(self._n))
         self._rows += len(table)
         self._n += np.isfinite(table).sum(axis=0)
         self._totals += np.nansum(np.stack([table, table**2]), axis=1)
 
+    def state(self) -> dict[str, Any]:
+        """Return what was counted, for ``merge``."""
+        return {"rows": self._rows, "n": self._n.tolist(), "totals": self._totals.tolist()}
+
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Count what another one counted."""
+        self._rows += state["rows"]
+        self._n += np.array(state["n"], dtype=np.int64)
+        self._totals += np.array(state["totals"])
+
     def summaries(
         self, columns: Sequence[str], *, without: Sequence[str]
     ) -> tuple[ColumnSummary, ...]:
+        """Return every column's mean and deviation but those of ``without``."""
         with np.errstate(invalid="ignore"):
             mean, squares = self._totals / self._n
         deviation = np.sqrt(np.maximum(squares - mean**2, 0.0))

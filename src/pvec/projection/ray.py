@@ -1,283 +1,260 @@
-"""``pvec project --engine ray``: the same batches on the workers of a Ray cluster.
+"""``--engine ray``: a file that outgrows a machine, block by block on Ray Data's actor pool.
 
-For data that outgrows a machine: blocks of Parquet or JSON lines are read, projected and written by
-workers with one model each; a worker that dies is replaced and its blocks are done again. The
-numbers are those of a local run.
+Ray schedules the list of blocks, replaces workers that die and gives their blocks to others. A
+worker reads its block, works on it with a model of its own, and writes the block's part file.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+import logging
+import os
+import platform
+import time
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pvec.backends.pool.address import Workers
-from pvec.backends.session import ModelSession, Notify, ignore
-from pvec.data.arrow_table import with_column
-from pvec.data.conversations import Conversation, conversation_of
-from pvec.data.json_table import extended_line, parse_row
+from pvec.backends.pool.cluster import check_workers, connect, worker_count, worker_share
+from pvec.backends.session import ModelSession, Notify
+from pvec.data.blocks import Block, Blocks, BlockTable, list_blocks
+from pvec.data.conversations import Conversation
 from pvec.data.spans import TemplateCheck
-from pvec.data.table import BadRow
-from pvec.errors import InputError, install_command
-from pvec.projection.inputs import columns_of
-from pvec.projection.project import model_name
-from pvec.projection.projector import LoadedVectors, open_vectors, projector
-from pvec.runs.files import probe_writable
+from pvec.data.storage import location, url_of
+from pvec.data.table import BadRow, Row
+from pvec.errors import InputError, ModelError, PvecError, install_command
+from pvec.projection.block_folder import BlockFolder, Part
+from pvec.projection.inputs import Source, columns_of, conversation_source
+from pvec.runs.responses import Json, stable_hash
 from pvec.settings import Settings
-from pvec.types import DEFAULT_OUTPUT, OutputOptions
+from pvec.types import OutputOptions, Progress
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import ray.data
+_MIB = 2**20
 
-_LINE = "text"
-"""Name of the only column of JSON lines as Ray reads them: whole lines, so that nothing in them
-changes.
-"""
+OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RayResult:
-    """Where the parts went: ``files`` in ``output``, in the input's order by name."""
-
-    input: Path
-    output: Path
-    model: str
-    rows: int
-    columns: tuple[str, ...]
-    files: tuple[Path, ...]
-    workers: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class RayJob:
-    """What a worker needs to know; it travels to other processes."""
+class BlockJob:
+    """What is done with every block. It travels to the workers, so it holds no model."""
 
     settings: Settings
-    vectors: tuple[str, ...]
-    columns: tuple[str, ...]
-    new: tuple[str, ...]
-    lines: bool
+    folder: BlockFolder
     skip_bad: bool
 
+    @abstractmethod
+    def open(self, session: ModelSession) -> Callable[[Block], Part]:
+        """Return what a worker with this model does with a block."""
 
-class RayWorker:
-    """One model, and batches of rows for it. Ray makes one per worker."""
+    def rows(
+        self, block: Block, session: ModelSession
+    ) -> tuple[BlockTable, list[tuple[Row, Conversation]], int]:
+        """Return a block's table, its good rows, and how many are left out.
 
-    def __init__(self, job: RayJob) -> None:
-        self.job = job
-        self._session = ModelSession(job.settings)
-        loaded = open_vectors(self._session, job.vectors)
-        plan = loaded.plan_of(*job.settings.project.span_types)
-        self._project = projector(self._session, plan)
-        self._check = TemplateCheck(
-            self._session.metadata.tokenizer, turns=job.settings.project.turns
-        )
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Return a block of rows with the wanted columns added."""
-        return self._lines(batch) if self.job.lines else self._table(batch)
-
-    def _table(self, batch: pa.Table) -> pa.Table:
-        import pyarrow as pa
-
-        kept, conversations = [], []
-        for number, values in enumerate(batch.to_pylist()):
-            if (conversation := self._conversation(values, "a row")) is not None:
-                kept.append(number)
-                conversations.append(conversation)
-        table = batch.take(pa.array(kept, type=pa.int64()))
-        projected = self._cells(conversations)
-        for name in self.job.new:
-            table = with_column(table, name, [cells[name] for cells in projected])
-        return table
-
-    def _lines(self, batch: pa.Table) -> pa.Table:
-        import pyarrow as pa
-
-        rows, conversations = [], []
-        for number, line in enumerate(batch.column(_LINE).to_pylist()):
-            row = parse_row(f"{line}\n".encode(), number=number, line=number + 1)
+        Raises ``InputError`` that names file and line of a bad row, unless they may be left out.
+        """
+        table = block.open()
+        check = TemplateCheck(session.metadata.tokenizer, turns=self.settings.project.turns)
+        source = Source(
+            table=table, conversation=conversation_source(columns_of(self.settings.project))
+        ).checked(check)
+        good, bad = [], 0
+        for row in source.read():
             if isinstance(row, BadRow):
-                self._refuse(f"a line that {row.reason}: {line[:80]!r}")
-            elif (
-                conversation := self._conversation(row.values, f"a line ({line[:80]!r})")
-            ) is not None:
-                rows.append(row)
-                conversations.append(conversation)
-        written = [
-            extended_line(row, cells).decode().rstrip("\n")
-            for row, cells in zip(rows, self._cells(conversations), strict=True)
-        ]
-        return pa.table({_LINE: pa.array(written, type=pa.string())})
+                self.refuse(table, row.line, row.reason)
+                bad += 1
+            else:
+                good.append(row)
+        return table, good, bad
 
-    def _conversation(self, values: Mapping[str, Any], what: str) -> Conversation | None:
-        """Return a row's conversation, or None where bad rows may be left out."""
+    def refuse(self, table: BlockTable, line: int, reason: str) -> None:
+        """Raise ``InputError`` for a bad row, unless such rows are left out."""
+        if not self.skip_bad:
+            raise InputError(
+                f"{table.block.file}:{table.rows_before() + line} {reason.removesuffix('.')}. "
+                f"Correct it and run the same command again, or leave such rows out: --skip-bad."
+            )
+
+
+class BlockWorker:
+    """One model, and blocks for it. Ray makes one per worker."""
+
+    def __init__(self, job: BlockJob) -> None:
+        self._job = job
+        self._work: Callable[[Block], Part] | None = None
+
+    def __call__(self, item: Mapping[str, str]) -> dict[str, str]:
+        """Do a block and write its part; the reply says what was counted, or what is wrong."""
+        block = Block(**json.loads(item["block"]))
+        reply: dict[str, Any] = {"number": block.number}
+        reply["worker"] = f"{platform.node()}, process {os.getpid()}"
         try:
-            conversation = conversation_of(values, columns_of(self.job.settings.project))
-            self._check(conversation)
-        except InputError as error:
-            self._refuse(f"{what} that {error}")
-            return None
-        return conversation
-
-    def _cells(self, conversations: Sequence[Conversation]) -> list[dict[str, float | None]]:
-        rows = [
-            dict(zip(self.job.columns, t[0], strict=True))
-            for t in self._project(conversations).require_all()
-        ]
-        return [{name: row[name] for name in self.job.new} for row in rows]
-
-    def _refuse(self, what: str) -> None:
-        if not self.job.skip_bad:
-            raise InputError(f"There is {what}. Correct it, or leave such rows out: --skip-bad.")
+            if self._work is None:
+                self._work = self._job.open(ModelSession(self._job.settings))
+            part = self._work(block)
+            self._job.folder.keep(block.number, part)
+            reply["counts"] = part.counts
+        except PvecError as error:
+            reply |= {"error": str(error), "kind": type(error).__name__}
+        return {"reply": json.dumps(reply)}
 
 
-def run(
-    settings: Settings,
-    path: Path,
-    vectors: Sequence[str],
-    *,
-    output: OutputOptions = DEFAULT_OUTPUT,
-    notify: Notify = ignore,
-    worker: type[RayWorker] = RayWorker,
-) -> RayResult:
-    """Project the rows of a Parquet or JSON lines file, or a folder of such, on Ray's workers.
+Replies = Generator[dict[str, Any], None, None]
+Execute = Callable[[BlockJob, Sequence[Block], Workers], Replies]
+"""Does blocks, and yields the reply to each as it is done."""
 
-    Uses the cluster that this process belongs to, or starts a local one. The output is a folder of
-    part files. Raises ``InputError`` when Ray is missing, for other formats, for ``--turns each``,
-    and for vectors that do not fit, before a worker starts.
-    """
+
+def check_options(settings: Settings, output: OutputOptions, execute: Execute | None) -> Workers:
+    """Return the workers to use. Raises ``InputError`` for what cannot go by block."""
     if output.tokens:
         raise InputError("--tokens has no effect with --engine ray: project the file here.")
-    if importlib.util.find_spec("ray") is None:
-        raise InputError(f"--engine ray needs Ray: {install_command('ray')}.")
     if output.in_place:
         raise InputError("--in-place has no effect here: --engine ray writes a folder of files.")
-    if settings.project.turns == "each":
-        raise InputError("--engine ray writes a row per row: use --turns last or all.")
-    lines = _holds_lines(path)
-    target = output.out or path.with_name(f"{path.stem}.projected")
-    if target.exists():
-        raise InputError(f"{target} is there already: delete it or give another --out.")
-    probe_writable(target.parent)
-    with ModelSession(settings, notify=notify) as session:
-        loaded = open_vectors(session, vectors)
-        columns = loaded.plan_of(*settings.project.span_types).columns(model=model_name(session))
+    one = Workers(count=1, address=None)
+    if execute is not None:
+        return one
+    if importlib.util.find_spec("ray") is None:
+        raise InputError(f"--engine ray needs Ray: {install_command('ray')}.")
+    return check_workers(settings) or one
+
+
+def worker_settings(settings: Settings) -> Settings:
+    """Return the settings of a worker, which runs its model itself."""
+    pool = settings.pool.model_copy(update={"workers": ""})
+    return settings.model_copy(update={"pool": pool})
+
+
+def open_blocks(source: str, settings: Settings, *, notify: Notify) -> Blocks:
+    """Divide the input into blocks. Raises ``InputError`` as ``list_blocks`` does."""
+    blocks = list_blocks(source, size=max(1, int(settings.project.block_mb * _MIB)))
+    if blocks.ignored:
+        notify(f"{source}: {blocks.ignored} files are no .parquet or .jsonl and are not read")
+    return blocks
+
+
+def output_place(source: str, output: OutputOptions, *, ending: str) -> str:
+    """Return the folder of the parts. Raises ``InputError`` for a place that cannot be."""
+    if output.out is None and url_of(source):
+        raise InputError(f"Say where the parts go: --out FOLDER, or a URL such as {source}.out.")
+    place = location(source)
+    default = f"{place.removesuffix(Path(place).suffix)}.{ending}"
+    target = location(output.out) if output.out else default
+    if target.startswith("hf://"):
+        raise InputError(
+            "The hub takes no part files one by one: give a folder or a store as --out, and upload "
+            "it with `hf upload`."
+        )
+    if f"{target}/".startswith(f"{place.rstrip('/')}/"):
+        raise InputError(f"{target} is in the input itself: give another --out.")
+    return target
+
+
+def identity_of(
+    blocks: Blocks, session: ModelSession, settings: Settings, **further: Any
+) -> dict[str, Any]:
+    """Return what tells a job's parts from another's: parts differ where one of these does."""
+    files: list[Json] = [[file.path, file.size, file.version] for file in blocks.files]
+    return {
+        "input": {"files": len(files), "hash": stable_hash({"files": files})},
+        "block size": settings.project.block_mb,
+        "model": session.identity,
+        "thinking": session.thinking,
+        **further,
+    }
+
+
+def run_blocks(
+    job: BlockJob,
+    blocks: Sequence[Block],
+    workers: Workers,
+    *,
+    stage: str,
+    notify: Notify,
+    on_progress: OnProgress,
+    execute: Execute | None = None,
+) -> tuple[dict[int, dict[str, Any]], int]:
+    """Do the blocks that the folder lacks. Return every block's counts, and how many were there.
+
+    Raises the first ``PvecError`` that a worker met; what is done stays.
+    """
+    done = {n: counts for n, counts in job.folder.done().items() if n < len(blocks)}
+    before = len(done)
+    rows_before = sum(int(counts["rows"]) for counts in done.values())
+    if before:
+        notify(f"{before:,} of {len(blocks):,} blocks ({rows_before:,} rows) were done before")
+    rows, first = 0, (0.0, 0)  # when the first block was done, and its rows
+
+    def report() -> None:
+        seconds = time.monotonic() - first[0]
+        rate = f", {(rows - first[1]) / seconds:,.0f} rows/s" if rows > first[1] else ""
+        on_progress(
+            Progress(
+                stage=stage, done=len(done), total=len(blocks), unit="blocks",
+                detail=f"{rows_before + rows:,} rows{rate}",
+            )
+        )  # fmt: skip
+
+    todo = [block for block in blocks if block.number not in done]
+    report()
+    seen: set[str] = set()
+    if not todo:
+        return dict(sorted(done.items())), before
+    with closing((execute or on_ray)(job, todo, workers)) as replies:
+        for reply in replies:
+            if "error" in reply:
+                raise _ERRORS.get(reply["kind"], PvecError)(reply["error"])
+            if reply["worker"] not in seen:
+                seen.add(reply["worker"])
+                notify(f"worker {len(seen)} is at work ({reply['worker']})")
+            done[reply["number"]] = reply["counts"]
+            rows += int(reply["counts"]["rows"])
+            first = first if first[1] else (time.monotonic(), rows)
+            report()
+    return dict(sorted(done.items())), before
+
+
+_ERRORS = {kind.__name__: kind for kind in PvecError.__subclasses__()}
+
+
+def on_ray(job: BlockJob, blocks: Sequence[Block], workers: Workers) -> Replies:
+    """Do blocks on the workers of a Ray cluster, and yield the reply to each as it is done.
+
+    Raises ``ModelError`` where workers cannot start or die again and again.
+    """
     import ray
+    import ray.data
 
-    if not ray.is_initialized():
-        # a CPU per worker, and one that reads and writes: without it nothing would ever arrive
-        cpus = _workers(settings) + 1
-        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
-    data = _read(path, lines=lines)
-    there = _columns(data, lines=lines)
-    new = tuple(name for name in columns if output.overwrite or name not in there)
-    job = RayJob(
-        settings=_pinned(settings, loaded),
-        vectors=tuple(str(Path(name).resolve()) for name in vectors),
-        columns=columns,
-        new=new,
-        lines=lines,
-        skip_bad=output.skip_bad,
-    )
-    rows = _write(_projected(data, job, worker), target, lines=lines)
-    files = tuple(sorted(p for p in target.iterdir() if p.is_file()))
-    return RayResult(
-        input=path,
-        output=target,
-        model=session.metadata.id,
-        rows=rows,
-        columns=new,
-        files=files,
-        workers=_workers(settings),
-    )
-
-
-def _workers(settings: Settings) -> int:
-    workers = Workers.parse(settings.pool.workers)
-    return (workers.count if workers else None) or 1
-
-
-def _projected(data: ray.data.Dataset, job: RayJob, worker: type[RayWorker]) -> ray.data.Dataset:
-    import ray
-    import torch
-
-    project = job.settings.project
-    return data.map_batches(
-        worker,
-        fn_constructor_args=(job,),
-        batch_format="pyarrow",
-        batch_size=project.chunk_rows,
-        compute=ray.data.ActorPoolStrategy(size=_workers(job.settings)),
-        num_gpus=1 if torch.cuda.is_available() else 0,
-    )
-
-
-def _read(path: Path, *, lines: bool) -> ray.data.Dataset:
-    import ray
-
-    # Before anything is read: a dataset keeps the options of the moment it was made.
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-    place = str(path.resolve())
-    return ray.data.read_text(place) if lines else ray.data.read_parquet(place)
-
-
-def _columns(data: ray.data.Dataset, *, lines: bool) -> tuple[str, ...]:
-    if not lines:
-        return tuple(data.schema().names)
-    first = data.take(1)
-    text = f"{first[0][_LINE]}\n" if first else ""
-    row = parse_row(text.encode(), number=0, line=1)
-    if isinstance(row, BadRow):
-        raise InputError(f"The first line {row.reason}: give a file with one JSON object per line.")
-    return tuple(row.values)
-
-
-def _write(data: ray.data.Dataset, target: Path, *, lines: bool) -> int:
-    """Write the parts, named so that their order is the input's; return how many rows there are."""
-    if lines:
-        from pvec.projection.ray_sink import LinesSink
-
-        data.write_datasink(LinesSink(str(target), file_format="jsonl"))
-    else:
-        data.write_parquet(str(target))
-    return sum(_rows_of(path, lines=lines) for path in target.iterdir())
-
-
-def _rows_of(path: Path, *, lines: bool) -> int:
-    if lines:
-        with path.open("rb") as stream:
-            return sum(1 for _ in stream)
-    from pyarrow import parquet
-
-    return int(parquet.read_metadata(path).num_rows)
-
-
-def _holds_lines(path: Path) -> bool:
-    names = _files(path)
-    suffixes = {name.suffix.lower() for name in names}
-    if suffixes and suffixes <= {".jsonl", ".ndjson"}:
-        return True
-    if suffixes == {".parquet"}:
-        return False
-    raise InputError(
-        f"--engine ray reads .parquet and .jsonl files, or a folder of one kind; {path} is not: "
-        f"use --engine local."
-    )
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return [item for item in path.iterdir() if item.is_file() and not item.name.startswith(".")]
-    if not path.exists():
-        raise InputError(f"there is no file {path}; check the path.")
-    return [path]
-
-
-def _pinned(settings: Settings, vectors: LoadedVectors) -> Settings:
-    """Return the settings with the layers that were chosen, so that every worker takes the same."""
-    project = settings.project.model_copy(update={"layers": vectors.layers})
-    return settings.model_copy(update={"project": project})
+    started = connect(workers, cpus=job.settings.pool.cpus)
+    share = worker_share(job.settings, workers)
+    count = worker_count(workers, share)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    warnings.filterwarnings("ignore", message=".*ray_remote_args")  # there is no other way yet
+    items = [{"block": json.dumps(asdict(block))} for block in blocks]
+    try:
+        replies = ray.data.from_items(items, override_num_blocks=len(items)).map(
+            BlockWorker,
+            fn_constructor_args=(job,),
+            compute=ray.data.ActorPoolStrategy(size=min(count, len(items))),
+            num_cpus=share.cpus,
+            num_gpus=share.gpus,
+            max_task_retries=job.settings.pool.retries,
+        )
+        for row in replies.iter_rows():
+            yield json.loads(row["reply"])
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise ModelError(
+            f"The workers stopped ({reason[0]}): see Ray's log, then run the same command again to "
+            f"go on."
+        ) from error
+    finally:
+        if started:
+            ray.shutdown()

@@ -8,7 +8,7 @@ the vectors; differences, scores and files are made from them again on every cal
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from pvec.backends.planned import OnProgress
 from pvec.backends.run_session import RunSession, use_run_date
 from pvec.backends.session import ModelSession, Notify, ignore
-from pvec.data.conversations import Chat, Ids, Pair
+from pvec.data.conversations import Chat, Conversation, Ids, Pair
 from pvec.judges.cost import rough_tokens
 from pvec.judges.plan import RunPlan, plan_run
 from pvec.notebook import HtmlResult
@@ -42,7 +42,8 @@ from pvec.runs.files import atomic_write
 from pvec.runs.summary import DIFF_KIND, write_summary
 from pvec.settings import Settings
 from pvec.stats import Correlation, Interval, auc, grouped_mean
-from pvec.types import DEFAULT_OUTPUT, OutputOptions
+from pvec.types import DEFAULT_OUTPUT, OutputOptions, ProjectionKind
+from pvec.vectors.projection import ProjectionPlan
 
 SHOWN = 10
 """Samples that are shown beside the model's own answer."""
@@ -272,17 +273,12 @@ class _Screening:
 
     def _project_samples(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the projections of the responses and, for the cheap modes, those at the prompt."""
-        cheap = self.base.source != "generate"
-        kinds = ["proj", "prompt_last_proj"] if cheap else ["proj"]
-        table = project_table(
+        return project_samples(
             self.session,
-            self.vectors.plan_of(*kinds),
+            self.vectors.plan_of(*sample_kinds(self.base.source)),
             chain.from_iterable(samples.conversations() for samples in self.sets.values()),
             total=len(self.frame),
-            stage="responses",
-        ).reshape(len(self.frame), len(self.vectors.vectors), len(kinds), -1)
-        first, last = (table[:, :, kind].reshape(len(table), -1) for kind in (0, -1))
-        return first, last
+        )
 
     def _scores(self, differences: np.ndarray) -> list[DatasetScore]:
         prompts, clean = self.frame["prompt"].to_numpy(), "reference" in self.sets
@@ -301,9 +297,7 @@ class _Screening:
         """Return the samples furthest out, in units of each column's spread, with the base model's
         answers (the cheap modes generate those few now), and write those that are kept for reading.
         """
-        spread = np.ma.masked_invalid(differences).std(axis=0).filled(0.0)
-        furthest = np.max(np.nan_to_num(differences / np.where(spread, spread, 1), nan=-np.inf), 1)
-        numbers = [int(n) for n in np.argsort(-furthest)[:SHOWN] if np.isfinite(furthest[n])]
+        numbers = furthest(differences)
         samples, prompts = self.sets["data"], self.base.prompts
         shown = self.base.generate(list(dict.fromkeys(samples.prompts[n] for n in numbers)))
         records = [*shown, *self.store.responses()]  # of several to one prompt, the first
@@ -349,6 +343,33 @@ class _Screening:
         frame["removed"] = marks
         with atomic_write(self.folder / SAMPLES, mode="w") as stream:
             frame.to_csv(stream, index=False)
+
+
+def sample_kinds(source: base_responses.Source) -> tuple[ProjectionKind, ...]:
+    """Return what is projected of a training sample; the cheap modes need its prompt too."""
+    return ("proj",) if source == "generate" else ("proj", "prompt_last_proj")
+
+
+def project_samples(
+    session: ModelSession,
+    plan: ProjectionPlan,
+    conversations: Iterable[Conversation],
+    *,
+    total: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the projections ``[samples, columns]`` by the plan's first kind and by its last."""
+    table = project_table(session, plan, conversations, total=total, stage="responses")
+    columns = len(plan.vectors) * len(plan.layers)
+    by_kind = table.reshape(total, len(plan.vectors), len(plan.kinds), len(plan.layers))
+    first, last = (by_kind[:, :, kind].reshape(total, columns) for kind in (0, -1))
+    return first, last
+
+
+def furthest(differences: np.ndarray) -> list[int]:
+    """Return the ``SHOWN`` samples furthest out, in units of each column's spread."""
+    spread = np.ma.masked_invalid(differences).std(axis=0).filled(0.0)
+    out = np.max(np.nan_to_num(differences / np.where(spread, spread, 1), nan=-np.inf), 1)
+    return [int(n) for n in np.argsort(-out)[:SHOWN] if np.isfinite(out[n])]
 
 
 def score_dataset(

@@ -67,7 +67,12 @@ or replaced by the last prompt token"""
     """Score the answers now; `pvec judge RUN` does it later otherwise"""
 
     scale_out: Literal["local", "ray"] = "local"
-    """Run here, or on the workers of a Ray cluster"""
+    """Run here, or block by block on the workers of a Ray cluster, for files that outgrow a \
+machine"""
+
+    block_mb: float = Field(default=8.0, gt=0)
+    """Size of a block of `--engine ray`, in MiB of uncompressed rows: what one part file holds, \
+and what is done again after a kill"""
 
     @property
     def span_types(self) -> tuple[ProjectionKind, ...]:

@@ -99,8 +99,8 @@ def _start(settings: Settings, name: str, *, notify: Callable[[str], None]) -> P
     workers = check_workers(settings)
     assert workers is not None, "there is no pool without workers"
     own = connect(workers, cpus=settings.pool.cpus, notify=notify)
-    share = _share(settings, workers)
-    size = _size(workers, share)
+    share = worker_share(settings, workers)
+    size = worker_count(workers, share)
     notify(f"Ray: {size} worker{'s' * (size > 1)} of {share} each")
     place = _reserve(share, size, wait=settings.pool.start_timeout)
 
@@ -251,7 +251,8 @@ def _reach(address: str) -> None:
         )
 
 
-def _share(settings: Settings, workers: Workers) -> Share:
+def worker_share(settings: Settings, workers: Workers) -> Share:
+    """Return what each worker takes, as set or as the cluster has. Needs a connection."""
     import ray
 
     have = ray.cluster_resources()
@@ -266,7 +267,7 @@ def _share(settings: Settings, workers: Workers) -> Share:
     return Share(cpus=cpus, gpus=gpus)
 
 
-def _size(workers: Workers, share: Share) -> int:
+def worker_count(workers: Workers, share: Share) -> int:
     """Return how many workers to start; ``InputError`` when there is no room for them."""
     import ray
 
