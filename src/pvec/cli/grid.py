@@ -11,6 +11,7 @@ import typer
 
 from pvec.cli.console import Console, table
 from pvec.cli.options import console_from, resolved_from
+from pvec.cli.progress import duration
 from pvec.cli.render import render_next
 from pvec.errors import InputError
 
@@ -80,14 +81,20 @@ def _render_plan(console: Console, plan: GridPlan) -> None:
         cell, lacks = planned.cell, planned.plan
         state = planned.problem or cell.state
         counts = (lacks.missing, lacks.judge_calls, lacks.dollars) if lacks else (None,) * 3
-        rows.append((cell.model, cell.trait, str(cell.seed), *counts, state))
-    columns = ("model", "trait", "seed", "answers", "judge calls", "$", "state")
+        time = None if planned.seconds is None else duration(planned.seconds)
+        rows.append((cell.model, cell.trait, str(cell.seed), *counts, time, state))
+    columns = ("model", "trait", "seed", "answers", "judge calls", "$", "time", "state")
     console.print(table(columns, rows))
     cost = "cost unknown" if plan.dollars is None else f"about ${plan.dollars:.2f}"
     console.print(
         f"{len(plan.cells)} cells into {plan.folder}: {plan.missing:,} of {plan.answers:,} answers "
         f"to generate (at most {plan.most_tokens:,} tokens), {plan.judge_calls:,} judge calls, "
         f"{cost}"
+        + (
+            f", about {duration(plan.seconds)} if all answers run to their limit"
+            if plan.seconds
+            else ""
+        )
     )
 
 

@@ -59,6 +59,17 @@ class PlannedCell:
     plan: RunPlan | None = None
     problem: str = ""
 
+    @property
+    def seconds(self) -> float | None:
+        """How long the cell takes on the workers that were asked for; None where that is not
+        known.
+        """
+        if self.plan is None or self.plan.resources is None or not self.plan.resources.times:
+            return None
+        needs = self.plan.resources
+        own = [time for time in needs.times if time.workers == needs.workers]
+        return (own or needs.times)[0].seconds
+
 
 @dataclass(frozen=True, kw_only=True)
 class GridPlan:
@@ -75,6 +86,8 @@ class GridPlan:
     most_tokens: int
     judge_calls: int
     dollars: float | None
+    seconds: float
+    """Sum of the cells whose time is known."""
 
 
 class GridSession(ModelSession):
@@ -152,6 +165,7 @@ def plan(
         most_tokens=sum(plan.most_tokens for plan in plans),
         judge_calls=sum(plan.judge_calls for plan in plans),
         dollars=None if None in costs else sum(cost for cost in costs if cost is not None),
+        seconds=sum(cell.seconds or 0.0 for cell in planned),
     )
 
 

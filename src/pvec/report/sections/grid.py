@@ -60,8 +60,8 @@ def _vectors(numbers: GridNumbers, name: str) -> Section:
         id="grid",
         title=f"Grid {name}",
         summary=(
-            f"{listed(traits)} in {len(models)} models: {done} of {len(numbers.cells)} runs are "
-            f"done.{_alike(numbers.traits)}"
+            f"{listed(traits)} in {listed(models)}: {done} of {len(numbers.cells)} runs are done."
+            f"{_alike(numbers.traits)}"
         ),
         notes=tuple(notes),
         figures=tuple(_vector_figures(numbers, models, traits)),
@@ -74,7 +74,8 @@ def _alike(traits: Sequence[TraitInModel]) -> str:
     """Say in a sentence where the suggested layers lie and how alike the vectors of seeds are."""
     depths = [round(100 * item.depth) for item in traits if item.depth is not None]
     cosines = [item.seed_cosine.mean for item in traits if item.seed_cosine is not None]
-    text = f" Suggested layers lie at {min(depths)} to {max(depths)} % of depth" if depths else ""
+    ends = " to ".join(map(str, sorted({min(depths), max(depths)}))) if depths else ""
+    text = f" Suggested layers lie at {ends} % of depth" if depths else ""
     if cosines:
         text += f"; the cosine between the vectors of two seeds is {min(cosines):.3f} or more"
     return text and f"{text}."
