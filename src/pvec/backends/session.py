@@ -269,6 +269,14 @@ class ModelSession(Closing):
             self._pool = None
 
 
+def require_this_process(settings: Settings, what: str, *, remedy: str = "") -> None:
+    """Raise ``InputError`` where workers are set for ``what``, which they cannot do."""
+    if settings.pool.workers:
+        raise InputError(
+            f"{what} runs in this process, not on workers: omit --workers (pool.workers){remedy}."
+        )
+
+
 def open_session(
     settings: Settings,
     *,

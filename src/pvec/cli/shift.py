@@ -52,7 +52,7 @@ Questions = Annotated[
 
 @app.command()
 @options(
-    "project.layers",
+    "project.layers", "pool.workers",
     further=("model.dtype", "model.device", "model.device_map", "model.revision",
              "model.chat_template", "model.allow_pickle", "model.trust_remote_code",
              "backend.token_budget", "pool", "project.kind", "project.same_model",

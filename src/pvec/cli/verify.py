@@ -35,7 +35,8 @@ Thorough = Annotated[
 
 @app.command()
 @options(
-    "model", "backend", "steer.kind", "steer.layer", "steer.coef", "steer.coef_unit",
+    "model", "backend", "pool.workers", "steer.kind", "steer.layer", "steer.coef",
+    "steer.coef_unit",
     further=("pool",),
 )  # fmt: skip
 def verify(ctx: typer.Context, vector: Vector = None, thorough: Thorough = False) -> None:
@@ -45,7 +46,7 @@ def verify(ctx: typer.Context, vector: Vector = None, thorough: Thorough = False
     steered layer and tokens and nowhere else; coefficient 0 must change nothing; the rows of a
     mixed batch must equal what they are alone. On vLLM, where hooks cannot look into the engine,
     its results are compared with each other, with the prefix cache on and off, and with
-    transformers. Exits with 2 when a check fails.
+    transformers. With --workers every worker is verified. Exits with 2 when a check fails.
     """
     from pvec.evaluation.verify import verify as workflow
 

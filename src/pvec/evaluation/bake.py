@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pvec.backends.session import ModelSession, Notify, ignore, model_spec
+from pvec.backends.session import ModelSession, Notify, ignore, model_spec, require_this_process
 from pvec.errors import InputError, ModelError
 from pvec.evaluation.chat import load_steering_vectors
 from pvec.evaluation.conditions import steered_conditions
@@ -90,6 +90,7 @@ def run(
 
     if out.exists():
         raise InputError(f"{out} exists already: give another --out.")
+    require_this_process(settings, "Baking a vector into a model")
     session = ModelSession(_on_transformers(settings), notify=notify)
     steering = _single_addition(settings, session, vectors)
     spec = replace(model_spec(settings), merge_adapter=True)

@@ -89,7 +89,7 @@ def plan(
     notify: Notify = ignore,
 ) -> SteerEvalPlan:
     """Say what ``run`` would do and what judging would cost; loads no weights, asks nobody."""
-    check_tasks(tasks)
+    check_tasks(tasks, settings)
     with open_session(settings, lender=lender) as session:
         setup = SteerSetup(session, trait, vectors=vectors, also=also, out=out)
         effects = _side_effects(setup)
@@ -135,7 +135,7 @@ def run(  # noqa: PLR0913 (what to evaluate: each is an option)
     ``ModelError``, ``JudgeError`` or ``StoreError`` for wrong input before any weights are loaded,
     and ``JudgeError`` when the judge scored nothing.
     """
-    check_tasks(tasks)
+    check_tasks(tasks, settings)
     with ExitStack() as stack:
         session = stack.enter_context(
             open_session(settings, lender=lender, notify=notify, on_progress=on_progress)

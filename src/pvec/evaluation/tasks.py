@@ -13,7 +13,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pvec.backends.session import require_this_process
 from pvec.errors import InputError, install_command
+from pvec.settings import Settings
 from pvec.types import Instruction, Progress
 
 if TYPE_CHECKING:
@@ -36,8 +38,16 @@ class TaskScore:
         return asdict(self)
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise ``InputError`` when tasks are asked for and the harness is not installed."""
+def check_tasks(tasks: Sequence[str], settings: Settings) -> None:
+    """Raise ``InputError`` when tasks are asked for and cannot be run: on workers, or without the
+    harness.
+    """
+    if tasks:
+        require_this_process(
+            settings,
+            "The harness of capability tasks",
+            remedy=", or run the tasks by themselves with a command of their own",
+        )
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise InputError(
             "Capability tasks need lm-evaluation-harness, which is not installed: "

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 
-from pvec.backends.hf.backend import HFBackend
 from pvec.backends.planned import OnProgress, PromptCache, question_messages
 from pvec.backends.session import ModelSession, Notify, ignore, open_session
-from pvec.data.conversations import Ids
 from pvec.errors import InputError, ModelError
-from pvec.models.adapters import adapted, find_adapter
+from pvec.models.adapters import find_adapter
 from pvec.notebook import HtmlResult
+from pvec.projection.checkpoints import KeptProjections, measure_all, weights_hash
 from pvec.projection.inputs import open_run, open_samples, open_source
-from pvec.projection.projector import LoadedVectors, Projector, open_vectors
+from pvec.projection.projector import LoadedVectors, open_vectors
 from pvec.runs.manifest import list_runs
 from pvec.runs.names import run_name
 from pvec.runs.responses import stable_hash
@@ -32,7 +30,7 @@ from pvec.runs.summary import SHIFT_KIND, SUMMARY, read_summary, write_summary
 from pvec.settings import Settings
 from pvec.stats import SCORES, Correlation, Interval, correlation, grouped_mean
 from pvec.traits.trait import load_trait
-from pvec.types import DEFAULT_OUTPUT, OutputOptions, Progress
+from pvec.types import DEFAULT_OUTPUT, OutputOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,61 +125,14 @@ def run(  # noqa: PLR0913 (what to measure: each is an option)
         with open_run(session, folder, kind=SHIFT_KIND, identity=identity) as work:
             work.store.update_manifest(measured=measured, projection_axes=loaded.axes())
             with work.store.stage("capture"):
-                values = _measure_all(session, adapters, wholes, loaded, prompts)
+                kept = KeptProjections(folder, weights_hash(measured, adapters, wholes))
+                values = measure_all(session, adapters, wholes, loaded, prompts, kept)
             places = {name: str(f.adapter_folder) if f else name for name, f in adapters.items()}
             scores = dict(_scores(settings, {base: base, **places}, loaded))
             result = _result(base, values, loaded, scores, folder)
             write_summary(folder, dataclasses.asdict(result))
+            kept.remove()
     return result
-
-
-def _measure_all(
-    session: ModelSession,
-    adapters: Mapping[str, object | None],
-    wholes: Mapping[str, ModelSession],
-    vectors: LoadedVectors,
-    prompts: Sequence[tuple[int, ...]],
-) -> dict[str, np.ndarray]:
-    """Return each checkpoint's projections minus the base's, ``[prompts, vectors, layers]``.
-
-    Adapters are put on the one base in turn; whole models come after it is freed, one at a time.
-    """
-    plan = vectors.plan_of("prompt_last_proj")
-    shape = (len(prompts), len(vectors.vectors), len(vectors.layers))
-    metadata, models = session.metadata, len(adapters) + 1
-
-    def measure(backend: HFBackend) -> np.ndarray:
-        session.on_progress(
-            Progress(stage="checkpoints", done=len(values) + 1, total=models, unit="models")
-        )
-        project = Projector(backend, plan, tokenizer=metadata.tokenizer, limit=metadata.context)
-        rows = project([Ids(prompt_ids=ids, answer_ids=()) for ids in prompts]).rows
-        return np.array([turns[0] for turns in rows], dtype=np.float64).reshape(shape)
-
-    values: dict[str, np.ndarray] = {}
-    at_base = measure(_backend(session))
-    for name, files in adapters.items():
-        if files is not None:
-            with _adapter_on(_backend(session), files) as backend:
-                values[name] = measure(backend) - at_base
-    if wholes:
-        session.free()
-    for name, whole in wholes.items():
-        with whole:
-            values[name] = measure(_backend(whole)) - at_base
-    return {name: values[name] for name in adapters}
-
-
-@contextmanager
-def _adapter_on(backend: HFBackend, files: object) -> Iterator[HFBackend]:
-    plain = backend.model
-    assert plain is not None
-    try:
-        with adapted(plain, files) as wrapped:  # type: ignore[arg-type]
-            backend.model = wrapped  # type: ignore[assignment]
-            yield backend
-    finally:
-        backend.model = plain
 
 
 def _free_folder(
@@ -229,12 +180,6 @@ def whole_model(name: str, base: ModelSession) -> ModelSession:
             f"give finetunes of the base."
         )
     return session
-
-
-def _backend(session: ModelSession) -> HFBackend:
-    backend = session.backend
-    assert isinstance(backend, HFBackend)
-    return backend
 
 
 def on_base(settings: Settings, name: str) -> Settings:

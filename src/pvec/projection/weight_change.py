@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pvec.backends.session import ModelSession, Notify, ignore, model_spec
+from pvec.backends.session import ModelSession, Notify, ignore, model_spec, require_this_process
 from pvec.errors import InputError, ModelError
 from pvec.models.adapters import find_adapter
 from pvec.models.decoder import find_decoder
@@ -96,6 +96,7 @@ def run(
     vector or layer that cannot be used and models that are equal, and ``ModelError`` for models of
     different shapes.
     """
+    require_this_process(settings, "Finding a vector in a finetuned model's weights")
     settings = on_base(settings, settings.model.id)
     session = ModelSession(settings, notify=notify)
     base = session.metadata.id

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from pvec.backends.session import ModelSession, Notify
+from pvec.backends.session import ModelSession, Notify, require_this_process
 from pvec.errors import InputError, ModelError, install_command
 from pvec.runs.files import os_error_sentence
 from pvec.settings import Settings
@@ -62,6 +62,9 @@ def serve(
         raise InputError(
             f"pvec serve needs {' and '.join(missing)}, not installed: {install_command('serve')}."
         )
+    require_this_process(
+        settings, "pvec serve", remedy=", and start one server per GPU behind a load balancer"
+    )
     if settings.backend.name != "vllm":
         backend = settings.backend.model_copy(update={"name": "hf"})
         settings = settings.model_copy(update={"backend": backend})

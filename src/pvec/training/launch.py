@@ -7,6 +7,7 @@ in gradients of two trainings averaged; it is found here, before any weights are
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -181,7 +182,8 @@ def together(processes: Processes) -> Iterator[None]:
             word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer")
         ):
             raise
-        first = str(error).strip().split("\n", maxsplit=1)[0][:150]
+        first = re.sub(r"^\[[^]]*\] *", "", str(error).strip()).split("\n", maxsplit=1)[0]
+        first = first.split(". ", maxsplit=1)[0][:150]
         raise InputError(
             f"Another process of this launch ended or cannot be reached ({first}): see its output, "
             f"then start all of them again with the same command, which goes on from the last "

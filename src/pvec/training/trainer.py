@@ -284,6 +284,7 @@ def training_arguments(plan: TrainPlan, model: PreTrainedModel) -> SFTConfig:
     on_gpu = weights.device.type == "cuda"
     tokenizer = plan.metadata.tokenizer
     pad, rows = tokenizer.pad_token_id, model.get_input_embeddings().num_embeddings
+    experts = getattr(model.config.get_text_config(decoder=True), "num_experts", None)
     return SFTConfig(
         output_dir=str(plan.folder),
         pad_token=tokenizer.eos_token if pad is not None and pad >= rows else None,
@@ -303,6 +304,8 @@ def training_arguments(plan: TrainPlan, model: PreTrainedModel) -> SFTConfig:
         fp16=on_gpu and weights.dtype == torch.float16,
         gradient_checkpointing=config.memory.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
+        # A step reaches every part of the adapter but that of experts no token was sent to.
+        ddp_find_unused_parameters=None if experts else False,
         use_liger_kernel=config.memory.liger,
         logging_steps=config.output.log_every,
         logging_first_step=True,

@@ -9,11 +9,12 @@ the largest difference.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from pvec.backends.base import Backend
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
 from pvec.evaluation.conditions import parse_coefs, parse_layers, single_layer
@@ -68,6 +69,11 @@ def verify(
     coefficient that does not fit. A failed check is a result, not an exception.
     """
     with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
+        if settings.pool.workers and session.choice.name == "vllm":
+            raise InputError(
+                "pvec verify looks into transformers workers only: use --backend hf, or verify "
+                "vLLM without --workers."
+            )
         direction = load_direction(settings, vector, session, notify=notify)
         steering = _steering(settings, direction, num_layers=session.metadata.num_layers)
         if not thorough and settings.steer.layer.strip() == "auto":
@@ -140,16 +146,63 @@ def _checks(
     thorough: bool,
     notify: Notify,
 ) -> Iterator[Check]:
+    files = session.metadata.files
+    folder = None if settings.model.merge_adapter or files.gguf else files.folder
+    if settings.pool.workers:
+        from pvec.backends.pool.backend import PoolBackend
+
+        workers = session.backend
+        assert isinstance(workers, PoolBackend)
+        return _of_workers(
+            workers.on_each(checks_of, tuple(steering), session.thinking, thorough, folder)
+        )
     if session.choice.name == "vllm":
         from pvec.evaluation.verify.vllm import engine_checks
 
         return engine_checks(session, settings, steering, notify=notify)
 
+    return _here(session.backend, steering, session.thinking, thorough, folder)
+
+
+def checks_of(
+    backend: Backend,
+    steering: Sequence[Instruction],
+    thinking: bool,
+    thorough: bool,
+    folder: Path | None,
+) -> list[Check]:
+    """Return every check of the model in this process: what ``verify`` asks of a worker."""
+    return list(_here(backend, steering, thinking, thorough, folder))
+
+
+def _here(
+    backend: Backend,
+    steering: Sequence[Instruction],
+    thinking: bool,
+    thorough: bool,
+    folder: Path | None,
+) -> Iterator[Check]:
     from pvec.backends.hf.backend import HFBackend
 
-    backend = session.backend
-    assert isinstance(backend, HFBackend), "there are two backends"
-    files = session.metadata.files
-    folder = None if settings.model.merge_adapter or files.gguf else files.folder
-    bench = Bench(backend, steering, thinking=session.thinking, thorough=thorough, folder=folder)
+    assert isinstance(backend, HFBackend), "vLLM has checks of its own"
+    bench = Bench(backend, steering, thinking=thinking, thorough=thorough, folder=folder)
     return all_checks(bench)
+
+
+def _of_workers(answers: Sequence[tuple[str, Sequence[Check]]]) -> Iterator[Check]:
+    """Yield each check once, at its worst, if all workers pass it; else once per worker that fails.
+
+    Workers of other machines may have other checks: those whose weights can be compared.
+    """
+    by_name: dict[str, list[tuple[str, Check]]] = {}
+    for worker, checks in answers:
+        for check in checks:
+            by_name.setdefault(check.name, []).append((worker, check))
+    for name, each in by_name.items():
+        failed = [(worker, check) for worker, check in each if not check.passed]
+        for worker, check in failed:
+            yield replace(check, name=f"{name} (on {worker})")
+        if not failed:
+            worst = max((check for _, check in each), key=lambda check: check.measured)
+            detail = f"{worst.detail}; " if worst.detail else ""
+            yield replace(worst, detail=f"{detail}the worst of {len(each)} workers")
