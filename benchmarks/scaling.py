@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import os
 import shutil
 import tempfile
 import time
@@ -47,6 +48,8 @@ from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.types import Generation, ModelInfo, Request, Sampling, SpanMeans, SpanName, TokenSpans
+
+os.environ.setdefault("RAY_worker_niceness", "0")  # else other processes starve the workers
 
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 48
 TINY = Path(pvec.tiny.__file__).parent
@@ -214,6 +217,7 @@ class StubBackend(Backend):
         """Free nothing."""
 
 
+PLANS = 100_000
 TOKENS = tuple(range(100, 100 + ANSWER_TOKENS))
 TEXT = "You could plan a long walk with a friend and some fresh bread. " * 4
 
@@ -265,6 +269,7 @@ def stubs(count: int, *, ray: bool) -> Iterator[tuple[ModelSession, PoolBackend]
 
 def planned(session: ModelSession, count: int) -> list[PlannedResponse]:
     """Return answers as an extraction plans them: ten to each prompt."""
+    prompts = [tuple(range(n, n + PROMPT_TOKENS)) for n in range(-(-count // 10))]
     return [
         PlannedResponse(
             trait="evil",
@@ -273,7 +278,7 @@ def planned(session: ModelSession, count: int) -> list[PlannedResponse]:
             question_id=f"evil_extract_{n // 10}",
             system="Be evil.",
             prompt=TEXT,
-            prompt_ids=tuple(range(n // 10, n // 10 + PROMPT_TOKENS)),
+            prompt_ids=prompts[n // 10],
             sampling=session.sampling(n),
             engine=session.identity,
         )
@@ -324,7 +329,7 @@ def memory(args: argparse.Namespace) -> None:
     print("| rows | generate MiB | capture MiB |\n|---:|---:|---:|")
     marks = [count for count in (10_000, 30_000, 100_000, 300_000, 1_000_000) if count <= args.most]
     levels = []
-    with stubs(2, ray=args.ray) as (_, backend):
+    with stubs(2, ray=args.ray) as (session, backend):
         for results in (
             backend.generate(endless(marks[-1])),
             backend.capture(sequences(marks[-1])),
@@ -335,8 +340,12 @@ def memory(args: argparse.Namespace) -> None:
                     gc.collect()
                     level[number] = resident()
             levels.append(level)
+        before, plans = resident(), planned(session, PLANS)
+        ids = {plan.id for plan in plans}
+        plan = resident() - before
     for mark in marks:
         print(f"| {mark:,} | {levels[0][mark]:,.1f} | {levels[1][mark]:,.1f} |")
+    print(f"\nA plan of {len(ids):,} answers takes {plan:,.0f} MiB.")
 
 
 def endless(count: int) -> Iterator[Request]:
