@@ -206,8 +206,7 @@ class PoolBackend(Backend):
         return schedule.run()
 
     def _report(self, done: int, extra: Mapping[str, float]) -> None:
-        sums = {**extra, "workers": float(len(self._pool.members))}
-        self.on_progress(Progress(stage="generate", done=done, total=None, extra=sums))
+        self.on_progress(Progress(stage="generate", done=done, total=None, extra=extra))
 
 
 _GENERATING: tuple[Method, ...] = ("generate", "generate_and_capture")

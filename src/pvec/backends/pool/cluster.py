@@ -166,13 +166,12 @@ def _pass_on(done: Future[Any], answer: Future[Any]) -> None:
 
 def _reason(error: BaseException) -> str:
     """Return Ray's long account of a death in a few words."""
-    text = " ".join(str(error).split())
-    lowered = text.lower()
-    if "oom" in lowered or "out of memory" in lowered or "memory pressure" in lowered:
-        return "out of memory"
-    if "node" in lowered and ("died" in lowered or "dead" in lowered) and "worker" not in lowered:
+    text = " ".join(str(error).split()).lower()
+    if "running low on memory" in text or "node_out_of_memory" in text:
+        return "its machine ran out of memory"
+    if "node has died" in text:
         return "its machine is gone"
-    return "its process ended"
+    return "its process was ended, often for want of memory"
 
 
 def connect(

@@ -202,7 +202,7 @@ class Schedule:
                 del part.holds[key]
                 self._done += 1
             yield key, result
-        sums: dict[str, float] = {}
+        sums = {"workers": float(len(self._parts))}
         for each in self._parts.values():
             for name, value in each.progress.items():
                 sums[name] = sums.get(name, 0.0) + value
