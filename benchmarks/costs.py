@@ -77,6 +77,7 @@ def check(args: argparse.Namespace) -> None:
     print("|---|---:|---|---:|---:|---:|")
     for name in [*(args.size or (["bundled", "20m", "100m"])), *(args.model or ())]:
         running = backend(name)
+        assert running.model is not None, "it was just opened"
         running._causal = replace(running._decoding_model(), stop_ids=frozenset())  # noqa: SLF001
         size = model_size(running.model.config, itemsize=4)
         for stage, measured, estimated in stages(running, size, machine, steps=args.steps):
@@ -108,7 +109,9 @@ def stages(
     tokens = prompt + sum(len(row.token_ids) - prompt for row in samples)
     work = Work(captured=tokens, context=tokens / ROLLOUTS / 2)
     cost = Estimate(size=size, work=work, machine=machine)
-    measured = cpu(lambda: list(capture_means(running.model, samples)))
+    model = running.model
+    assert model is not None, "the backend is open"
+    measured = cpu(lambda: list(capture_means(model, samples)))
     yield f"capture of {tokens:,} tokens", measured, cost.seconds
 
 
