@@ -112,7 +112,7 @@ def test_a_store_holds_input_and_output(tmp_path: Path, bucket: str) -> None:
         )
 
 
-def test_a_store_that_vanishes_is_a_sentence(tmp_path: Path, store_port: int) -> None:
+def test_a_store_that_does_not_answer_is_a_sentence(tmp_path: Path, store_port: int) -> None:
     folder, vector = write_folder(tmp_path / "in"), save_random_vector(tmp_path)
     with pytest.raises(PvecError, match=r"cannot (read|write) s3://gone/out.*check the store"):
         project_blocks.run(
