@@ -169,6 +169,9 @@ $(VLLM_STAMP): pyproject.toml constraints.txt
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+.PHONY: environments
+environments: $(EXTRAS_STAMP) $(SCALE_STAMP) $(VLLM_STAMP) ## Make the environments of extras, scale and vLLM
+
 .PHONY: test-vllm
 test-vllm: $(VLLM_STAMP) ## Run the tests of the vLLM backend in a vLLM of their own
 	$(OFFLINE) OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false VLLM_ENABLE_V1_MULTIPROCESSING=0 \

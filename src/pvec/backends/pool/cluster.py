@@ -183,11 +183,11 @@ def connect(
     """
     import ray
 
+    silence_ray()
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    silence_ray()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if workers.address is None:
@@ -203,7 +203,7 @@ def connect(
             )
             return True
         context = ray.init(address=workers.address, **options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except Exception as error:  # Ray raises plain ones, too, such as for a start that takes long
         where = workers.address or "this machine"
         raise InputError(
             f"Ray does not start or answer on {where} ({' '.join(str(error).split())[:200]}): "
