@@ -216,6 +216,9 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+.PHONY: types-scripts
+types-scripts: $(STAMP) ## Check the types of the benchmarks and examples, too: minutes the first time
 	MYPYPATH=benchmarks $(BIN)/mypy $(SCRIPTS) benchmarks
 	MYPYPATH=. $(BIN)/mypy $(SCRIPTS) -p examples.paper -p examples.real
 

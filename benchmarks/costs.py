@@ -24,8 +24,8 @@ from transformers import AutoTokenizer, LlamaConfig, Qwen2Config
 import pvec.tiny
 from pvec.activations.capture import capture_means
 from pvec.backends.hf.backend import HFBackend
-from pvec.judges.choice import DEFAULT_MODEL
 from pvec.judges.cost import estimate, known_price
+from pvec.judges.openai import DEFAULT_MODEL
 from pvec.judges.prompts import fill, metrics_of
 from pvec.models.costs import TENSOR_SHARE, Estimate, Machine, ModelSize, Work, model_size
 from pvec.models.machine import measure_machine
@@ -93,8 +93,8 @@ def stages(
 ) -> Iterator[tuple[str, float, float]]:
     """Yield stages with measured and estimated seconds."""
     for rows in (1, 8, 32, 128):
-        first = cpu(lambda r=rows: list(running.generate(requests(r, 1))))
-        whole = cpu(lambda r=rows: list(running.generate(requests(r, 1 + steps))))
+        first = cpu(lambda: list(running.generate(requests(rows, 1))))  # noqa: B023 (called here)
+        whole = cpu(lambda: list(running.generate(requests(rows, 1 + steps))))  # noqa: B023
         work = Work(
             prompts=rows, prompt_tokens=PROMPT * rows, answers=rows, answer_tokens=steps * rows,
             context=PROMPT,
@@ -224,10 +224,10 @@ def tables(_: argparse.Namespace) -> None:
                 Estimate(size=size, work=work.divided(count // each), machine=machine).seconds
                 for count in counts
             ]
-            rows = work.answers or work.captured / CONTEXT
+            done = work.answers or work.captured / CONTEXT
             print(
                 f"| {job} | {flops / 1e15:,.0f} | {' | '.join(map(words, took))} "
-                f"| {rows / took[-1]:,.0f} |"
+                f"| {done / took[-1]:,.0f} |"
             )
     print(
         f"\nAssumed, not measured: {SHARE:.0%} of the data sheet's rates, {LAYER_SECONDS * 1e3:g} "

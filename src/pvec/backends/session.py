@@ -318,9 +318,9 @@ def on_backend(settings: Settings, name: BackendName) -> Settings:
     return settings.model_copy(update={"backend": backend})
 
 
-def load_judge_model(name: str, settings: Settings) -> Backend:
+def load_judge_model(name: str, settings: Settings, *, notify: Notify = ignore) -> Backend:
     """Load a judge of one's own: the model ``name`` without adapter, on transformers."""
-    return open_backend("hf", judge_spec(name, settings), settings)
+    return open_backend("hf", judge_spec(name, settings), settings, notify=notify)
 
 
 def judge_spec(name: str, settings: Settings) -> ModelSpec:

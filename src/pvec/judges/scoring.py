@@ -109,7 +109,7 @@ class ResponseScorer(Closing):
             self._judge = open_judge(
                 self.choice,
                 self._settings.judge,
-                load=lambda name: load_judge_model(name, self._settings),
+                load=lambda name: load_judge_model(name, self._settings, notify=self._notify),
                 loaded=loaded,
                 itself=self._judges_itself,
             )
