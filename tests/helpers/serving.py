@@ -37,11 +37,22 @@ VLLM = {
 
 @contextmanager
 def running_server(
-    *, vectors: Sequence[str] = (f"evil={EVIL}",), backend: str = "hf", **options: Any
+    *,
+    vectors: Sequence[str] = (f"evil={EVIL}",),
+    backend: str = "hf",
+    workers: str = "",
+    notes: list[str] | None = None,
+    **options: Any,
 ) -> Iterator[Running]:
-    """Serve with these settings of the section ``serve``; wait for its end on leaving."""
+    """Serve with these settings of the section ``serve``; wait for its end on leaving.
+
+    ``notes`` receives what the server tells its operator.
+    """
     engine = VLLM if backend == "vllm" else {"name": backend}
-    settings = Settings.model_validate({"serve": {"port": 0, **options}, "backend": engine})
+    settings = Settings.model_validate(
+        {"serve": {"port": 0, **options}, "backend": engine, "pool": {"workers": workers}}
+    )
+    notify = _ignore if notes is None else notes.append
     ready = threading.Event()
     up: list[tuple[Listening, Callable[[], None]]] = []
     failed: list[BaseException] = []
@@ -52,7 +63,7 @@ def running_server(
 
     def run() -> None:
         try:
-            serve(settings, vectors, notify=_ignore, on_progress=_ignore, on_ready=on_ready)
+            serve(settings, vectors, notify=notify, on_progress=_ignore, on_ready=on_ready)
         except BaseException as error:
             failed.append(error)
         finally:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.models import saved_model
+from helpers.thread_workers import ThreadHandle, never
 
 from pvec.backends.base import Backend
 from pvec.backends.hf.backend import HFBackend
 from pvec.backends.pool.backend import PoolBackend
 from pvec.backends.pool.cluster import model_order
-from pvec.backends.pool.members import WorkerDied
 from pvec.backends.pool.pool import Pool
 from pvec.backends.pool.worker import Worker
 from pvec.errors import InputError, ModelError
@@ -26,35 +25,6 @@ from pvec.settings import Settings
 from pvec.types import Generation, Instruction, Request, Sampling, SpanMeans, TokenSpans
 
 ROWS = 24
-
-
-class ThreadHandle:
-    """A worker on a thread. ``dies(method, args)`` tells whether a call is its last."""
-
-    def __init__(self, dies: Callable[[str, tuple[Any, ...]], bool]) -> None:
-        self.worker = Worker()
-        self._dies = dies
-        self._dead = False
-        self._thread = ThreadPoolExecutor(1)
-
-    def submit(self, method: str, *args: Any, **options: Any) -> Future[Any]:
-        return self._thread.submit(self._call, method, args, options)
-
-    def kill(self) -> None:
-        self._dead = True
-        self._thread.shutdown(wait=False)
-        for number in list(self.worker._running):
-            self.worker.stop(number)
-
-    def _call(self, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        self._dead = self._dead or self._dies(method, args)
-        if self._dead:
-            raise WorkerDied("killed by the test")
-        return getattr(self.worker, method)(*args, **options)
-
-
-def never(_method: str, _args: tuple[Any, ...]) -> bool:
-    return False
 
 
 def requests(number: int = ROWS) -> list[Request]:

@@ -59,7 +59,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        status = "failed" if service.failed else "draining" if service.draining else "ok"
+        status = "failed" if service.failure else "draining" if service.draining else "ok"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics")

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pvec.backends.hf.backend import HFBackend
+from pvec.backends.pool.backend import PoolBackend
 from pvec.backends.session import ModelSession
-from pvec.errors import InputError
+from pvec.errors import InputError, PvecError
 from pvec.models.chat import encode_prompt
 from pvec.models.template import render_prompt
 from pvec.serve.answers import Answer, Delta, Outcome
 from pvec.serve.engine import Engine
 from pvec.serve.log import AnswerLog
+from pvec.serve.pool_engine import PoolEngine
 from pvec.serve.protocol import ApiError, Body, ChatBody, CompletionBody
 from pvec.serve.rules import Plan, Rules
 from pvec.serve.service import Job, Service, new_id
@@ -44,12 +46,18 @@ class HFService(Service):
         self, session: ModelSession, rules: Rules, *, name: str, log: AnswerLog | None
     ) -> None:
         super().__init__(session, rules, name=name, log=log)
-        backend = session.backend
-        assert isinstance(backend, HFBackend)
         self._jobs: dict[Answer, HFJob] = {}
         self._loop = asyncio.get_running_loop()
         directions = [vector.direction for vector in rules.vectors.values()]
-        self._engine = Engine(backend.live(directions), backend.tokenizer, deliver=self._deliver)
+        backend = session.backend
+        self._engine: Engine | PoolEngine
+        if isinstance(backend, PoolBackend):
+            engine = self._engine = PoolEngine(backend, directions, deliver=self._deliver)
+            self.metrics.gauge("pvec_workers", "Workers that answer", lambda: engine.workers)
+        else:
+            assert isinstance(backend, HFBackend)
+            batch = backend.live(directions)
+            self._engine = Engine(batch, backend.tokenizer, deliver=self._deliver)
 
     @property
     def running(self) -> int:
@@ -65,6 +73,11 @@ class HFService(Service):
     def active(self) -> int:
         """How many answers somebody waits for."""
         return len(self._jobs)
+
+    @property
+    def failure(self) -> PvecError | None:
+        """Why no worker can answer any more."""
+        return self._engine.failure if isinstance(self._engine, PoolEngine) else None
 
     def begin(self, body: Body) -> HFJob:
         """Start the answers of a request. Raises ``ApiError`` or ``PvecError``."""

@@ -61,10 +61,12 @@ class Metrics:
         self.log_errors = Counter(
             "pvec_log_errors", "Lines that could not be written into the log", registry=registry
         )
-        gauges = {"running": running, "waiting": waiting}
-        for name, value in gauges.items():
-            gauge = Gauge(f"pvec_answers_{name}", f"Answers that are {name}", registry=registry)
-            gauge.set_function(value)
+        self.gauge("pvec_answers_running", "Answers that are running", running)
+        self.gauge("pvec_answers_waiting", "Answers that are waiting", waiting)
+
+    def gauge(self, name: str, text: str, value: Callable[[], int]) -> None:
+        """Also say what ``value`` returns."""
+        Gauge(name, text, registry=self._registry).set_function(value)
 
     def outcome(self, outcome: Outcome) -> None:
         """Count an answer that has ended, however it did."""

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from pvec.backends.session import ModelSession, Notify, require_this_process
-from pvec.errors import InputError, ModelError, install_command
+from pvec.errors import InputError, install_command
 from pvec.runs.files import os_error_sentence
 from pvec.settings import Settings
 from pvec.types import Progress
@@ -62,10 +62,10 @@ def serve(
         raise InputError(
             f"pvec serve needs {' and '.join(missing)}, not installed: {install_command('serve')}."
         )
-    require_this_process(
-        settings, "pvec serve", remedy=", and start one server per GPU behind a load balancer"
-    )
-    if settings.backend.name != "vllm":
+    if settings.backend.name == "vllm":
+        remedy = ", and start one server per GPU behind a load balancer"
+        require_this_process(settings, "pvec serve --backend vllm", remedy=remedy)
+    else:
         backend = settings.backend.model_copy(update={"name": "hf"})
         settings = settings.model_copy(update={"backend": backend})
     from pvec.serve.app import is_loopback
@@ -124,7 +124,7 @@ async def _run(
             self.stop_at = time.monotonic() + rules.limits.drain
 
         async def on_tick(self, counter: int) -> bool:
-            if service.failed or (
+            if service.failure or (
                 service.draining and (service.active == 0 or time.monotonic() > self.stop_at)
             ):
                 self.should_exit = True
@@ -139,8 +139,8 @@ async def _run(
             timeout_graceful_shutdown=5,
         )
         await Server(config).serve(sockets=[listener])
-        if service.failed:
-            raise ModelError("The vLLM engine died (its own message is above): start again.")
+        if service.failure:
+            raise service.failure
 
 
 @asynccontextmanager

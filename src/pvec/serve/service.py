@@ -12,7 +12,7 @@ import numpy as np
 
 from pvec.backends.session import ModelSession
 from pvec.closing import Closing
-from pvec.errors import InputError
+from pvec.errors import InputError, PvecError
 from pvec.models.reasoning import think_length
 from pvec.serve.answers import Answer, Delta, Outcome
 from pvec.serve.log import AnswerLog
@@ -71,9 +71,9 @@ class Service(Closing):
         """How many answers somebody waits for."""
 
     @property
-    def failed(self) -> bool:
-        """Whether nothing can be answered any more."""
-        return False
+    def failure(self) -> PvecError | None:
+        """Why nothing can be answered any more."""
+        return None
 
     def metrics_text(self) -> bytes:
         """Return what ``/metrics`` says."""

@@ -22,7 +22,7 @@ class AnswerText:
         self.text = ""
         self.stopped = False
         self._tokenizer = tokenizer
-        self._stops = tuple(stops)
+        self.stops = tuple(stops)
         self._ids: list[int] = []
         self._sent = self._sent_length = 0  # pieces, and characters in them
         self._decoder: Any = None
@@ -48,7 +48,7 @@ class AnswerText:
         self.text += piece
         found = [
             place
-            for stop in self._stops
+            for stop in self.stops
             if (place := self.text.find(stop, max(0, searched - len(stop) + 1))) >= 0
         ]
         if found:
@@ -89,9 +89,9 @@ class AnswerText:
 
     def _held(self) -> int:
         """Return how many characters at the end could begin a stop text."""
-        longest = max(map(len, self._stops), default=1) - 1
+        longest = max(map(len, self.stops), default=1) - 1
         for size in range(min(longest, len(self.text)), 0, -1):
-            if any(stop.startswith(self.text[-size:]) for stop in self._stops):
+            if any(stop.startswith(self.text[-size:]) for stop in self.stops):
                 return size
         return 0
 

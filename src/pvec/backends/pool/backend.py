@@ -45,9 +45,9 @@ class PoolBackend(Backend):
         retries: int = 3,
     ) -> None:
         """Load the model in every worker; ``ModelError`` or ``InputError`` where one cannot."""
-        self._pool = pool.hold()
-        self._key = order.key
-        self._retries = retries
+        self.pool = pool.hold()
+        self.key = order.key
+        self.retries = retries
         self.tokenizer = metadata.tokenizer
         try:
             opened = pool.open(order)
@@ -79,12 +79,12 @@ class PoolBackend(Backend):
     @property
     def rows_at_once(self) -> int:
         """How many answers all workers together have room for."""
-        return self._opened.rows * len(self._pool.members)
+        return self._opened.rows * len(self.pool.members)
 
     @property
     def workers(self) -> list[str]:
         """The workers, as messages name them."""
-        return [member.label for member in self._pool.members]
+        return [member.label for member in self.pool.members]
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
         """Yield one ``Generation`` per request as it finishes; see ``Backend.generate``.
@@ -164,8 +164,8 @@ class PoolBackend(Backend):
 
     def on_each(self, function: Callable[..., Any], *args: Any) -> list[tuple[str, Any]]:
         """Return ``(worker, function(backend, *args))`` for every worker that has the model."""
-        members = self._pool.all_ready(self._key)
-        asked = [m.handle.submit("call", self._key, function, *args) for m in members]
+        members = self.pool.all_ready(self.key)
+        asked = [m.handle.submit("call", self.key, function, *args) for m in members]
         answers: list[tuple[str, Any]] = []
         for member, future in zip(members, asked, strict=True):
             try:
@@ -181,8 +181,8 @@ class PoolBackend(Backend):
 
     def close(self) -> None:
         """Free the model in every worker, and the workers when no other model needs them."""
-        self._pool.drop(self._key)
-        self._pool.close()
+        self.pool.drop(self.key)
+        self.pool.close()
 
     def _run(
         self,
@@ -195,10 +195,10 @@ class PoolBackend(Backend):
     ) -> Iterator[Numbered]:
         """Yield the results of a method of the workers' backends, with the keys of their items."""
         schedule = Schedule(
-            self._pool,
-            Job(key=self._key, method=method, options=options),
+            self.pool,
+            Job(key=self.key, method=method, options=options),
             items,
-            retries=self._retries,
+            retries=self.retries,
             failed=failed or _refuse,
             unfinished=unfinished,
             on_progress=self._report if method in _GENERATING else _unseen,

@@ -10,7 +10,7 @@ from typing import Any
 from pvec.backends.base import NOT_FINITE
 from pvec.backends.session import ModelSession
 from pvec.backends.vllm.requests import RequestBuilder, adds_too_much
-from pvec.errors import InputError
+from pvec.errors import InputError, ModelError, PvecError
 from pvec.serve.answers import Answer
 from pvec.serve.log import AnswerLog
 from pvec.serve.protocol import validated
@@ -87,9 +87,11 @@ class VLLMService(Service):
         return sum(job.places for job in self._jobs.values())
 
     @property
-    def failed(self) -> bool:
-        """Whether the engine is dead."""
-        return bool(self._llm.errored)
+    def failure(self) -> PvecError | None:
+        """That the engine is dead."""
+        if not self._llm.errored:
+            return None
+        return ModelError("The vLLM engine died (its own message is above): start again.")
 
     def metrics_text(self) -> bytes:
         """Return what ``/metrics`` says: pvec's and vLLM's."""
