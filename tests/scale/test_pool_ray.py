@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 
 WORKER_KILLS = 20
 DRIVER_KILLS = 5
-ROWS = 600
+ROWS = 400
 
 
 def settings(workers: str = "2", **pool: Any) -> Settings:
@@ -106,7 +106,8 @@ def test_twenty_killed_workers_change_nothing() -> None:
 
 
 def command(*words: str, folder: Path) -> list[str]:
-    options = ("--temperature", "0", "--rollouts", "1", "--runs", str(folder), "--quiet")
+    sampled = ("--temperature", "0", "--rollouts", "1", "--limit", "8", "--max-tokens", "64")
+    options = (*sampled, "--runs", str(folder), "--quiet")
     return [sys.executable, "-m", "pvec", "extract", "--trait", "evil", *words, *options]
 
 
@@ -162,9 +163,11 @@ def test_a_model_that_a_worker_cannot_see_is_named(tmp_path: Path) -> None:
         PoolBackend.from_settings(spec, settings(), metadata=metadata)
 
 
-def test_an_address_where_no_ray_answers_is_refused() -> None:
+def test_an_address_where_no_ray_answers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pvec.backends.pool import cluster
     from pvec.backends.pool.cluster import check_workers
 
+    monkeypatch.setattr(cluster, "_HEALTH_SECONDS", 8.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(InputError, match="is no Ray of this version"):
