@@ -50,9 +50,10 @@ class Member:
         return min(room, self.most or room)
 
     def died(self, held: int) -> None:
-        """Hold half as much from now on as when it died."""
+        """Hold half as much from now on as when it died; a death at rest says nothing."""
         self.opened = {}
-        self.most, self.since = max(1, held // 2), 0
+        if held:
+            self.most, self.since = max(1, held // 2), 0
 
     def finished(self, results: int) -> None:
         """Note results: a worker that lives on for long may hold more again."""
