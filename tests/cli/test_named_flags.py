@@ -22,6 +22,8 @@ OTHERS = frozenset({
     "--force-reinstall", "--no-deps",  # pip
     "--control-vector", "--control-vector-layer-range", "--merge",  # llama.cpp
     "--enable-auto-tool-choice", "--tool-call-parser",  # vLLM
+    "--address", "--head",  # ray
+    "--cpu", "--multi", "--num", "--use",  # accelerate (its flags have underscores)
     "--no",  # the beginning of many, in cli/options.py
 })  # fmt: skip
 
