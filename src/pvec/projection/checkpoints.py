@@ -90,8 +90,13 @@ class KeptProjections:
                     self.values[line["checkpoint"]] = np.array(line["values"])
 
     def keep(self, name: str, values: np.ndarray) -> None:
-        """Keep the projections of a checkpoint, also from a kill."""
+        """Keep the projections of a checkpoint, also from a kill.
+
+        Those that are not finite, of a damaged one, are not worth a line.
+        """
         self.values[name] = values
+        if not np.isfinite(values).all():
+            return
         line = {"measured": self._measured, "checkpoint": name, "values": values.tolist()}
         with JsonlLog(self._path) as log:
             log.append(line)

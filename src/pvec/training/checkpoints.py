@@ -92,7 +92,10 @@ def _checkpoint(path: Path, step: int, state: dict[str, Any], shapes: Shapes) ->
     with warnings.catch_warnings(action="ignore"), safe_globals():  # type: ignore[no-untyped-call]
         for file in (path / "optimizer.pt", path / "scheduler.pt", *_rng_states(path)):
             check_regular(file)
-            torch.load(file, map_location="cpu", weights_only=True)
+            try:
+                torch.load(file, map_location="cpu", weights_only=True)
+            except _DAMAGED:  # in words of the system's or of Python's
+                raise ValueError(f"{file.name} cannot be read") from None
     control = state["stateful_callbacks"]["TrainerControl"]["args"]
     finished = bool(control["should_training_stop"]) or step >= state["max_steps"]
     return Checkpoint(path=path, step=step, finished=finished)
