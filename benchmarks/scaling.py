@@ -225,7 +225,7 @@ TEXT = "You could plan a long walk with a friend and some fresh bread. " * 4
 class StubWorker(Worker):
     """A worker without a model."""
 
-    def _load(self, order: ModelOrder, rows: int | None) -> Backend:  # noqa: ARG002
+    def _load(self, order: ModelOrder) -> Backend:  # noqa: ARG002
         return StubBackend()
 
 

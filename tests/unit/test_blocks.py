@@ -106,6 +106,15 @@ def test_a_second_call_does_only_what_is_missing(tmp_path: Path) -> None:
     assert [part.read_bytes() for part in parts] == before
 
 
+@pytest.mark.parametrize("name", ["plan.json", "part-000001.json"])
+def test_what_is_damaged_in_the_folder_is_named(tmp_path: Path, name: str) -> None:
+    folder, vector = write_folder(tmp_path / "in"), save_random_vector(tmp_path)
+    first = project_blocks.run(block_settings(), folder, [vector], execute=in_process)
+    (Path(first.output) / "_pvec" / name).write_bytes(b'{"rows": 1\xff')
+    with pytest.raises(StoreError, match=rf"{name} is damaged: "):
+        project_blocks.run(block_settings(), folder, [vector], execute=in_process)
+
+
 def test_another_job_s_folder_is_refused(tmp_path: Path) -> None:
     folder, vector = write_folder(tmp_path / "in"), save_random_vector(tmp_path)
     project_blocks.run(block_settings(), folder, [vector], execute=in_process)

@@ -219,3 +219,25 @@ def test_a_worker_with_other_versions_is_refused(monkeypatch: pytest.MonkeyPatch
     order = model_order(spec, Settings(), fingerprint=metadata.fingerprint)
     with pytest.raises(InputError, match=r"node7 has .*torch 1.0"):
         PoolBackend(pool, order, metadata=metadata)
+
+
+def test_a_model_that_failed_does_not_stand_in_the_way_of_the_next(alone: HFBackend) -> None:
+    """As in a grid, whose workers outlive a model that cannot be loaded."""
+    spec = ModelSpec(model=str(saved_model("qwen2")))
+    metadata = inspect_model(spec)
+    with Pool(lambda _: ThreadHandle(never), size=2).hold() as pool:
+        with pytest.raises(ModelError, match="finds other weights"):
+            PoolBackend(pool, model_order(spec, Settings(), fingerprint="x"), metadata=metadata)
+        good = Settings.model_validate({"backend": {"max_batch_rows": 64}})
+        order = model_order(spec, good, fingerprint=metadata.fingerprint)
+        with PoolBackend(pool, order, metadata=metadata) as backend:
+            assert by_id(backend.generate(requests())) == by_id(alone.generate(requests()))
+
+
+def test_a_model_that_two_sessions_opened_stays_until_both_closed_it(pool_of: Make) -> None:
+    first = pool_of(1)
+    spec = ModelSpec(model=str(saved_model("qwen2")))
+    metadata = inspect_model(spec)
+    order = model_order(spec, Settings(), fingerprint=metadata.fingerprint)
+    PoolBackend(first.pool, order, metadata=metadata).close()
+    assert len(list(first.generate(requests(3)))) == 3

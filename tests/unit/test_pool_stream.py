@@ -49,7 +49,7 @@ class InstantBackend(Backend):
 
 
 class InstantWorker(Worker):
-    def _load(self, order: ModelOrder, rows: int | None) -> Backend:
+    def _load(self, order: ModelOrder) -> Backend:
         return InstantBackend()
 
 

@@ -27,7 +27,8 @@ from pvec.types import OutputOptions
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pvec.projection.project import ColumnSummary, ProjectResult
+    from pvec.projection.columns import ColumnSummary
+    from pvec.projection.project import ProjectResult
     from pvec.projection.project_blocks import BlocksResult
 
 app = new_app()

@@ -22,13 +22,15 @@ from pvec.cli.options import (
     options,
     settings_from,
 )
-from pvec.cli.render import intervals, render_blocks, render_next, render_plan
+from pvec.cli.render import intervals, render_blocks, render_next
+from pvec.cli.render_plan import render_plan
 from pvec.errors import InputError
 from pvec.types import OutputOptions
 
 if TYPE_CHECKING:
-    from pvec.projection.screen import ColumnScore, ScreenResult, SuspiciousSample
+    from pvec.projection.screen import ScreenResult, SuspiciousSample
     from pvec.projection.screen_blocks import BlockSample, ScreenBlocksResult
+    from pvec.projection.screen_scores import ColumnScore
 
 app = new_app()
 

@@ -12,7 +12,8 @@ import typer
 from pvec.cli.console import Console, table
 from pvec.cli.grid import Grid, run_on_grid
 from pvec.cli.options import DryRun, console_from, new_app, options, settings_from
-from pvec.cli.render import interval, render_judge, render_next, render_plan
+from pvec.cli.render import interval, render_judge, render_next
+from pvec.cli.render_plan import render_plan
 from pvec.errors import InputError
 
 if TYPE_CHECKING:

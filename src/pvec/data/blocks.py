@@ -7,6 +7,7 @@ their rows.
 from __future__ import annotations
 
 import io
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,9 +66,9 @@ class BlockTable(Table):
 
     block: Block
 
+    @abstractmethod
     def rows_before(self) -> int:
         """Return how many lines or rows of the file come before the block."""
-        raise NotImplementedError
 
 
 class LinesBlock(JsonlTable, BlockTable):

@@ -67,9 +67,11 @@ def open_file(path: str | Path) -> IO[bytes]:
 
 def read_files(locations: Sequence[str]) -> dict[str, bytes]:
     """Return the content of small files of one folder, by location; stores read them at once."""
-    if not locations or url_of(locations[0]) is None:
-        return {name: Path(name).read_bytes() for name in locations}
+    if not locations:
+        return {}
     with storage_errors(locations[0], "read"):
+        if url_of(locations[0]) is None:
+            return {name: Path(name).read_bytes() for name in locations}
         system, _ = _system(locations[0])
         inner = {system._strip_protocol(name): name for name in locations}  # noqa: SLF001 (fsspec's own use)
         read: Mapping[str, bytes] = system.cat(list(inner)) if len(inner) > 1 else {}

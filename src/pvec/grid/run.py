@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,6 @@ class _Grid:
     command: GridCommand
     folder: GridFolder
     sessions: Mapping[str, ModelSession]
-    notes: list[str] = field(default_factory=list)
 
     def known(self, job: Job) -> GridCell:
         """Return a cell as the folder has it, pending where what it follows from has changed."""

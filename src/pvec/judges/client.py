@@ -124,7 +124,7 @@ class Endpoint(Closing):
     def close(self) -> None:
         """Close the connections and cancel what is in flight."""
         if self._loop is not None:
-            self.halt("it was closed")
+            self._loop.call_soon_threadsafe(self.halt, "it was closed")
             self.submit(self.server.close()).result()
             self._loop = None
             self._thread.close()  # its loop cancels what is left

@@ -8,12 +8,14 @@ a block is done again, each block is in the output once, in the input's order.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pvec.data.storage import join, names_in, read_files, url_of, write_file
+from pvec.documents import misfit, parse_json
 from pvec.errors import InputError, StoreError
 from pvec.runs.files import probe_writable
 
@@ -56,7 +58,7 @@ class BlockFolder:
         """
         plan = self._own("plan.json")
         if "plan.json" in names_in(join(self.place, OWN)):
-            began = json.loads(read_files([plan])[plan])
+            (began,) = self._read([plan], {}, remedy="give another --out").values()
             different = [name for name in identity if began.get(name) != identity[name]]
             if different:
                 raise StoreError(
@@ -74,17 +76,16 @@ class BlockFolder:
 
     def done(self) -> dict[int, dict[str, Any]]:
         """Return what was counted of the blocks that are done, by number."""
-        marks = {
-            name: self._own(name)
+        parts = names_in(self.place) if self.suffix else None
+        numbers = {
+            self._own(name): int(match[1])
             for name in names_in(join(self.place, OWN))
-            if name.startswith(f"{self.name}-") and name.endswith(".json")
+            if (match := re.fullmatch(rf"{self.name}-(\d+)\.json", name))
+            and (parts is None or name.replace(".json", self.suffix) in parts)
         }
-        if self.suffix:
-            parts = names_in(self.place)
-            marks = {n: p for n, p in marks.items() if n.replace(".json", self.suffix) in parts}
-        read = read_files(list(marks.values()))
-        numbers = {place: int(name[len(self.name) + 1 : -5]) for name, place in marks.items()}
-        return {numbers[place]: json.loads(content) for place, content in sorted(read.items())}
+        remedy = "delete it, and the same command does its block again"
+        read = self._read(list(numbers), {"rows": int}, remedy=remedy)
+        return {numbers[place]: counts for place, counts in sorted(read.items())}
 
     def keep(self, number: int, part: Part) -> None:
         """Write what a block gave; that it is done is written last. Raises ``StoreError``."""
@@ -97,6 +98,21 @@ class BlockFolder:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write what all parts say together."""
         write_file(self._own("summary.json"), json.dumps(summary, indent=2).encode())
+
+    def _read(
+        self, places: Sequence[str], shape: Mapping[str, Any], *, remedy: str
+    ) -> dict[str, dict[str, Any]]:
+        """Return JSON objects of ``shape`` by place; ``StoreError`` for a damaged one."""
+        objects = {}
+        for place, content in read_files(places).items():
+            try:
+                value = parse_json(content.decode(), where=place)
+            except (InputError, UnicodeDecodeError):
+                value = None
+            if misfit(value, dict(shape)) is not None:
+                raise StoreError(f"{place} is damaged: {remedy}.")
+            objects[place] = value
+        return objects
 
     def _stem(self, number: int) -> str:
         return f"{self.name}-{number:06}"

@@ -14,14 +14,8 @@ from pvec.data.spans import Counts
 from pvec.data.storage import location
 from pvec.errors import InputError
 from pvec.projection.block_folder import BlockFolder, Part
-from pvec.projection.project import (
-    UNIMPORTANT,
-    ColumnSummary,
-    ColumnSums,
-    added_columns,
-    model_name,
-    write_turns,
-)
+from pvec.projection.columns import ColumnSummary, ColumnSums, added_columns, write_turns
+from pvec.projection.project import UNIMPORTANT, model_name
 from pvec.projection.projector import open_vectors, projector
 from pvec.projection.ray import (
     BlockJob,

@@ -13,7 +13,7 @@ import os
 import platform
 import time
 import warnings
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -41,7 +41,7 @@ OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockJob:
+class BlockJob(ABC):
     """What is done with every block. It travels to the workers, so it holds no model."""
 
     settings: Settings
@@ -125,9 +125,14 @@ def check_options(settings: Settings, output: OutputOptions, execute: Execute | 
 
 
 def worker_settings(settings: Settings) -> Settings:
-    """Return the settings of a worker, which runs its model itself."""
-    pool = settings.pool.model_copy(update={"workers": ""})
-    return settings.model_copy(update={"pool": pool})
+    """Return the settings of a worker, which runs its model itself; keys of judges stay here."""
+    return Settings(
+        model=settings.model,
+        backend=settings.backend,
+        pool=settings.pool.model_copy(update={"workers": ""}),
+        generation=settings.generation,
+        project=settings.project,
+    )
 
 
 def open_blocks(source: str, settings: Settings, *, notify: Notify) -> Blocks:

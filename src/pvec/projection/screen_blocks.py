@@ -15,6 +15,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from pvec.data.blocks import Block, Blocks
 from pvec.data.json_table import JsonlTable
 from pvec.data.storage import location, read_files
 from pvec.data.table import Cell
-from pvec.errors import InputError
+from pvec.errors import InputError, StoreError
 from pvec.projection import base_responses
 from pvec.projection.block_folder import BlockFolder, Part
 from pvec.projection.inputs import answer_text, columns_of, conversation_source, prompt_of
@@ -41,7 +42,7 @@ from pvec.projection.ray import (
     run_blocks,
     worker_settings,
 )
-from pvec.projection.screen import (
+from pvec.projection.screen_scores import (
     ColumnScore,
     furthest,
     project_samples,
@@ -296,9 +297,16 @@ def _arrays(
     differences, prompts = [], []
     for number in done:
         place = folder.arrays(number)
-        with np.load(io.BytesIO(read_files([place])[place])) as arrays:
-            differences.append(arrays["differences"])
-            prompts.append(arrays["prompts"])
+        content = read_files([place])[place]
+        try:
+            with np.load(io.BytesIO(content)) as arrays:
+                differences.append(arrays["differences"])
+                prompts.append(arrays["prompts"])
+        except (ValueError, LookupError, EOFError, BadZipFile):
+            raise StoreError(
+                f"{place} is damaged: delete the block's .json beside it, and the same command "
+                f"does the block again."
+            ) from None
     return np.concatenate(differences), np.concatenate(prompts).tolist()
 
 

@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from queue import Empty, SimpleQueue
-from threading import Thread
+from queue import Empty
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,9 +16,9 @@ from pvec.backends.base import NOT_FINITE
 from pvec.backends.hf.generation import Finished
 from pvec.backends.hf.live import LiveBatch
 from pvec.backends.hf.rows import Row
-from pvec.closing import Closing
 from pvec.errors import ModelError, PvecError
 from pvec.serve.answers import Answer, Delta, InternalError, Outcome, Reason
+from pvec.serve.engine_thread import SERVER_FAILED, EngineThread
 from pvec.serve.rules import ALARM_WINDOW, Alarm
 
 if TYPE_CHECKING:
@@ -27,10 +26,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("pvec.serve")
 
-_FAILED = "The server failed: see its log."
 
-
-class Engine(Closing):
+class Engine(EngineThread):
     """Runs answers until it is closed; ``deliver`` is called in its thread after every step."""
 
     def __init__(
@@ -40,13 +37,9 @@ class Engine(Closing):
         *,
         deliver: Callable[[list[Delta | Outcome]], None],
     ) -> None:
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer, deliver=deliver)
         self._batch = batch
-        self._deliver = deliver
         self._answers: dict[Row, Answer] = {}
-        self._events: list[Delta | Outcome] = []
-        self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = Thread(target=self._run, name="pvec-engine", daemon=True)
         self._thread.start()
 
     @property
@@ -64,15 +57,6 @@ class Engine(Closing):
         rows = [self._batch.row(answer.request) for answer in answers]
         self._inbox.put(partial(self._start, rows, list(answers)))
 
-    def cancel(self, answer: Answer) -> None:
-        """End an answer, if it has not ended; any thread. Its outcome is delivered."""
-        self._inbox.put(partial(self._cancel, answer))
-
-    def close(self) -> None:
-        """End every answer and the thread."""
-        self._inbox.put(None)
-        self._thread.join()
-
     def _run(self) -> None:
         going = True
         while going:
@@ -82,7 +66,7 @@ class Engine(Closing):
                     self._step()
             except Exception as error:  # whatever it is, the next request is answered
                 _log.exception("the engine failed in a step; its answers are ended")
-                known = error if isinstance(error, PvecError) else InternalError(_FAILED)
+                known = error if isinstance(error, PvecError) else InternalError(SERVER_FAILED)
                 self._fail([row for row in self._batch.clear() if row in self._answers], known)
             self._flush()
         self._fail(list(self._answers), InternalError("The server was stopped."))
@@ -210,11 +194,6 @@ class Engine(Closing):
         answer.capped = (*answer.capped, *(alarm.vector for alarm in raised))
         self._answers[again] = answer
         self._batch.waiting.appendleft(again)
-
-    def _flush(self) -> None:
-        if self._events:
-            events, self._events = self._events, []
-            self._deliver(events)
 
 
 def _or_none(values: Sequence[np.ndarray], place: int) -> np.ndarray | None:

@@ -16,6 +16,7 @@ from pvec.models.chat import encode_prompt
 from pvec.models.template import render_prompt
 from pvec.serve.answers import Answer, Delta, Outcome
 from pvec.serve.engine import Engine
+from pvec.serve.engine_thread import EngineThread
 from pvec.serve.log import AnswerLog
 from pvec.serve.pool_engine import PoolEngine
 from pvec.serve.protocol import ApiError, Body, ChatBody, CompletionBody
@@ -50,7 +51,7 @@ class HFService(Service):
         self._loop = asyncio.get_running_loop()
         directions = [vector.direction for vector in rules.vectors.values()]
         backend = session.backend
-        self._engine: Engine | PoolEngine
+        self._engine: EngineThread
         if isinstance(backend, PoolBackend):
             engine = self._engine = PoolEngine(backend, directions, deliver=self._deliver)
             self.metrics.gauge("pvec_workers", "Workers that answer", lambda: engine.workers)
@@ -77,7 +78,7 @@ class HFService(Service):
     @property
     def failure(self) -> PvecError | None:
         """Why no worker can answer any more."""
-        return self._engine.failure if isinstance(self._engine, PoolEngine) else None
+        return self._engine.failure
 
     def begin(self, body: Body) -> HFJob:
         """Start the answers of a request. Raises ``ApiError`` or ``PvecError``."""

@@ -14,17 +14,16 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from queue import Empty, SimpleQueue
-from threading import Thread
+from queue import Empty
 from typing import Any
 
 from pvec.backends.hf.probe import Direction
 from pvec.backends.pool.backend import PoolBackend
-from pvec.backends.pool.members import Handle, Member, WorkerDied
-from pvec.closing import Closing
+from pvec.backends.pool.members import Handle, Held, Member, WorkerDied
 from pvec.errors import PvecError
 from pvec.serve.answers import Answer, Delta, InternalError, Outcome
 from pvec.serve.engine_host import EngineHost, News, Order
+from pvec.serve.engine_thread import SERVER_FAILED, EngineThread
 
 _log = logging.getLogger("pvec.serve")
 
@@ -38,22 +37,16 @@ _IDLE = 1.0
 _LOADING = 0.05
 """Seconds after which a worker that starts is looked at."""
 
-_FAILED = "The server failed: see its log."
-
 
 @dataclass(eq=False, kw_only=True)
-class _Item:
+class _Item(Held):
     """An answer that has not ended. ``sent``: its pieces that were delivered; ``repeated``: how
     many pieces its present worker has given.
-
-    ``among`` and ``deaths`` are those of the pool's ``Item``.
     """
 
     answer: Answer
     sent: list[str] = field(default_factory=list)
     repeated: int = 0
-    among: int | None = None
-    deaths: int = 0
     cancelled: bool = False
 
     @property
@@ -78,11 +71,8 @@ class _Part:
     last_heard: float = 0.0
 
 
-class PoolEngine(Closing):
-    """Runs answers on the workers of ``backend``; the interface is that of ``Engine``.
-
-    ``deliver`` is called in its thread. ``failure``: why nothing can be answered any more.
-    """
+class PoolEngine(EngineThread):
+    """Runs answers on the workers of ``backend``."""
 
     def __init__(
         self,
@@ -91,17 +81,12 @@ class PoolEngine(Closing):
         *,
         deliver: Callable[[list[Delta | Outcome]], None],
     ) -> None:
-        self.tokenizer = backend.tokenizer
-        self.failure: PvecError | None = None
+        super().__init__(backend.tokenizer, deliver=deliver)
         self._pool, self._key, self._retries = backend.pool, backend.key, backend.retries
         self._directions = list(directions)
-        self._deliver = deliver
         self._items: dict[Answer, _Item] = {}
         self._waiting: deque[_Item] = deque()
         self._parts: dict[int, _Part] = {}
-        self._events: list[Delta | Outcome] = []
-        self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = Thread(target=self._run, name="pvec-pool-engine", daemon=True)
         self._thread.start()
 
     @property
@@ -123,15 +108,6 @@ class PoolEngine(Closing):
         """Start answers; any thread. One that does not fit the model ends with the error."""
         self._inbox.put(partial(self._start, list(answers)))
 
-    def cancel(self, answer: Answer) -> None:
-        """End an answer, if it has not ended; any thread. Its outcome is delivered."""
-        self._inbox.put(partial(self._cancel, answer))
-
-    def close(self) -> None:
-        """End every answer, the workers' engines and the thread."""
-        self._inbox.put(None)
-        self._thread.join()
-
     def _run(self) -> None:
         going = True
         while going:
@@ -143,10 +119,10 @@ class PoolEngine(Closing):
                 self.failure = error
             except Exception as error:
                 _log.exception("the workers cannot be used any more; every answer is ended")
-                self.failure = InternalError(f"{_FAILED} ({type(error).__name__})")
+                self.failure = InternalError(f"{SERVER_FAILED} ({type(error).__name__})")
             if self.failure is not None:
                 self._parts.clear()
-                self._end_all(_FAILED)
+                self._end_all(SERVER_FAILED)
             self._flush()
         self._end_all("The server was stopped.")
         self._flush()
@@ -261,11 +237,9 @@ class PoolEngine(Closing):
         held = list(part.held.values())
         del self._parts[part.member.number]
         self._pool.lost(part.member, part.handle, reason, held=len(held))
-        among = max(1, len(held) // 2)
         for item in reversed(held):
             item.repeated = 0
-            item.among = min(among, item.among or among)
-            item.deaths += len(held) == 1
+            item.outlived(len(held))
             if item.cancelled:
                 self._end(item, Outcome(answer=item.answer, reason="cancelled"))
             elif item.deaths >= self._retries:
@@ -283,8 +257,3 @@ class PoolEngine(Closing):
         self._waiting.clear()
         for item in list(self._items.values()):
             self._end(item, Outcome(answer=item.answer, reason="error", error=InternalError(text)))
-
-    def _flush(self) -> None:
-        if self._events:
-            events, self._events = self._events, []
-            self._deliver(events)

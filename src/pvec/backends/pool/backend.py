@@ -50,12 +50,11 @@ class PoolBackend(Backend):
         self.retries = retries
         self.tokenizer = metadata.tokenizer
         try:
-            opened = pool.open(order)
+            self._opened = pool.open(order)
         except BaseException:
-            pool.close()
+            self.close()
             raise
-        self._opened = opened
-        self.info = opened.info
+        self.info = self._opened.info
 
     @classmethod
     def from_settings(

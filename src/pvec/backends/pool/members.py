@@ -25,6 +25,24 @@ class Handle(Protocol):
 
 
 @dataclass(eq=False, kw_only=True)
+class Held:
+    """Something that a worker holds, and what the deaths of workers say of it.
+
+    ``among``: at most so many may be in its worker, after one died that held it. ``deaths`` counts
+    those of workers that held nothing else.
+    """
+
+    among: int | None = None
+    deaths: int = 0
+
+    def outlived(self, held: int) -> None:
+        """Note the death of a worker with ``held`` of them: the next one holds half as many."""
+        half = max(1, held // 2)
+        self.among = min(half, self.among or half)
+        self.deaths += held == 1
+
+
+@dataclass(eq=False, kw_only=True)
 class Member:
     """One worker of a pool; ``label`` names it in messages."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
@@ -48,6 +49,7 @@ class Pool(Closing):
         self._start_timeout = start_timeout
         self._end = end
         self._orders: dict[str, ModelOrder] = {}
+        self._users: Counter[str] = Counter()
         self._barren = 0
         self._holders = 0
         self._jobs = count(1)
@@ -104,10 +106,14 @@ class Pool(Closing):
         Raises ``ModelError`` or ``InputError`` when a worker cannot use the model.
         """
         self._orders[order.key] = order
+        self._users[order.key] += 1
         return self._wait_for(lambda m: order.key in m.opened).opened[order.key]
 
     def drop(self, key: str) -> None:
-        """Free a model in every worker."""
+        """Free a model in every worker, when nobody who opened it needs it any more."""
+        self._users[key] -= 1
+        if self._users[key] > 0:
+            return
         self._orders.pop(key, None)
         for member in self.members:
             if member.opened.pop(key, None) is not None:
@@ -189,12 +195,15 @@ class Pool(Closing):
                 return
 
     def _take_in(self, member: Member, answer: Any) -> None:
-        if isinstance(answer, PvecError):
-            raise answer
-        if not isinstance(answer, Opened):
+        if isinstance(answer, dict):  # of "describe"
             check_versions(answer)
             member.label = f"worker {member.number} ({answer['host']}, process {answer['pid']})"
             return
+        if member.loading not in self._orders:  # dropped meanwhile, perhaps because it failed
+            member.handle.submit("drop", member.loading)
+            return
+        if isinstance(answer, PvecError):
+            raise answer
         member.opened[member.loading] = answer
         self.notify(f"{member.label} joined: {answer.info.device}, {answer.info.dtype}")
 

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 from pvec.backends.pool.jobs import Job, Numbered
-from pvec.backends.pool.members import Handle, Member, WorkerDied
+from pvec.backends.pool.members import Handle, Held, Member, WorkerDied
 from pvec.backends.pool.pool import Pool
 from pvec.backends.pool.worker import Exchange
 from pvec.errors import InputError, ModelError
@@ -29,17 +29,11 @@ _LOOK_AHEAD = 512
 
 
 @dataclass(eq=False, kw_only=True)
-class Item:
-    """An item that somebody must do.
-
-    ``among``: at most so many may be in its worker, after one died that held it. ``deaths`` counts
-    those of workers that held nothing else.
-    """
+class Item(Held):
+    """An item that somebody must do."""
 
     key: Any
     payload: Any
-    among: int | None = None
-    deaths: int = 0
 
 
 @dataclass(eq=False, kw_only=True)
@@ -226,10 +220,8 @@ class Schedule:
         held = list(part.holds.values())
         del self._parts[part.member.number]
         self._pool.lost(part.member, part.handle, reason, held=len(held))
-        among = max(1, len(held) // 2)
         for item in held:
-            item.among = min(among, item.among or among)
-            item.deaths += len(held) == 1
+            item.outlived(len(held))
         self._waiting.extendleft(item for item in reversed(held) if item.deaths < self._retries)
         for item in held:
             if item.deaths >= self._retries:

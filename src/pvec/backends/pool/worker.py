@@ -102,11 +102,11 @@ class Worker:
         machine = measure_machine(device, dtype=dtype, threads=torch.get_num_threads())
         return machine, torch.cuda.device_count() if device.startswith("cuda") else 0
 
-    def open(self, order: ModelOrder, rows: int | None = None) -> Opened | PvecError:
-        """Load a model, at most ``rows`` answers at once; the reason where that fails."""
+    def open(self, order: ModelOrder) -> Opened | PvecError:
+        """Load a model; the reason where that fails."""
         try:
             if order.key not in self._models:
-                self._models[order.key] = self._load(order, rows)
+                self._models[order.key] = self._load(order)
         except PvecError as error:
             return error
         backend = self._models[order.key]
@@ -160,7 +160,7 @@ class Worker:
         """Call a method of an object that was attached."""
         return getattr(self._objects[name], method)(*args)
 
-    def _load(self, order: ModelOrder, rows: int | None) -> Backend:
+    def _load(self, order: ModelOrder) -> Backend:
         from pvec.backends.registry import backend_class
         from pvec.models.load import inspect_model
 
@@ -177,13 +177,8 @@ class Worker:
                 f"{where} finds other weights or another tokenizer under {order.spec.model!r} than "
                 f"this machine: give both the same files."
             )
-        settings = order.settings
-        if rows is not None:
-            most = min(rows, settings.backend.max_batch_rows or rows)
-            update = {"backend": settings.backend.model_copy(update={"max_batch_rows": most})}
-            settings = settings.model_copy(update=update)
         return backend_class(order.backend).from_settings(
-            order.spec, settings, metadata=metadata, on_note=self._note
+            order.spec, order.settings, metadata=metadata, on_note=self._note
         )
 
     def _note(self, text: str) -> None:
@@ -228,6 +223,7 @@ class _Running:
     def _work(self, backend: Backend, job: Job, turn: threading.Lock) -> None:
         backend.on_progress = self._progress
         results = run_job(backend, job, self.feed)
+        error: PvecError | None = None
         try:
             while not self._stopped:
                 with turn:
@@ -235,15 +231,15 @@ class _Running:
                 if result is None:
                     break
                 self._put(result)
-        except PvecError as error:
-            self._out.error = error
-        except Exception as error:  # a fault of pvec is raised where the command sees it
-            self._fault = error
+        except PvecError as known:
+            error = known
+        except Exception as fault:  # a fault of pvec is raised where the command sees it
+            self._fault = fault
         finally:
             with turn:
                 results.close()
-            with self._news:
-                self._out.ended = True
+            with self._news:  # with the last word, so that no exchange takes one without the other
+                self._out.error, self._out.ended = error, True
                 self._news.notify_all()
 
     def _put(self, result: Numbered) -> None:
