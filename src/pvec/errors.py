@@ -3,6 +3,7 @@
     PvecError                 the user can fix it: one sentence with the remedy, exit code 2
     ├── InputError            a wrong file, option or setting, refused before a model is loaded
     ├── ModelError            the model, adapter, tokenizer or vector does not fit
+    │   └── ModelMemoryError  not even a single row fits into the device's memory
     ├── SteeringError         requested steering did not apply (never a warning)
     ├── JudgeError            the judge refused, is unreachable or scored nothing
     └── StoreError            a run folder that is damaged, locked or of another configuration
@@ -26,6 +27,10 @@ class InputError(PvecError, ValueError):
 
 class ModelError(PvecError):
     """The model, adapter, tokenizer or vector does not fit the request."""
+
+
+class ModelMemoryError(ModelError):
+    """A single row does not fit into the memory of the device."""
 
 
 class SteeringError(PvecError):

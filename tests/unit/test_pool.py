@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -164,15 +165,50 @@ def test_a_row_that_no_worker_survives_fails_alone(pool_of: Make, alone: HFBacke
     del expected["r5"]
     assert found == expected
     assert failed.finish_reason == "failed"
-    assert "3 workers died" in failed.detail
+    assert "3 workers failed that ran nothing else (last: killed by the test)" in failed.detail
 
 
 def test_a_sequence_that_no_worker_survives_is_named(pool_of: Make) -> None:
     def dies(method: str, args: tuple[Any, ...]) -> bool:
         return method == "exchange" and any(key == "r5" for key, _ in args[1])
 
-    with pytest.raises(ModelError, match="'r5' cannot be done: 3 workers died"):
+    with pytest.raises(ModelError, match="'r5' cannot be done: 3 workers failed"):
         list(pool_of(2, dies).capture(sequences()))
+
+
+def too_large(monkeypatch: pytest.MonkeyPatch, kind: type[Any]) -> None:
+    """Let no memory be enough for rows with token 222."""
+    run = kind.forward
+
+    @functools.wraps(run)
+    def forward(self: Any, input_ids: Any = None, **rest: Any) -> Any:
+        if (input_ids == 222).any():
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return run(self, input_ids=input_ids, **rest)
+
+    monkeypatch.setattr(kind, "forward", forward)
+
+
+def test_a_row_that_has_no_memory_fails_alone(
+    pool_of: Make, alone: HFBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = by_id(alone.generate(r for r in requests() if r.id != "r5"))
+    too_large(monkeypatch, type(alone.model))
+    asked = [replace(r, prompt_ids=(222, 7, 8)) if r.id == "r5" else r for r in requests()]
+    found = by_id(pool_of(2).generate(asked))
+    failed = found.pop("r5")
+    assert found == expected
+    assert failed.finish_reason == "failed"
+    assert "There is not enough memory for one answer" in failed.detail
+
+
+def test_a_sequence_that_has_no_memory_is_named(
+    pool_of: Make, alone: HFBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    too_large(monkeypatch, type(alone.model.model))
+    long = TokenSpans(id="long", token_ids=(222, 7, 8), spans={"response": (1, 3)})
+    with pytest.raises(ModelError, match=r"'long' cannot be done: .*A single sequence"):
+        list(pool_of(2).capture([*sequences(), long]))
 
 
 def test_workers_that_never_finish_anything_end_the_command(pool_of: Make) -> None:

@@ -27,7 +27,7 @@ from pvec.activations.batching import (
 )
 from pvec.activations.prefix import can_share, continue_from
 from pvec.activations.reduce import DoneError, PendingCopy, Reducer, Sums
-from pvec.errors import InputError, ModelError
+from pvec.errors import InputError, ModelError, ModelMemoryError
 from pvec.models.decoder import Decoder, check_layer, find_decoder
 from pvec.models.memory import unless_out_of_memory
 from pvec.steering.positions import roles_by_length
@@ -69,8 +69,9 @@ def capture_means(
     ``directions`` ``[len(layers), directions, H]`` are unit vectors on which every token of the
     ``response`` is projected inside the hooks (``SpanMeans.along``).
 
-    Raises ``ModelError`` for a layer the model lacks, for a sequence too long for it, or when even
-    a single sequence does not fit into memory; ``InputError`` for a span outside its sequence.
+    Raises ``ModelError`` for a layer the model lacks or a sequence too long for it,
+    ``ModelMemoryError`` when even a single sequence does not fit into memory, ``InputError`` for a
+    span outside its sequence.
 
     >>> backend = pvec.HFBackend("tiny")
     >>> ids = tuple(backend.tokenizer("How do I rest? You could plan a walk.")["input_ids"])
@@ -221,7 +222,7 @@ class CaptureRunner:
                 start = stop
                 continue
             if stop - start == 1:
-                raise ModelError(
+                raise ModelMemoryError(
                     f"A single sequence of about {costs[start]} tokens does not fit into the "
                     f"memory of {self._decoder.device}: use a smaller dtype or more devices."
                 )

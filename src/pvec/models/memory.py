@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from pvec.errors import ModelError
+from pvec.errors import ModelMemoryError
 
 Result = TypeVar("Result")
 
@@ -107,7 +107,7 @@ def run_in_batches(
     """Yield ``(number, result)`` of all in ``order``, as many at once as ``take`` takes.
 
     When memory runs out, the limits that ``take`` reads are halved and ``notify`` is told, in
-    ``unit``. Raises ``ModelError`` when a single one, which ``describe`` names, does not fit.
+    ``unit``. Raises ``ModelMemoryError`` when a single one, which ``describe`` names, does not fit.
     """
     queue = deque(order)
     while queue:
@@ -118,7 +118,7 @@ def run_in_batches(
             continue
         queue.extendleft(reversed(now))
         if not limits.halve(len(now)):
-            raise ModelError(
+            raise ModelMemoryError(
                 f"There is not enough memory to score {describe(now[0])}: use a smaller model or "
                 f"dtype."
             )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pvec.backends.hf.forward import CausalModel
-from pvec.errors import ModelError
+from pvec.errors import ModelError, ModelMemoryError
 from pvec.models.memory import BatchLimits
 from pvec.models.reasoning import ThinkTracker
 from pvec.types import BY_SPAN, Request
@@ -111,10 +111,10 @@ def alike(row: Row, other: Row) -> bool:
 
 
 def shrink(limits: BatchLimits, failed: Sequence[Row], notify: Notify) -> None:
-    """Lower the limits after a batch did not fit; ``ModelError`` when it was a single row."""
+    """Lower the limits after a batch did not fit; ``ModelMemoryError`` when it was a single row."""
     if not limits.halve(len(failed)):
         length = failed[0].full_length if failed else 0
-        raise ModelError(
+        raise ModelMemoryError(
             f"There is not enough memory for one answer of up to {length} tokens: lower the "
             f"maximum tokens, or use a smaller model or dtype."
         )

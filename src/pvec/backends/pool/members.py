@@ -26,17 +26,17 @@ class Handle(Protocol):
 
 @dataclass(eq=False, kw_only=True)
 class Held:
-    """Something that a worker holds, and what the deaths of workers say of it.
+    """Something that a worker holds, and what the failures of workers say of it.
 
-    ``among``: at most so many may be in its worker, after one died that held it. ``deaths`` counts
-    those of workers that held nothing else.
+    A worker fails when it dies, or has no memory for a row. ``among``: at most so many may be in
+    its worker, after one failed that held it. ``deaths`` counts workers that held nothing else.
     """
 
     among: int | None = None
     deaths: int = 0
 
     def outlived(self, held: int) -> None:
-        """Note the death of a worker with ``held`` of them: the next one holds half as many."""
+        """Note the failure of a worker with ``held`` of them: the next one holds half as many."""
         half = max(1, held // 2)
         self.among = min(half, self.among or half)
         self.deaths += held == 1

@@ -1,8 +1,9 @@
 """Who does what: items go to workers, results come back, and what a dead worker held goes on.
 
 Every worker is given a contiguous share at first, since neighbours share prompts, and more as it
-finishes. After a death, what the worker held is run in groups of half that size; so a row that no
-worker survives ends up alone, and is the only one that fails.
+finishes. After a death, or when memory ran out with a single row, what the worker held is run in
+groups of half that size; so a row that no worker survives or has room for ends up alone, and is the
+only one that fails.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pvec.backends.pool.jobs import Job, Numbered
 from pvec.backends.pool.members import Handle, Held, Member, WorkerDied
 from pvec.backends.pool.pool import Pool
 from pvec.backends.pool.worker import Exchange
-from pvec.errors import InputError, ModelError
+from pvec.errors import InputError, ModelError, ModelMemoryError
 
 _WAIT = 1.0
 """Seconds that an exchange waits for a result: so late at most does a worker get more items."""
@@ -60,8 +61,8 @@ Failed = Callable[[Item, str], Any]
 class Schedule:
     """One job on the workers of a pool.
 
-    ``items`` are drawn as there is room for them. ``retries``: how many workers may die that hold
-    an item alone. ``unfinished`` tells results after which more of the same item follow.
+    ``items`` are drawn as there is room for them. ``retries``: how many workers may fail
+    that hold an item alone. ``unfinished`` tells results after which more of the same item follow.
     ``on_progress`` receives the number of items done, and the sums over the workers of what their
     backends report.
     """
@@ -201,9 +202,11 @@ class Schedule:
             for name, value in each.progress.items():
                 sums[name] = sums.get(name, 0.0) + value
         self._on_progress(self._done, sums)
-        if exchange.error is not None:
+        if isinstance(exchange.error, ModelMemoryError):
+            yield from self._again(part, str(exchange.error))
+        elif exchange.error is not None:
             raise exchange.error
-        if part.ended and part.holds:
+        elif part.ended and part.holds:
             raise ModelError(
                 f"{part.member.label} returned nothing for {len(part.holds)} of its items: run the "
                 f"same command again, and report this as a bug if it happens again."
@@ -216,17 +219,21 @@ class Schedule:
                 yield from self._lost(part, "its process ended")
 
     def _lost(self, part: _Part, reason: str) -> Iterator[Numbered]:
-        """Let others do what a dead worker held; what no worker survives has failed."""
+        """Let others do what a dead worker held."""
+        self._pool.lost(part.member, part.handle, reason, held=len(part.holds))
+        yield from self._again(part, reason)
+
+    def _again(self, part: _Part, reason: str) -> Iterator[Numbered]:
+        """Run what a worker failed at in smaller groups; what it failed at alone has failed."""
         held = list(part.holds.values())
         del self._parts[part.member.number]
-        self._pool.lost(part.member, part.handle, reason, held=len(held))
         for item in held:
             item.outlived(len(held))
         self._waiting.extendleft(item for item in reversed(held) if item.deaths < self._retries)
         for item in held:
             if item.deaths >= self._retries:
                 self._done += 1
-                why = f"{item.deaths} workers died while they ran nothing else (last: {reason})"
+                why = f"{item.deaths} workers failed that ran nothing else (last: {reason})"
                 yield item.key, self._failed(item, why)
 
     def _stop(self) -> None:
