@@ -12,9 +12,9 @@ import pytest
 
 from pvec.errors import InputError, JudgeError
 from pvec.judges.base import Judge
-from pvec.judges.choice import choose_judge, open_judge
+from pvec.judges.choice import DEFAULT_MODEL, choose_judge, open_judge
 from pvec.judges.local import LocalJudge
-from pvec.judges.openai import DEFAULT_MODEL, OpenAIJudge
+from pvec.judges.openai import OpenAIJudge
 from pvec.judges.prompts import COHERENCE_METRIC, Metric, build_query, fence, fill, missing_queries
 from pvec.judges.scoring import score_responses
 from pvec.runs.responses import ResponseRecord

@@ -3,5 +3,5 @@
 ``base`` is the contract, ``openai`` asks any OpenAI-compatible server, ``local`` asks a model in
 this process, ``contrast`` compares likelihoods under opposite instructions (``measurement`` for a
 run, ``calibration`` to the scale), ``scales`` turns token probabilities into scores, ``prompts``
-holds the words, ``agreement`` compares two judges.
+holds the words.
 """

@@ -11,8 +11,7 @@ from typing import Any, Final
 from pvec.closing import Closing
 from pvec.errors import JudgeError
 from pvec.judges.reply import MalformedReply, parse_body, parse_error
-from pvec.judges.server import Server
-from pvec.judges.transport import MAX_REPLY_BYTES
+from pvec.judges.server import MAX_REPLY_BYTES, Server
 from pvec.runs.files import store_error
 
 ENDPOINT: Final = "/v1/chat/completions"

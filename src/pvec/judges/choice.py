@@ -11,8 +11,6 @@ import pvec.tiny
 from pvec.errors import InputError, JudgeError
 from pvec.judges.base import Judge
 from pvec.judges.cost import Budget, Price, known_price, parse_price
-from pvec.judges.openai import DEFAULT_MODEL, OpenAIJudge
-from pvec.judges.pacing import Patience
 from pvec.judges.server import KEY_NAME, api_key, server_url
 from pvec.models.files import ModelSpec
 from pvec.settings.judging import JudgeSettings
@@ -20,6 +18,8 @@ from pvec.settings.judging import JudgeSettings
 if TYPE_CHECKING:
     from pvec.backends.base import Backend
 
+DEFAULT_MODEL = "gpt-4.1-mini-2025-04-14"
+"""The paper's judge family, pinned to a dated version so that scores stay comparable."""
 
 FREE = Price(prompt=0.0, completion=0.0)
 
@@ -167,6 +167,9 @@ def open_judge(
 
 
 def _open_server(choice: JudgeChoice, settings: JudgeSettings) -> Judge:
+    from pvec.judges.openai import OpenAIJudge
+    from pvec.judges.pacing import Patience
+
     common: dict[str, Any] = {
         "concurrency": settings.concurrency,
         "patience": Patience(tries=settings.max_retries + 1, timeout=settings.timeout),

@@ -16,10 +16,9 @@ from typing import Any, TypeVar
 from pvec.closing import Closing
 from pvec.errors import JudgeError
 from pvec.judges.cost import Budget
-from pvec.judges.dialect import Dialect
 from pvec.judges.pacing import Pacer, Patience, retry_after
 from pvec.judges.reply import MalformedReply, Reply, Usage, parse_reply, parse_usage
-from pvec.judges.server import Rejection, Server
+from pvec.judges.server import Dialect, Rejection, Server
 from pvec.types import Message
 
 T = TypeVar("T")

@@ -18,23 +18,25 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from pvec.errors import ModelError
-from pvec.judges.base import Judge
-from pvec.judges.local import Identified, LocalModel, weights_name
+from pvec.judges.local import ModelJudge, weights_name
 from pvec.judges.prompts import COHERENCE, CONTRAST, Metric
 from pvec.judges.scales import Reading
 from pvec.models.chat import encode_pair, encode_prompt, prompt_ids
 from pvec.models.template import render_prompt
-from pvec.runs.responses import Json, ResponseRecord
+from pvec.runs.responses import ResponseRecord
 from pvec.traits.trait import Trait
-from pvec.types import JudgeQuery, Message, Score
+from pvec.types import JudgeQuery, Message, ModelInfo, Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from pvec.backends.base import Backend
+    from pvec.backends.planned import PlannedResponse
+    from pvec.models.load import ModelMetadata
 
 CHUNK = 32
 """Queries measured together: a kill loses no more than these."""
@@ -44,15 +46,6 @@ _REPEATED = 4
 
 _FEWEST_WORDS = 8
 """A text of fewer words (or one without spaces) is shuffled by tokens."""
-
-
-class LikelihoodModel(LocalModel, Protocol):
-    """What is needed of a backend that scores by likelihood."""
-
-    def answer_logprobs(
-        self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """See ``Backend.answer_logprobs``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +60,7 @@ class ContrastQuery(JudgeQuery):
     systems: tuple[tuple[str, str], ...] = ()
 
 
-def contrast_name(model: Identified, *, tokens: int, most_pairs: int | None = None) -> str:
+def contrast_name(model: ModelInfo | ModelMetadata, *, tokens: int, most_pairs: int | None) -> str:
     """Return the name under which a contrast judge's scores are kept."""
     pairs = "" if most_pairs is None else f", {most_pairs} pairs"
     return f"{CONTRAST}{model.id}#{weights_name(model)} ({tokens} tokens{pairs})"
@@ -93,23 +86,9 @@ def contrast_query(
     )
 
 
-class Conditioned(Protocol):
-    """What says under which instructions an answer is given: a planned or a kept response."""
-
-    @property
-    def trait(self) -> str:
-        """The trait that the answer is about."""
-
-    @property
-    def condition(self) -> Mapping[str, Json]:
-        """Its case in the workflow, with the number of the instruction pair where there is one."""
-
-    @property
-    def system(self) -> str | None:
-        """Its system prompt."""
-
-
-def other_systems(trait: Trait | None, response: Conditioned) -> tuple[tuple[str, str], ...]:
+def other_systems(
+    trait: Trait | None, response: PlannedResponse | ResponseRecord
+) -> tuple[tuple[str, str], ...]:
     """Return the system prompts of the pairs that ``response`` was not given under.
 
     Its own pair is the one that its condition numbers, and any whose text its system prompt holds.
@@ -125,27 +104,26 @@ def other_systems(trait: Trait | None, response: Conditioned) -> tuple[tuple[str
     )
 
 
-class ContrastJudge(Judge):
+class ContrastJudge(ModelJudge):
     """Measures with ``model``, over the first ``tokens`` tokens of each answer.
 
     Its scores have the status ``uncalibrated`` and their measurement in ``raw``:
     ``contrast`` (s), ``pairs`` and ``tokens`` for a trait; ``logprob``, ``shuffled``, ``repeated``
-    and ``tokens`` for coherence. Frees the model on leaving the context only when it ``owns`` it.
+    and ``tokens`` for coherence.
     """
 
     def __init__(
         self,
-        model: LikelihoodModel,
+        model: Backend,
         *,
         tokens: int,
         most_pairs: int | None = None,
         owns: bool = False,
     ) -> None:
-        self.model = model
-        self.name = contrast_name(model.info, tokens=tokens, most_pairs=most_pairs)
+        name = contrast_name(model.info, tokens=tokens, most_pairs=most_pairs)
+        super().__init__(model, name=name, owns=owns)
         self.most_pairs = most_pairs
         self._tokens = tokens
-        self._owns = owns
 
     def score(self, queries: Iterable[JudgeQuery]) -> Iterator[Score]:
         """Yield measurements chunk by chunk; one that does not fit the model becomes an error.
@@ -154,44 +132,24 @@ class ContrastJudge(Judge):
         """
         source = iter(queries)
         while chunk := list(islice(source, CHUNK)):
-            assert all(isinstance(query, ContrastQuery) for query in chunk)
-            yield from self._measure(cast("list[ContrastQuery]", chunk))
+            yield from self._ask_fitting(chunk)
 
-    def close(self) -> None:
-        """Free the model if it is the judge's own."""
-        if self._owns:
-            self.model.close()
-
-    def _measure(self, queries: Sequence[ContrastQuery]) -> Iterator[Score]:
-        try:
-            yield from self._measure_together(queries)
-        except ModelError as error:
-            if len(queries) == 1:
-                yield self.scored(
-                    queries[0], Reading(score=None, status="error", detail=str(error))
-                )
-                return
-            # One of them is too long for the model: the others are still measured.
-            for query in queries:
-                yield from self._measure([query])
-
-    def _measure_together(self, queries: Sequence[ContrastQuery]) -> list[Score]:
-        tasks = [_Task(self.model.tokenizer, query, tokens=self._tokens) for query in queries]
+    def _ask(self, queries: Sequence[JudgeQuery]) -> Iterator[Score]:
+        assert all(isinstance(query, ContrastQuery) for query in queries)
+        asked = cast("Sequence[ContrastQuery]", queries)
+        tasks = [_Task(self.model.tokenizer, query, tokens=self._tokens) for query in asked]
         pairs = [pair for task in tasks for pair in task.pairs]
         number = {pair: position for position, pair in enumerate(dict.fromkeys(pairs))}
         sums = np.empty(len(number))
         for position, logprobs in self.model.answer_logprobs(list(number)):
             sums[position] = logprobs.sum(dtype=np.float64)
-        scores = []
         for task in tasks:
             if not task.answer:
                 empty = Reading(score=None, status="unparsable", detail="the answer is empty")
-                scores.append(self.scored(task.query, empty))
+                yield self.scored(task.query, empty)
                 continue
             raw = task.raw(sums[[number[pair] for pair in task.pairs]])
-            measured = Reading(score=None, status="uncalibrated")
-            scores.append(self.scored(task.query, measured, raw=raw))
-        return scores
+            yield self.scored(task.query, Reading(score=None, status="uncalibrated"), raw=raw)
 
 
 class _Task:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from pvec.errors import ModelError
 from pvec.judges.base import Judge
@@ -23,11 +24,14 @@ from pvec.judges.scales import (
 )
 from pvec.models.chat import encode_prompt
 from pvec.models.template import render_prompt
-from pvec.types import Generation, JudgeQuery, JudgeScale, ModelInfo, Request, Sampling, Score
+from pvec.types import JudgeQuery, JudgeScale, ModelInfo, Request, Sampling, Score
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
+
+    from pvec.backends.base import Backend
+    from pvec.models.load import ModelMetadata
 
 _CHUNK = 256
 """Queries handed to the model at once; it batches them and shares their common beginning."""
@@ -35,70 +39,58 @@ _CHUNK = 256
 _VERDICT_TOKENS = 512
 
 
-class LocalModel(Protocol):
-    """What every local judge needs of a backend."""
-
-    @property
-    def info(self) -> ModelInfo:
-        """What is known about the model."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer, with a chat template."""
-
-    def close(self) -> None:
-        """Free the model."""
-
-
-class JudgeModel(LocalModel, Protocol):
-    """What is needed of a backend that reads a rubric."""
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
-        """See ``Backend.generate``."""
-
-    def continuation_logprobs(
-        self, prompts: Sequence[tuple[int, ...]], continuations: Sequence[tuple[int, ...]]
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """See ``Backend.continuation_logprobs``."""
-
-
-class Identified(Protocol):
-    """What a local judge is named by: a loaded model's information, or what its files say."""
-
-    @property
-    def id(self) -> str:
-        """The model's name or folder."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of its weights."""
-
-    @property
-    def quantize(self) -> str | None:
-        """How the weights were quantised on loading."""
-
-    @property
-    def bundled(self) -> bool:
-        """Whether it ships with pvec."""
-
-
-def local_name(model: Identified) -> str:
+def local_name(model: ModelInfo | ModelMetadata) -> str:
     """Return the name under which a model's scores are kept."""
     return f"{'tiny' if model.bundled else f'local:{model.id}'}#{weights_name(model)}"
 
 
-def weights_name(model: Identified) -> str:
+def weights_name(model: ModelInfo | ModelMetadata) -> str:
     """Return what tells a model's weights from others: their hash, and how they were quantised."""
     return model.fingerprint + (f"+{model.quantize}" if model.quantize else "")
 
 
-class LocalJudge(Judge):
-    """Scores with ``model``; frees it on leaving the context only when it ``owns`` it."""
+class ModelJudge(Judge):
+    """A judge whose ``model`` is in this process; frees it on leaving the context only when it
+    ``owns`` it.
+    """
 
-    def __init__(self, model: JudgeModel, *, owns: bool = False) -> None:
+    def __init__(self, model: Backend, *, name: str, owns: bool) -> None:
         self.model = model
-        self.name = local_name(model.info)
+        self.name = name
         self._owns = owns
+
+    @abstractmethod
+    def _ask(self, queries: Sequence[JudgeQuery]) -> Iterator[Score]:
+        """Yield the scores of queries that the model reads together."""
+
+    def _ask_fitting(self, queries: Sequence[JudgeQuery]) -> Iterator[Score]:
+        """Yield the scores of ``queries``; one that does not fit the model becomes an error."""
+        left = {query.id: query for query in queries}
+        try:
+            for score in self._ask(queries):
+                del left[score.id]
+                yield score
+        except ModelError as error:
+            if len(queries) == 1:
+                yield self.scored(
+                    queries[0], Reading(score=None, status="error", detail=str(error))
+                )
+                return
+            # One of them is too long for the model: the others are still scored.
+            for query in left.values():
+                yield from self._ask_fitting([query])
+
+    def close(self) -> None:
+        """Free the model if it is the judge's own."""
+        if self._owns:
+            self.model.close()
+
+
+class LocalJudge(ModelJudge):
+    """Scores with a model that reads the rubric."""
+
+    def __init__(self, model: Backend, *, owns: bool = False) -> None:
+        super().__init__(model, name=local_name(model.info), owns=owns)
         self._replies: dict[JudgeScale, _Replies] = {}
 
     @property
@@ -114,52 +106,27 @@ class LocalJudge(Judge):
             alike: dict[tuple[str, JudgeScale], list[JudgeQuery]] = {}
             for query in chunk:
                 alike.setdefault((query.metric, query.scale), []).append(query)
-            for (_, scale), group in alike.items():
-                for query, reading in self._read_all(group, scale=scale):
-                    yield self.scored(query, reading)
+            for group in alike.values():
+                yield from self._ask_fitting(group)
 
-    def close(self) -> None:
-        """Free the model if it is the judge's own."""
-        if self._owns:
-            self.model.close()
-
-    def _read_all(
-        self, queries: Sequence[JudgeQuery], *, scale: JudgeScale
-    ) -> Iterator[tuple[JudgeQuery, Reading]]:
-        left = dict(enumerate(queries))
-        try:
-            for index, reading in self._ask(queries, scale=scale):
-                yield left.pop(index), reading
-        except ModelError as error:
-            if len(queries) == 1:
-                yield queries[0], Reading(score=None, status="error", detail=str(error))
-                return
-            # One of them is too long for the model: the others are still scored.
-            for query in left.values():
-                yield from self._read_all([query], scale=scale)
-
-    def _ask(
-        self, queries: Sequence[JudgeQuery], *, scale: JudgeScale
-    ) -> Iterator[tuple[int, Reading]]:
-        texts = [render_prompt(self.model.tokenizer, query.messages) for query in queries]
-        prompts = [encode_prompt(self.model.tokenizer, text) for text in texts]
+    def _ask(self, queries: Sequence[JudgeQuery]) -> Iterator[Score]:
+        tokenizer, scale = self.model.tokenizer, queries[0].scale
+        texts = [render_prompt(tokenizer, query.messages) for query in queries]
+        prompts = [encode_prompt(tokenizer, text) for text in texts]
         if scale == "binary-text":
-            yield from self._ask_for_text(prompts)
+            sampling = Sampling(temperature=0.0, max_tokens=_VERDICT_TOKENS)
+            requests = (
+                Request(id=str(index), prompt_ids=prompt, sampling=sampling)
+                for index, prompt in enumerate(prompts)
+            )
+            for answer in self.model.generate(requests):
+                yield self.scored(queries[int(answer.id)], read_text(answer.text, scale=scale))
             return
         if scale not in self._replies:
-            self._replies[scale] = _Replies(self.model.tokenizer, scale=scale, prompt=texts[0])
+            self._replies[scale] = _Replies(tokenizer, scale=scale, prompt=texts[0])
         replies = self._replies[scale]
         for index, logprobs in self.model.continuation_logprobs(prompts, replies.continuations):
-            yield index, replies.read(logprobs)
-
-    def _ask_for_text(self, prompts: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, Reading]]:
-        sampling = Sampling(temperature=0.0, max_tokens=_VERDICT_TOKENS)
-        requests = (
-            Request(id=str(index), prompt_ids=prompt, sampling=sampling)
-            for index, prompt in enumerate(prompts)
-        )
-        for answer in self.model.generate(requests):
-            yield int(answer.id), read_text(answer.text, scale="binary-text")
+            yield self.scored(queries[index], replies.read(logprobs))
 
 
 class _Replies:

@@ -19,15 +19,11 @@ from pvec.errors import JudgeError
 from pvec.judges.base import Judge
 from pvec.judges.client import Endpoint, GaveUp, Halted
 from pvec.judges.cost import Budget
-from pvec.judges.dialect import MOST_TOKENS
 from pvec.judges.pacing import Patience
 from pvec.judges.reply import Reply
 from pvec.judges.scales import Reading, mean_reading, read_text, read_tokens
-from pvec.judges.server import Server
+from pvec.judges.server import MOST_TOKENS, Server
 from pvec.types import JudgeQuery, JudgeScale, Message, Score
-
-DEFAULT_MODEL = "gpt-4.1-mini-2025-04-14"
-"""The paper's judge family, pinned to a dated version so that scores stay comparable."""
 
 _PROBE: Message = {"role": "user", "content": "Reply with the number 75 alone, no other words."}
 _PROBE_TOKENS = 4
@@ -51,7 +47,7 @@ class OpenAIJudge(Judge):
 
     def __init__(
         self,
-        model: str | Server = DEFAULT_MODEL,
+        model: str | Server,
         *,
         base_url: str | None = None,
         key: str | None = None,

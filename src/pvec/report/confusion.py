@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pvec.judges.agreement import Agreement
+from pvec.extraction.agreement import Agreement
 from pvec.report.figure import Figure
 from pvec.report.grids import Grid, heat_map
 from pvec.report.sections.projections import correlation_text
