@@ -29,7 +29,7 @@ def batch_of(backend: Any, rows: int, *, greedy: bool) -> Any:
     """Return a decode batch that has run a few steps."""
     from pvec.backends.hf.batch_check import check_batching
     from pvec.backends.hf.generation import DecodeBatch
-    from pvec.backends.hf.rows import admit
+    from pvec.backends.hf.rows import admit_all
     from pvec.types import Request, Sampling
 
     requests = [
@@ -43,8 +43,8 @@ def batch_of(backend: Any, rows: int, *, greedy: bool) -> Any:
         for row in range(rows)
     ]
     model = replace(check_batching(backend._causal), stop_ids=frozenset())  # no row ends
-    batch = DecodeBatch(model, print)
-    batch.extend(admit(requests, model=model, notify=print), prefill_tokens=2048)
+    batch = DecodeBatch(model)
+    batch.extend(admit_all(requests, model))
     for _ in range(3):
         batch.step()
     return batch

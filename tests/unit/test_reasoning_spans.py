@@ -18,7 +18,7 @@ from torch import nn
 from pvec.activations.capture import capture_means
 from pvec.backends.hf import generation
 from pvec.backends.hf.backend import HFBackend
-from pvec.backends.hf.rows import admit
+from pvec.backends.hf.rows import admit_all
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError
 from pvec.models.chat import spans_from_ids
@@ -172,12 +172,12 @@ def test_an_answer_that_starts_again_in_the_middle_goes_on_as_it_was() -> None:
         asked = requests(kind)
         whole = {answer.id: answer for answer in backend.generate(asked)}
         causal = backend._decoding_model()
-        rows = admit(asked, model=causal, notify=lambda _: None)
+        rows = admit_all(asked, causal)
         for row in rows:
             row.tokens = list(whole[row.request.id].token_ids[:5])
         begun = [row for row in rows if len(row.tokens) < row.room]
-        batch = generation.DecodeBatch(causal, lambda _: None)
-        batch.extend(begun, prefill_tokens=1000)
+        batch = generation.DecodeBatch(causal)
+        batch.extend(begun)
         ended: list[generation.Finished] = []
         while batch.rows:
             ended += batch.step()

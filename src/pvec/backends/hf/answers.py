@@ -16,17 +16,14 @@ import torch
 from pvec.backends.hf.forward import CausalModel
 from pvec.backends.hf.kvcache import RowCache
 from pvec.backends.hf.prefill import Prompt, prefill
-from pvec.backends.hf.rows import Notify
 from pvec.errors import ModelError
-from pvec.models.memory import BatchLimits, run_in_batches
+from pvec.models.memory import run_in_batches
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of an answer to it."""
 
 
-def answer_logprobs(
-    model: CausalModel, pairs: Sequence[Pair], *, limits: BatchLimits, notify: Notify
-) -> Iterator[tuple[int, np.ndarray]]:
+def answer_logprobs(model: CausalModel, pairs: Sequence[Pair]) -> Iterator[tuple[int, np.ndarray]]:
     """Yield ``(pair index, log P of each answer token)``; see ``Backend.answer_logprobs``."""
     for index, (prompt, answer) in enumerate(pairs):
         _check(index, prompt, answer, context=model.context)
@@ -35,10 +32,10 @@ def answer_logprobs(
     order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), *pairs[i][0]))
     yield from run_in_batches(
         order,
-        lambda queue: _take(queue, pairs, model, limits),
-        lambda now: run(model, [pairs[index] for index in now], limits),
-        limits=limits,
-        notify=notify,
+        lambda queue: _take(queue, pairs, model),
+        lambda now: run(model, [pairs[index] for index in now]),
+        limits=model.limits,
+        notify=model.notify,
         unit="answers",
         describe=lambda index: f"an answer of {len(pairs[index][1])} tokens",
     )
@@ -57,11 +54,9 @@ def _check(
         )
 
 
-def _take(
-    queue: deque[int], pairs: Sequence[Pair], model: CausalModel, limits: BatchLimits
-) -> list[int]:
+def _take(queue: deque[int], pairs: Sequence[Pair], model: CausalModel) -> list[int]:
     """Take the pairs whose prompts are in the cache at once."""
-    taken = [queue.popleft()]
+    taken, limits = [queue.popleft()], model.limits
     width = len(pairs[taken[0]][1])
     while queue and model.row_cache:
         prompt, answer = pairs[queue[0]]
@@ -73,14 +68,10 @@ def _take(
 
 
 @torch.inference_mode()
-def _run(model: CausalModel, pairs: Sequence[Pair], limits: BatchLimits) -> list[np.ndarray]:
+def _run(model: CausalModel, pairs: Sequence[Pair]) -> list[np.ndarray]:
     """Return the log-probabilities of each answer's tokens, float32 ``[tokens]``."""
     prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
-    done = prefill(
-        model,
-        [Prompt(token_ids=prompt, length=len(prompt)) for prompt in prompts],
-        most_tokens=limits.prefill_tokens,
-    )
+    done = prefill(model, [Prompt(token_ids=prompt, length=len(prompt)) for prompt in prompts])
     assert isinstance(done.cache, RowCache), "rows of other caches run alone"
     row_of = {prompts[number]: row for row, number in enumerate(done.order)}
     rows = torch.tensor([row_of[prompt] for prompt, _ in pairs], device=done.logits.device)
@@ -92,7 +83,7 @@ def _run(model: CausalModel, pairs: Sequence[Pair], limits: BatchLimits) -> list
     queue = deque(n for n in longest_first if len(pairs[n][1]) > 1)
     while queue:
         width = len(pairs[queue[0]][1]) - 1
-        most = min(limits.prefill_tokens, limits.logits // model.vocab_size) // width
+        most = min(model.limits.prefill_tokens, model.limits.logits // model.vocab_size) // width
         now = [queue.popleft() for _ in range(min(max(most, 1), len(queue)))]
         cache = done.cache.selected([row_of[pairs[n][0]] for n in now])
         for n, rest in zip(now, _behind(model, [pairs[n] for n in now], cache), strict=True):
@@ -127,7 +118,7 @@ def _behind(model: CausalModel, pairs: Sequence[Pair], cache: RowCache) -> list[
 
 
 @torch.inference_mode()
-def _run_alone(model: CausalModel, pairs: Sequence[Pair], _limits: BatchLimits) -> list[np.ndarray]:
+def _run_alone(model: CausalModel, pairs: Sequence[Pair]) -> list[np.ndarray]:
     """Run each pair as one sequence: for models whose layers keep other state than keys, values."""
     scores = []
     for prompt, answer in pairs:

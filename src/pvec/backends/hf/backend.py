@@ -21,7 +21,6 @@ from pvec.backends.hf.probe import Direction
 from pvec.models.decoder import find_decoder
 from pvec.models.files import ModelSpec
 from pvec.models.load import LoadedModel, ModelMetadata, load_model
-from pvec.models.memory import BatchLimits, limits_for
 from pvec.settings import Settings
 from pvec.types import (
     Divergence,
@@ -71,11 +70,7 @@ class HFBackend(Backend):
         self.on_note = on_note or (lambda _note: None)
         self.on_progress = on_progress or self.on_progress
         self._causal: CausalModel | None = causal_model(loaded.model, loaded.tokenizer)
-        self.limits: BatchLimits = limits_for(
-            self._causal.device,
-            bytes_per_token=self._causal.bytes_per_token,
-            vocab_size=self._causal.vocab_size,
-        )
+        self.limits = self._causal.limits
         if batch_size is not None:
             self.limits.rows = min(batch_size, self.limits.rows)
 
@@ -131,24 +126,11 @@ class HFBackend(Backend):
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Generation]:
         """Yield one ``Generation`` per request as it finishes; see ``Backend.generate``."""
-        return generation.generate(
-            self._decoding_model(),
-            self.tokenizer,
-            requests,
-            limits=self.limits,
-            notify=self.on_note,
-            progress=self.on_progress,
-        )
+        return generation.generate(self._decoding_model(), requests, progress=self.on_progress)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[StreamChunk]:
         """Yield a ``StreamChunk`` for every new token; see ``Backend.stream``."""
-        return generation.stream(
-            self._decoding_model(),
-            self.tokenizer,
-            list(requests),
-            limits=self.limits,
-            notify=self.on_note,
-        )
+        return generation.stream(self._decoding_model(), list(requests))
 
     @property
     def rows_at_once(self) -> int:
@@ -157,9 +139,7 @@ class HFBackend(Backend):
 
     def live(self, directions: Sequence[Direction] = ()) -> LiveBatch:
         """Return a batch that requests join and leave as it runs, projected on ``directions``."""
-        return LiveBatch(
-            self._decoding_model(), limits=self.limits, directions=directions, notify=self.on_note
-        )
+        return LiveBatch(self._decoding_model(), directions=directions)
 
     def capture(
         self,
@@ -183,29 +163,19 @@ class HFBackend(Backend):
         self, prompts: Sequence[tuple[int, ...]], continuations: Sequence[tuple[int, ...]]
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield ``(prompt index, logprobs)``; see ``Backend.continuation_logprobs``."""
-        return continuation.continuation_logprobs(
-            self._decoding_model(),
-            prompts,
-            continuations,
-            limits=self.limits,
-            notify=self.on_note,
-        )
+        return continuation.continuation_logprobs(self._decoding_model(), prompts, continuations)
 
     def answer_logprobs(
         self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield ``(pair index, logprobs)``; see ``Backend.answer_logprobs``."""
-        return answers.answer_logprobs(
-            self._decoding_model(), pairs, limits=self.limits, notify=self.on_note
-        )
+        return answers.answer_logprobs(self._decoding_model(), pairs)
 
     def divergences(
         self, reference: TokenSpans, variants: Sequence[TokenSpans]
     ) -> Iterator[Divergence]:
         """Yield the ``Divergence`` of each variant; see ``Backend.divergences``."""
-        return divergence.divergences(
-            self._decoding_model(), reference, variants, limits=self.limits, notify=self.on_note
-        )
+        return divergence.divergences(self._decoding_model(), reference, variants)
 
     def close(self) -> None:
         """Free the model and its memory."""
@@ -216,9 +186,10 @@ class HFBackend(Backend):
             torch.cuda.empty_cache()
 
     def _decoding_model(self) -> CausalModel:
-        """Return the model for the decode loops, after ``check_batching``."""
+        """Return the model for the decode loops, after ``check_batching``, as it is set now."""
         assert self._causal is not None, "the backend is closed"
-        self._causal = check_batching(self._causal, self.on_note)
+        causal = replace(self._causal, limits=self.limits, notify=self.on_note)
+        self._causal = check_batching(causal)
         return self._causal
 
     def _note_retry(self, budget: int) -> None:

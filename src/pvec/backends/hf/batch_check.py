@@ -14,7 +14,6 @@ from dataclasses import replace
 import torch
 
 from pvec.backends.hf.forward import CausalModel, left_padded
-from pvec.backends.hf.rows import Notify
 from pvec.backends.hf.step import decode_step
 from pvec.errors import ModelError
 from pvec.steering.steerer import Steerer
@@ -33,19 +32,19 @@ precision, where a mixture of experts may also choose another expert; a wrong ma
 _checked: set[tuple[type, str, torch.dtype, bool, bool]] = set()
 
 
-def check_batching(model: CausalModel, notify: Notify = lambda _: None) -> CausalModel:
+def check_batching(model: CausalModel) -> CausalModel:
     """Check an architecture once in a process (see above) and return the model to decode with.
 
-    A step of fixed shapes that differs is left out, and ``notify`` is told. Raises ``ModelError``
+    A step of fixed shapes that differs is left out, and the user is told. Raises ``ModelError``
     when a batch differs all the same.
     """
     if model.fixed_shapes:
-        problem = _problem(model, notify)
+        problem = _problem(model)
         if problem is None:
             return model
-        notify(f"{problem}: decoding without a CUDA graph, which is slower")
+        model.notify(f"{problem}: decoding without a CUDA graph, which is slower")
         model = replace(model, fixed_shapes=False)
-    problem = _problem(model, notify)
+    problem = _problem(model)
     if problem is not None:
         raise ModelError(
             f"{problem}: it cannot generate on the hf backend; use --backend vllm or another model."
@@ -53,7 +52,7 @@ def check_batching(model: CausalModel, notify: Notify = lambda _: None) -> Causa
     return model
 
 
-def _problem(model: CausalModel, notify: Notify) -> str | None:
+def _problem(model: CausalModel) -> str | None:
     """Return what is wrong with the batches of an architecture; None when nothing is."""
     inner = model.inner
     attention = str(inner.config._attn_implementation)  # noqa: SLF001 - transformers' own name
@@ -63,7 +62,7 @@ def _problem(model: CausalModel, notify: Notify) -> str | None:
         return None
     name = type(inner).__name__
     try:
-        difference = batch_difference(model, notify)
+        difference = batch_difference(model)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         first = str(error).split("\n", maxsplit=1)[0][:200]
         return f"{name} does not run in a batch with a cache ({first})"
@@ -77,16 +76,16 @@ def _problem(model: CausalModel, notify: Notify) -> str | None:
 
 
 @torch.inference_mode()
-def batch_difference(model: CausalModel, notify: Notify = lambda _: None) -> float:
+def batch_difference(model: CausalModel) -> float:
     """Return the largest relative difference between logits of a batch and of its rows alone."""
-    batched = _decoded(model, rows := _rows(model), notify)  # [R, steps, V]
+    batched = _decoded(model, rows := _rows(model))  # [R, steps, V]
     worst = 0.0
     for row, logits in zip(rows, batched, strict=True):
         if model.row_cache:
             ids = torch.tensor([row], device=model.device)
             alone = model.inner(input_ids=ids, use_cache=False).logits[0, -_STEPS:].float()
         else:
-            alone = _decoded(model, [row], notify)[0]
+            alone = _decoded(model, [row])[0]
         spread = (alone - alone.mean(dim=-1, keepdim=True)).norm()
         worst = max(worst, float((logits - alone).norm() / spread))
     return worst
@@ -105,14 +104,14 @@ def _rows(model: CausalModel) -> list[list[int]]:
     ]
 
 
-def _decoded(model: CausalModel, rows: list[list[int]], notify: Notify) -> torch.Tensor:
+def _decoded(model: CausalModel, rows: list[list[int]]) -> torch.Tensor:
     """Return the logits of the last tokens of each row, the rows decoded as one padded batch."""
     prompts = [row[: len(row) - _STEPS + 1] for row in rows]
     ids, real, positions = left_padded(prompts, pad_id=model.pad_id, device=model.device)
     cache = model.new_cache()
     mask = real if model.row_cache else None
     logits = [model.forward(ids, mask=mask, positions=positions, cache=cache)]
-    step, steerer = decode_step(model, notify), Steerer(model.decoder, [()] * len(rows))
+    step, steerer = decode_step(model), Steerer(model.decoder, [()] * len(rows))
     lengths = [len(prompt) for prompt in prompts]
     for number in range(1, _STEPS):
         tokens = [row[number - _STEPS] for row in rows]

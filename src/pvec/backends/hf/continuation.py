@@ -18,9 +18,8 @@ import torch
 from pvec.backends.hf.attention import ready_masks
 from pvec.backends.hf.forward import CausalModel
 from pvec.backends.hf.kvcache import RowCache
-from pvec.backends.hf.rows import Notify
 from pvec.errors import ModelError
-from pvec.models.memory import BatchLimits, run_in_batches
+from pvec.models.memory import run_in_batches
 
 _WORTH_SHARING = 16
 """Common prompt beginnings shorter than this are not worth a pass of their own."""
@@ -51,9 +50,6 @@ def continuation_logprobs(
     model: CausalModel,
     prompts: Sequence[tuple[int, ...]],
     continuations: Sequence[tuple[int, ...]],
-    *,
-    limits: BatchLimits,
-    notify: Notify,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield ``(prompt index, log P of every continuation)``; see ``Backend``."""
     tree = _tree(continuations)
@@ -73,10 +69,10 @@ def continuation_logprobs(
         scorer = _PlainScorer(model, continuations)
     yield from run_in_batches(
         sorted(range(len(prompts)), key=lambda index: -len(prompts[index])),
-        lambda queue: _take(queue, prompts, tree, model, limits),
+        lambda queue: _take(queue, prompts, tree, model),
         lambda now: scorer.score([prompts[index] for index in now]),
-        limits=limits,
-        notify=notify,
+        limits=model.limits,
+        notify=model.notify,
         unit="prompts",
         describe=lambda index: f"a prompt of {len(prompts[index])} tokens",
     )
@@ -87,10 +83,9 @@ def _take(
     prompts: Sequence[tuple[int, ...]],
     tree: _Tree,
     model: CausalModel,
-    limits: BatchLimits,
 ) -> list[int]:
     """Take the longest prompts that fit: by cache, by tokens in one pass and by logits kept."""
-    width = len(prompts[queue[0]]) + tree.size
+    width, limits = len(prompts[queue[0]]) + tree.size, model.limits
     most = min(
         limits.rows,
         limits.cached_tokens // width,

@@ -9,21 +9,15 @@ import torch
 from torch.nn.functional import kl_div
 
 from pvec.backends.hf.forward import CausalModel
-from pvec.backends.hf.rows import Notify
 from pvec.errors import ModelError
-from pvec.models.memory import BatchLimits, run_in_batches
+from pvec.models.memory import run_in_batches
 from pvec.steering.positions import roles_by_length
 from pvec.steering.steerer import Steerer
 from pvec.types import Divergence, TokenSpans
 
 
 def divergences(
-    model: CausalModel,
-    reference: TokenSpans,
-    variants: Sequence[TokenSpans],
-    *,
-    limits: BatchLimits,
-    notify: Notify,
+    model: CausalModel, reference: TokenSpans, variants: Sequence[TokenSpans]
 ) -> Iterator[Divergence]:
     """Yield the ``Divergence`` of each variant; see ``Backend.divergences``."""
     for spans in (reference, *variants):
@@ -42,10 +36,10 @@ def divergences(
 
     done = run_in_batches(
         sorted(range(len(variants)), key=lambda index: -len(variants[index].token_ids)),
-        lambda queue: _take(queue, variants, model, limits),
+        lambda queue: _take(queue, variants, model),
         run,
-        limits=limits,
-        notify=notify,
+        limits=model.limits,
+        notify=model.notify,
         unit="texts",
         describe=lambda index: f"a text of {len(variants[index].token_ids)} tokens",
     )
@@ -70,12 +64,10 @@ def _check(spans: TokenSpans, reference: TokenSpans, *, context: int | None) -> 
         )
 
 
-def _take(
-    queue: deque[int], variants: Sequence[TokenSpans], model: CausalModel, limits: BatchLimits
-) -> list[int]:
+def _take(queue: deque[int], variants: Sequence[TokenSpans], model: CausalModel) -> list[int]:
     """Take variants of one length, so that nothing is padded, whose logits fit."""
     width = len(variants[queue[0]].token_ids)
-    most = min(limits.rows, limits.logits // (width * model.vocab_size))
+    most = min(model.limits.rows, model.limits.logits // (width * model.vocab_size))
     taken = [queue.popleft()]
     while queue and len(taken) < most and len(variants[queue[0]].token_ids) == width:
         taken.append(queue.popleft())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from pvec.backends.hf.probe import Probe
 from pvec.errors import ModelError
 from pvec.models.costs import cache_numbers
 from pvec.models.decoder import Decoder, find_decoder
+from pvec.models.memory import BatchLimits, limits_for
 from pvec.models.template import end_of_turn
 from pvec.steering.steerer import Steerer
 
@@ -32,9 +33,10 @@ class CausalModel:
     """A loaded model with what a decode loop needs to know of it.
 
     ``context`` is the number of positions it can hold (None: no limit known), ``stop_ids`` are the
-    tokens that end a turn, ``bytes_per_token`` is what one position costs in the cache.
-    ``parameters`` are the names of arguments that ``inner`` takes. With ``fixed_shapes`` the decode
-    loop runs steps that a GPU can replay (``step.FixedStep``).
+    tokens that end a turn.
+    ``parameters`` are the names of arguments that ``inner`` takes. ``limits`` shrink when memory
+    runs out. With ``fixed_shapes`` the decode loop runs steps that a GPU can replay
+    (``step.FixedStep``).
     """
 
     inner: PreTrainedModel
@@ -43,9 +45,11 @@ class CausalModel:
     stop_ids: frozenset[int]
     pad_id: int
     vocab_size: int
-    bytes_per_token: int
     parameters: frozenset[str]
     tokenizer: PreTrainedTokenizerBase
+    limits: BatchLimits
+    notify: Callable[[str], None] = lambda _: None
+    """Receives a sentence for the user: a smaller batch, a shorter answer."""
     fixed_shapes: bool = False
 
     @property
@@ -155,9 +159,13 @@ def causal_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> CausalModel:
         stop_ids=stop_ids(inner, tokenizer),
         pad_id=pad if 0 <= pad < decoder.vocabulary else 0,  # masked, so any token serves
         vocab_size=config.vocab_size,
-        bytes_per_token=max(cache_numbers(config) * inner.dtype.itemsize, 1),
         parameters=frozenset(inspect.signature(inner.forward).parameters),
         tokenizer=tokenizer,
+        limits=limits_for(
+            decoder.device,
+            bytes_per_token=max(cache_numbers(config) * inner.dtype.itemsize, 1),
+            vocab_size=config.vocab_size,
+        ),
         fixed_shapes=decoder.device.type == "cuda" and _can_fix_shapes(inner, decoder),
     )
 

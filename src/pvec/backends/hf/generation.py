@@ -21,11 +21,11 @@ from pvec.backends.hf.forward import CausalModel
 from pvec.backends.hf.kvcache import RowCache
 from pvec.backends.hf.prefill import Prefilled, Prompt, prefill
 from pvec.backends.hf.probe import Probe
-from pvec.backends.hf.rows import Notify, Row, admit, alike, shrink, take
+from pvec.backends.hf.rows import Row, admit_all, alike, shrink, take
 from pvec.backends.hf.sampling import sample_tokens
 from pvec.backends.hf.step import decode_step
 from pvec.errors import PvecError
-from pvec.models.memory import BatchLimits, unless_out_of_memory
+from pvec.models.memory import unless_out_of_memory
 from pvec.steering.steerer import Steerer
 from pvec.types import FinishReason, Generation, Progress, Request, StreamChunk
 
@@ -34,30 +34,22 @@ _REFILL_BELOW = 0.75
 
 
 def generate(
-    model: CausalModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Iterable[Request],
-    *,
-    limits: BatchLimits,
-    notify: Notify,
-    progress: Callable[[Progress], None],
+    model: CausalModel, requests: Iterable[Request], *, progress: Callable[[Progress], None]
 ) -> Iterator[Generation]:
     """Yield every request's answer as it finishes; see ``Backend.generate``.
 
-    ``limits`` shrink when memory runs out, and ``notify`` is told; ``progress`` hears of every
-    step: answers done, and under ``extra`` the ``tokens`` sampled so far and the ``rows`` running.
+    ``progress`` hears of every step: answers done, and under ``extra`` the ``tokens`` sampled so
+    far and the ``rows`` running.
     """
     arrivals = arriving(requests)
     queue: deque[Row] = deque()
-    batch = DecodeBatch(model, notify)
+    batch = DecodeBatch(model)
     most = done = tokens = total = 0
 
     def advance() -> list[Finished]:
         nonlocal most, tokens
         if queue and len(batch.rows) <= _REFILL_BELOW * most:
-            batch.extend(
-                take(queue, batch.rows, limits, model), prefill_tokens=limits.prefill_tokens
-            )
+            batch.extend(take(queue, batch.rows, model))
             most = len(batch.rows)
         tokens += len(batch.rows)
         return batch.step()
@@ -65,7 +57,7 @@ def generate(
     while True:
         arrived = arrivals.take(wait=not (queue or batch.rows))
         if arrived:
-            rows = admit(arrived, model=model, notify=notify)
+            rows = admit_all(arrived, model)
             Steerer(model.decoder, [row.request.steering for row in rows])  # refuse before a pass
             total += len(rows)
             order = [*queue, *rows]
@@ -79,34 +71,26 @@ def generate(
             done += len(batch.ended)
             extra = {"tokens": float(tokens), "rows": float(len(batch.rows))}
             progress(Progress(stage="generate", done=done, total=total, extra=extra))
-            yield from (_generation(answer, tokenizer) for answer in batch.ended)
+            yield from (_generation(answer, model.tokenizer) for answer in batch.ended)
         if advanced is not None:
             continue
-        shrink(limits, batch.rows, notify)
+        shrink(model, batch.rows)
         queue.extendleft(reversed(batch.rows))
-        batch = DecodeBatch(model, notify)
+        batch = DecodeBatch(model)
         most = 0
 
 
-def stream(
-    model: CausalModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
-    *,
-    limits: BatchLimits,
-    notify: Notify,
-) -> Iterator[StreamChunk]:
+def stream(model: CausalModel, requests: Sequence[Request]) -> Iterator[StreamChunk]:
     """Yield a chunk per answer and step; see ``Backend.stream``. All requests run in one batch,
     or in a batch per prompt length where rows of different lengths cannot share a cache.
     """
-    waiting = admit(requests, model=model, notify=notify)
-    waiting.sort(key=lambda row: len(row.sequence))
-    batch = DecodeBatch(model, notify)
+    waiting = sorted(admit_all(requests, model), key=lambda row: len(row.sequence))
+    batch = DecodeBatch(model)
     while waiting or batch.rows:
         if not batch.rows:
             now = [r for r in waiting if model.row_cache or alike(r, waiting[0])]
             waiting = [r for r in waiting if r not in now]
-            batch.extend(now, prefill_tokens=limits.prefill_tokens)
+            batch.extend(now)
         running = list(batch.rows)
         ended = {id(done.row): done for done in batch.step()}
         for row in running:
@@ -114,7 +98,7 @@ def stream(
             yield StreamChunk(
                 id=row.request.id,
                 token_ids=tuple(row.tokens),
-                finished=_generation(done, tokenizer) if done else None,
+                finished=_generation(done, model.tokenizer) if done else None,
             )
 
 
@@ -144,20 +128,20 @@ def _generation(done: Finished, tokenizer: PreTrainedTokenizerBase) -> Generatio
 class DecodeBatch:
     """The rows that run now, with their cache, padding, steering and the logits to sample from."""
 
-    def __init__(self, model: CausalModel, notify: Notify, *, probe: Probe | None = None) -> None:
+    def __init__(self, model: CausalModel, *, probe: Probe | None = None) -> None:
         """Start empty; ``probe`` measures every token of ``Row.projections``."""
         self.rows: list[Row] = []
         self.ended: list[Finished] = []
         """The rows that left in the latest step, also where it then ran out of memory."""
         self._model = model
         self._probe = probe
-        self._run_tokens = decode_step(model, notify)
+        self._run_tokens = decode_step(model)
         self._cache = model.new_cache()
         self._steerer: Steerer | None = None
         self._logits = torch.empty(0)  # [R, V]
         self._lengths: list[int] = []  # real tokens in the cache, per row
 
-    def extend(self, rows: Sequence[Row], *, prefill_tokens: int) -> None:
+    def extend(self, rows: Sequence[Row]) -> None:
         """Add rows: run each distinct prompt once, and what prompts begin with once."""
         if not rows:
             return
@@ -176,7 +160,7 @@ class DecodeBatch:
             )
             for row, *_ in groups
         ]
-        done = prefill(self._model, prompts, most_tokens=prefill_tokens, probe=self._probe)
+        done = prefill(self._model, prompts, probe=self._probe)
         groups = [groups[number] for number in done.order]
         for group, projections in zip(groups, done.projections, strict=self._probe is not None):
             for row in group:

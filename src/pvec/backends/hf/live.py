@@ -14,9 +14,9 @@ import torch
 from pvec.backends.hf.forward import CausalModel
 from pvec.backends.hf.generation import DecodeBatch, Finished, with_holes_filled
 from pvec.backends.hf.probe import Direction, Probe
-from pvec.backends.hf.rows import Notify, Row, admit, shrink, take
+from pvec.backends.hf.rows import Row, admit, shrink, take
 from pvec.errors import ModelError, SteeringError
-from pvec.models.memory import BatchLimits, unless_out_of_memory
+from pvec.models.memory import unless_out_of_memory
 from pvec.steering.tables import check_instruction
 from pvec.types import FinishReason, Request
 
@@ -28,20 +28,11 @@ class LiveBatch:
     pass, as the residual stream is after steering: ``Row.projections``, one ``[directions]`` each.
     """
 
-    def __init__(
-        self,
-        model: CausalModel,
-        *,
-        limits: BatchLimits,
-        directions: Sequence[Direction] = (),
-        notify: Notify = lambda _: None,
-    ) -> None:
+    def __init__(self, model: CausalModel, *, directions: Sequence[Direction] = ()) -> None:
         self.waiting: deque[Row] = deque()
         self._model = model
-        self._limits = limits
-        self._notify = notify
         self._probe = Probe(model.decoder, directions) if directions else None
-        self._batch = _Batch(model, notify, probe=self._probe)
+        self._batch = _Batch(model, probe=self._probe)
 
     @property
     def running(self) -> list[Row]:
@@ -55,8 +46,7 @@ class LiveBatch:
         """
         for instruction in request.steering:
             check_instruction(instruction, self._model.decoder)
-        (row,) = admit([request], model=self._model, notify=lambda _: None)  # its end tells
-        return row
+        return admit(request, self._model)
 
     def step(self) -> list[Finished]:
         """Let waiting rows in, give every row one token and run it; return the rows that ended.
@@ -70,7 +60,7 @@ class LiveBatch:
         if advanced is None:
             rows = self.clear()
             try:
-                shrink(self._limits, rows, self._notify)
+                shrink(self._model, rows)
             except ModelError as error:
                 failed = [Finished(row=r, reason="failed", touched=(), error=error) for r in rows]
                 return [*ended, *failed]
@@ -84,14 +74,14 @@ class LiveBatch:
     def clear(self) -> list[Row]:
         """Drop the running rows and return them, after an error in the middle of a step."""
         rows = self.running
-        self._batch = _Batch(self._model, self._notify, probe=self._probe)
+        self._batch = _Batch(self._model, probe=self._probe)
         return rows
 
     def _advance(self) -> None:
         self._batch.ended = []
-        joining = take(self.waiting, self.running, self._limits, self._model)
+        joining = take(self.waiting, self.running, self._model)
         if joining:
-            self._batch.extend(joining, prefill_tokens=self._limits.prefill_tokens)
+            self._batch.extend(joining)
         if self.running:
             self._batch.step()
             self._batch.end_unsteered()

@@ -80,21 +80,17 @@ class Prefilled:
 
 @torch.inference_mode()
 def prefill(
-    model: CausalModel,
-    prompts: Sequence[Prompt],
-    *,
-    most_tokens: int,
-    probe: Probe | None = None,
+    model: CausalModel, prompts: Sequence[Prompt], *, probe: Probe | None = None
 ) -> Prefilled:
-    """Run prompts, at most about ``most_tokens`` in one pass, each measured by ``probe``.
+    """Run prompts, as many in one pass as the model's limits allow, each measured by ``probe``.
 
     Prompts must have one length where ``model.row_cache`` is False; they then run in one pass.
     """
     heads, head_of = _heads(prompts) if _can_share(model, prompts) else ([], {})
-    before = prefill(model, heads, most_tokens=most_tokens) if heads else None
+    before = prefill(model, heads) if heads else None
     row_of = {head: row for row, head in enumerate(before.order)} if before else {}
     result: Prefilled | None = None
-    for chunk in _chunks(model, prompts, heads, head_of, most_tokens=most_tokens):
+    for chunk in _chunks(model, prompts, heads, head_of):
         if before is not None and chunk[0] in head_of:
             rows = [row_of[head_of[number]] for number in chunk]
             lengths = [len(heads[head_of[number]].token_ids) for number in chunk]
@@ -153,8 +149,6 @@ def _chunks(
     prompts: Sequence[Prompt],
     heads: Sequence[Prompt],
     head_of: dict[int, int],
-    *,
-    most_tokens: int,
 ) -> Iterator[list[int]]:
     """Yield the numbers of prompts that run together: with a beginning or without, by length."""
     rest = {
@@ -165,7 +159,8 @@ def _chunks(
     for numbers in (list(head_of), [n for n in rest if n not in head_of]):
         queue = iter(sorted(numbers, key=lambda number: -rest[number]))
         for first in queue:
-            count = max(most_tokens // rest[first], 1) if model.row_cache else len(prompts)
+            most = max(model.limits.prefill_tokens // rest[first], 1)
+            count = most if model.row_cache else len(prompts)
             yield [first, *islice(queue, count - 1)]
 
 

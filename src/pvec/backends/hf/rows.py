@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from pvec.backends.hf.forward import CausalModel
 from pvec.errors import ModelError, ModelMemoryError
-from pvec.models.memory import BatchLimits
 from pvec.models.reasoning import ThinkTracker
 from pvec.types import BY_SPAN, Request
-
-Notify = Callable[[str], None]
-"""Receives a sentence for the user: a smaller batch, a shorter answer."""
 
 
 @dataclass(eq=False)
@@ -56,43 +52,44 @@ class Row:
         return self.sequence, tuple(i.fingerprint for i in self.request.steering)
 
 
-def admit(requests: Sequence[Request], *, model: CausalModel, notify: Notify) -> list[Row]:
-    """Return a row per request.
+def admit(request: Request, model: CausalModel) -> Row:
+    """Return the row of a request.
 
     Raises ``ModelError`` for a prompt that leaves no room in the context or has unknown tokens.
     """
-    context = model.context
-    rows, truncated = [], 0
-    for request in requests:
-        length = len(request.prompt_ids)
-        if length == 0:
-            raise ModelError(f"The prompt of {request.id!r} is empty: give it at least one token.")
-        model.decoder.check_tokens(request.prompt_ids, name=f"The prompt of {request.id!r}")
-        room = request.sampling.max_tokens
-        if context is not None:
-            if length >= context:
-                raise ModelError(
-                    f"The prompt of {request.id!r} has {length} tokens and leaves no room for an "
-                    f"answer in the model's context of {context}: shorten it."
-                )
-            truncated += length + room > context
-            room = min(room, context - length)
-        by_span = any(i.positions in BY_SPAN for i in request.steering)
-        tracker = ThinkTracker(model.tokenizer, request.prompt_ids) if by_span else None
-        rows.append(Row(request, max(room, 1), tracker=tracker))
-    if truncated:
-        notify(f"{truncated} answers may be shortened: the model's context is {context} tokens")
+    length, room = len(request.prompt_ids), request.sampling.max_tokens
+    if length == 0:
+        raise ModelError(f"The prompt of {request.id!r} is empty: give it at least one token.")
+    model.decoder.check_tokens(request.prompt_ids, name=f"The prompt of {request.id!r}")
+    if model.context is not None:
+        if length >= model.context:
+            raise ModelError(
+                f"The prompt of {request.id!r} has {length} tokens and leaves no room for an "
+                f"answer in the model's context of {model.context}: shorten it."
+            )
+        room = min(room, model.context - length)
+    by_span = any(i.positions in BY_SPAN for i in request.steering)
+    tracker = ThinkTracker(model.tokenizer, request.prompt_ids) if by_span else None
+    return Row(request, max(room, 1), tracker=tracker)
+
+
+def admit_all(requests: Sequence[Request], model: CausalModel) -> list[Row]:
+    """Return a row per request; the user is told of answers that the context may shorten."""
+    rows = [admit(request, model) for request in requests]
+    if truncated := sum(row.room < row.request.sampling.max_tokens for row in rows):
+        model.notify(
+            f"{truncated} answers may be shortened: the model's context is {model.context} tokens"
+        )
     return rows
 
 
-def take(
-    queue: deque[Row], running: Sequence[Row], limits: BatchLimits, model: CausalModel
-) -> list[Row]:
+def take(queue: deque[Row], running: Sequence[Row], model: CausalModel) -> list[Row]:
     """Take from the queue what fits beside the running rows; at least one row in all.
 
     Where rows cannot join a cache, rows of one length are taken, and only when none is running.
     """
     taken: list[Row] = []
+    limits = model.limits
     longest = max((row.full_length for row in running), default=0)
     while queue:
         count = len(running) + len(taken) + 1
@@ -110,12 +107,13 @@ def alike(row: Row, other: Row) -> bool:
     return len(row.sequence) == len(other.sequence)
 
 
-def shrink(limits: BatchLimits, failed: Sequence[Row], notify: Notify) -> None:
+def shrink(model: CausalModel, failed: Sequence[Row]) -> None:
     """Lower the limits after a batch did not fit; ``ModelMemoryError`` when it was a single row."""
-    if not limits.halve(len(failed)):
+    if not model.limits.halve(len(failed)):
         length = failed[0].full_length if failed else 0
         raise ModelMemoryError(
             f"There is not enough memory for one answer of up to {length} tokens: lower the "
             f"maximum tokens, or use a smaller model or dtype."
         )
-    notify(f"out of memory with {len(failed)} rows: continuing with at most {limits.rows}")
+    most = model.limits.rows
+    model.notify(f"out of memory with {len(failed)} rows: continuing with at most {most}")

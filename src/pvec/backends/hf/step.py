@@ -19,7 +19,6 @@ from pvec.backends.hf.attention import ready_masks
 from pvec.backends.hf.forward import CausalModel
 from pvec.backends.hf.kvcache import RowCache, StateCache
 from pvec.backends.hf.probe import Probe
-from pvec.backends.hf.rows import Notify
 from pvec.steering.steerer import Steerer
 
 _FULL_ENOUGH = 0.75
@@ -44,9 +43,9 @@ class DecodeStep(Protocol):
         """Return float32 logits ``[R, V]``, which the next step may overwrite."""
 
 
-def decode_step(model: CausalModel, notify: Notify) -> DecodeStep:
+def decode_step(model: CausalModel) -> DecodeStep:
     """Return what runs the steps of one batch."""
-    return FixedStep(model, notify) if model.fixed_shapes else EagerStep(model)
+    return FixedStep(model) if model.fixed_shapes else EagerStep(model)
 
 
 class EagerStep:
@@ -132,9 +131,8 @@ class FixedStep:
     A recording serves until the batch outgrows it, has become much smaller, or has other steering.
     """
 
-    def __init__(self, model: CausalModel, notify: Notify) -> None:
+    def __init__(self, model: CausalModel) -> None:
         self._model = model
-        self._notify = notify
         self._recording: _Recording | None = None
 
     def __call__(
@@ -216,5 +214,5 @@ class FixedStep:
         except RuntimeError as error:
             _unrecordable.add(kind)
             reason = str(error).split("\n", maxsplit=1)[0][:200]
-            self._notify(f"decoding without a CUDA graph, which is slower: {reason}")
+            self._model.notify(f"decoding without a CUDA graph, which is slower: {reason}")
             return None
