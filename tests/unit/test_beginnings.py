@@ -17,7 +17,7 @@ from helpers.models import (
 )
 from transformers import PreTrainedModel
 
-from pvec.activations.beginnings import common_beginnings
+from pvec.activations.batching import common_beginnings
 from pvec.activations.capture import capture_means
 from pvec.backends.hf.backend import HFBackend
 from pvec.backends.hf.forward import CausalModel

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pvec.backends.vllm import start
-from pvec.backends.vllm.costs import capture_bytes, table_bytes
+from pvec.backends.vllm.start import accumulator_rows, capture_bytes, table_bytes
 from pvec.errors import InputError, ModelError
 from pvec.settings.sections import VLLMSettings
 
@@ -94,7 +94,6 @@ def test_what_stops_the_engine_becomes_one_sentence(message: str, words: str) ->
 def test_the_cost_of_slots_and_captures_is_what_the_buffers_take() -> None:
     import torch
 
-    from pvec.backends.vllm.costs import accumulator_rows
     from pvec.backends.vllm.probe import Probe
 
     options = VLLMSettings(slots=5, captures=7, clamps=2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from pvec.closing import Closing
 from pvec.errors import InputError
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pvec.models.load import ModelMetadata
     from pvec.settings import Settings
 
+Item = TypeVar("Item")
 
 NOT_FINITE = (
     "the logits after {} tokens are not finite numbers: the steering is too strong, or the number "
@@ -177,3 +178,35 @@ class Backend(Closing):
 
     def close(self) -> None:
         """Free the model. Called once, on leaving the context."""
+
+
+class Arrivals(Iterable[Item], Generic[Item]):
+    """Requests that arrive while others run: a backend takes what is there and goes on."""
+
+    @abstractmethod
+    def take(self, *, wait: bool) -> list[Item] | None:
+        """Return what has arrived since the last call; None when nothing will follow.
+
+        With ``wait`` it waits for the next item or the end, otherwise it may return an empty list.
+        """
+
+    def __iter__(self) -> Iterator[Item]:
+        while (items := self.take(wait=True)) is not None:
+            yield from items
+
+
+class Given(Arrivals[Item]):
+    """Items that are all there: the first ``take`` returns them."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._items: list[Item] | None = list(items)
+
+    def take(self, *, wait: bool) -> list[Item] | None:  # noqa: ARG002 (there is nothing to wait for)
+        """Return all items, and None afterwards."""
+        items, self._items = self._items, None
+        return items or None
+
+
+def arriving(items: Iterable[Item]) -> Arrivals[Item]:
+    """Return ``items`` as arrivals."""
+    return items if isinstance(items, Arrivals) else Given(items)

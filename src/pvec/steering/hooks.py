@@ -14,12 +14,9 @@ from torch import nn
 
 from pvec.errors import InputError, SteeringError
 from pvec.models.decoder import describe_layer, find_decoder
-from pvec.steering.positions import (
-    roles_from_labels,
-)
+from pvec.steering.positions import RoleTracker, roles_from_labels
 from pvec.steering.steerer import Steerer
 from pvec.steering.tables import LayerSteering
-from pvec.steering.tracking import RoleTracker
 from pvec.types import BY_SPAN, Instruction
 
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pvec.backends.arrivals import arriving
-from pvec.backends.base import NOT_FINITE
+from pvec.backends.base import NOT_FINITE, arriving
 from pvec.backends.hf.forward import CausalModel
 from pvec.backends.hf.kvcache import RowCache
 from pvec.backends.hf.prefill import Prefilled, Prompt, prefill

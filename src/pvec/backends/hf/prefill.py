@@ -14,7 +14,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from pvec.activations.beginnings import common_beginnings
+from pvec.activations.batching import common_beginnings
 from pvec.backends.hf.forward import CausalModel, left_padded
 from pvec.backends.hf.kvcache import RowCache, StateCache
 from pvec.backends.hf.probe import Probe

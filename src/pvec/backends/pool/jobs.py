@@ -8,8 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pvec.backends.arrivals import Arrivals
-from pvec.backends.base import Backend
+from pvec.backends.base import Arrivals, Backend
 
 Method = Literal[
     "generate", "generate_and_capture", "stream", "capture", "continuation_logprobs",

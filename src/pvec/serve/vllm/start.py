@@ -21,7 +21,6 @@ from fastapi import FastAPI
 
 from pvec.backends.session import ModelSession
 from pvec.backends.vllm.client import EngineClient
-from pvec.backends.vllm.costs import accumulator_rows
 from pvec.backends.vllm.engine import describe_workers
 from pvec.backends.vllm.packing import pack
 from pvec.backends.vllm.requests import RequestBuilder
@@ -29,6 +28,7 @@ from pvec.backends.vllm.selftest import prove
 from pvec.backends.vllm.slots import Rows, Slots
 from pvec.backends.vllm.start import (
     INSTALL,
+    accumulator_rows,
     check_vllm,
     engine_arguments,
     platform,
