@@ -21,7 +21,7 @@ class PoolSettings(Section):
     """GPUs of a worker (default: those of a vLLM engine, else one where there are GPUs)"""
 
     retries: int = Field(default=3, ge=1)
-    """How often a worker may die while it holds a row alone, before the row counts as failed"""
+    """How many workers may fail at a row that they hold alone before the row counts as failed"""
 
     start_timeout: float = Field(default=600.0, gt=0)
     """Seconds to wait for the first worker to load the model"""
