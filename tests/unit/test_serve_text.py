@@ -7,7 +7,7 @@ import random
 import pytest
 from helpers.models import tiny_tokenizer
 
-from pvec.serve.text import AnswerText
+from pvec.serve.answers import AnswerText
 
 WHOLE = "Zoë's naïve café 🙂🙃 says: wait for me, wait for 日本 and stop."
 

@@ -21,11 +21,10 @@ from pvec.backends.pool.pool import Pool
 from pvec.errors import ModelError
 from pvec.models.files import ModelSpec
 from pvec.models.load import inspect_model
-from pvec.serve.answers import Answer, Delta, InternalError, Outcome
+from pvec.serve.answers import Answer, AnswerText, Delta, InternalError, Outcome
 from pvec.serve.engine import Engine
 from pvec.serve.pool_engine import PoolEngine
 from pvec.serve.rules import Alarm
-from pvec.serve.text import AnswerText
 from pvec.settings import Settings
 from pvec.types import Instruction, Request, Sampling
 

@@ -28,7 +28,7 @@ from pvec.activations.batching import (
 from pvec.activations.prefix import can_share, continue_from
 from pvec.activations.reduce import DoneError, PendingCopy, Reducer, Sums
 from pvec.errors import InputError, ModelError, ModelMemoryError
-from pvec.models.decoder import Decoder, check_layer, find_decoder
+from pvec.models.decoder import Decoder, find_decoder, recorded_layers
 from pvec.models.memory import unless_out_of_memory
 from pvec.steering.positions import roles_by_length
 from pvec.steering.steerer import Steerer
@@ -81,10 +81,7 @@ def capture_means(
     (2, 160)
     """
     decoder = find_decoder(model)
-    chosen = tuple(range(decoder.num_layers + 1) if layers is None else layers)
-    for layer in chosen:
-        if layer != 0:
-            check_layer(layer, decoder.num_layers)
+    chosen = recorded_layers(layers, decoder.num_layers)
     runner = CaptureRunner(
         decoder,
         layers=chosen,

@@ -17,7 +17,7 @@ import torch
 from pvec.activations.batching import rows_that_fit
 from pvec.activations.capture import default_token_budget, evaluating
 from pvec.errors import InputError
-from pvec.models.decoder import Decoder, check_layer, find_decoder
+from pvec.models.decoder import Decoder, find_decoder, recorded_layers
 from pvec.models.template import render_prompt
 from pvec.types import Message
 
@@ -77,10 +77,7 @@ def record_activations(
     (160,)
     """
     decoder = find_decoder(model)
-    chosen = tuple(range(decoder.num_layers + 1) if layers is None else layers)
-    for layer in chosen:
-        if layer != 0:
-            check_layer(layer, decoder.num_layers)
+    chosen = recorded_layers(layers, decoder.num_layers)
     rows = [_token_ids(tokenizer, text, decoder) for text in texts]
     budget = token_budget or default_token_budget(decoder.device)
     return list(_recorded(decoder, rows, chosen, budget))
@@ -110,7 +107,7 @@ def _forward(
     with ExitStack() as stack, torch.inference_mode():
         stack.enter_context(evaluating(decoder.body))
         for layer in set(layers):
-            stack.callback(decoder.on_layer(layer, partial(_keep, hidden, layer)).remove)
+            stack.enter_context(decoder.on_layer(layer, partial(_keep, hidden, layer)))
         decoder.body(input_ids=ids.to(decoder.device), use_cache=False)
     return hidden
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from pvec.models.decoder import Decoder
 from pvec.types import SpanMeans, SpanName, TokenSpans
@@ -78,14 +77,10 @@ class Reducer:
 
         With ``stop_at`` set the forward ends in ``DoneError`` after that layer.
         """
-        handles: list[RemovableHandle] = []
-        try:
+        with ExitStack() as hooks:
             for layer in set(self._layers):
-                handles += [decoder.on_layer(layer, partial(self._take, layer))]
+                hooks.enter_context(decoder.on_layer(layer, partial(self._take, layer)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _take(self, layer: int, hidden: torch.Tensor) -> None:
         if hidden.device not in self._weights:

@@ -126,6 +126,15 @@ def check_layer(layer: int, num_layers: int) -> int:
     )
 
 
+def recorded_layers(layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+    """Return the layers to record, 0 among them or not, each checked; None: all of the model."""
+    chosen = tuple(range(num_layers + 1) if layers is None else layers)
+    for layer in chosen:
+        if layer != 0:
+            check_layer(layer, num_layers)
+    return chosen
+
+
 _NO_STREAM = {
     "gemma3n_text": "its blocks pass on several streams (AltUp) and not one residual stream",
     "recurrent_gemma": "its recurrent blocks keep their state in the model, not by sequence",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from pathlib import Path
@@ -86,6 +86,21 @@ class ModelMetadata:
         """Whether the chat template can switch thinking on and off."""
         return bool(self.tokenizer.chat_template) and (
             chat_format(self.tokenizer).thinking is not None
+        )
+
+    def info(self, *, dtype: torch.dtype, device: str, notes: Sequence[str] = ()) -> ModelInfo:
+        """Return what is known of the model once it is loaded."""
+        return ModelInfo(
+            id=self.id,
+            fingerprint=self.fingerprint,
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            dtype=str(dtype).removeprefix("torch."),
+            device=device,
+            adapter=self.adapter,
+            bundled=self.bundled,
+            quantize=self.quantize,
+            notes=tuple(notes),
         )
 
     @cached_property
@@ -216,18 +231,8 @@ def load_model(
     elif placement is not None:
         device_note = f"spread by device_map {placement!r}"
     model.eval().requires_grad_(False)
-    info = ModelInfo(
-        id=metadata.id,
-        fingerprint=metadata.fingerprint,
-        num_layers=metadata.num_layers,
-        hidden_size=metadata.hidden_size,
-        dtype=str(dtype).removeprefix("torch."),
-        device=device,
-        adapter=metadata.adapter,
-        bundled=metadata.bundled,
-        quantize=spec.quantize,
-        notes=(*notes, f"{device}: {device_note}"),
-    )
+    notes.append(f"{device}: {device_note}")
+    info = metadata.info(dtype=dtype, device=device, notes=notes)
     return LoadedModel(model=model, tokenizer=metadata.tokenizer, info=info)
 
 

@@ -17,7 +17,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from pvec.errors import PvecError
-from pvec.serve import respond
 from pvec.serve.answers import Delta, InternalError, Outcome
 from pvec.serve.hf_service import HFJob, HFService
 from pvec.serve.protocol import ApiError, Body, ChatBody, CompletionBody, api_error, read_body
@@ -197,7 +196,7 @@ async def _whole(service: HFService, job: HFJob, request: Request) -> Response:
     finally:
         gone.cancel()
         service.end(job)
-    return JSONResponse(respond.whole(service, job))
+    return JSONResponse(service.response(job))
 
 
 async def _gone(request: Request) -> None:
@@ -207,13 +206,13 @@ async def _gone(request: Request) -> None:
 
 async def _events(service: HFService, job: HFJob) -> AsyncIterator[bytes]:
     try:
-        for chunk in respond.opening(job):
+        for chunk in job.opening():
             yield event_text(chunk)
         while not job.done or not job.events.empty():
             event = _checked(service, await job.events.get())
-            yield event_text(respond.chunk(service, job, event))
+            yield event_text(service.chunk(job, event))
         if job.body.stream_options.include_usage:
-            yield event_text(respond.usage_chunk(job))
+            yield event_text(job.usage_chunk())
         yield b"data: [DONE]\n\n"
     except ApiError as error:
         yield event_text(error.body)

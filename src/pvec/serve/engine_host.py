@@ -11,10 +11,9 @@ from typing import Any
 from pvec.backends.hf.backend import HFBackend
 from pvec.backends.hf.probe import Direction
 from pvec.errors import PvecError
-from pvec.serve.answers import Answer, Delta, Outcome
+from pvec.serve.answers import Answer, AnswerText, Delta, Outcome
 from pvec.serve.engine import Engine
 from pvec.serve.rules import Alarm
-from pvec.serve.text import AnswerText
 from pvec.types import Request
 
 

@@ -1,12 +1,13 @@
-"""Requests answered by transformers: answers begun in the live batch, and what comes of them."""
+"""Requests answered by transformers: begun in the live batch, told in OpenAI's form."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pvec.backends.hf.backend import HFBackend
 from pvec.backends.pool.backend import PoolBackend
@@ -14,15 +15,12 @@ from pvec.backends.session import ModelSession
 from pvec.errors import InputError, PvecError
 from pvec.models.chat import encode_prompt
 from pvec.models.template import render_prompt
-from pvec.serve.answers import Answer, Delta, Outcome
-from pvec.serve.engine import Engine
-from pvec.serve.engine_thread import EngineThread
-from pvec.serve.log import AnswerLog
+from pvec.serve.answers import Answer, AnswerText, Delta, Outcome
+from pvec.serve.engine import Engine, EngineThread
 from pvec.serve.pool_engine import PoolEngine
 from pvec.serve.protocol import ApiError, Body, ChatBody, CompletionBody
 from pvec.serve.rules import Plan, Rules
-from pvec.serve.service import Job, Service, new_id
-from pvec.serve.text import AnswerText
+from pvec.serve.service import AnswerLog, Job, Service, new_id
 from pvec.types import Request, Sampling
 
 Event = Delta | Outcome
@@ -39,14 +37,53 @@ class HFJob(Job):
     timer: asyncio.TimerHandle | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def chat(self) -> bool:
+        """Whether it is a chat."""
+        return isinstance(self.body, ChatBody)
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """Return what every response and chunk begins with."""
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """Yield the chunks that begin the answers of a chat, before their first token."""
+        for answer in self.answers if self.chat else ():
+            yield self.chunk(answer.index, {"delta": {"role": "assistant", "content": ""}})
+
+    def chunk(
+        self, index: int, content: dict[str, Any], reason: str | None = None
+    ) -> dict[str, Any]:
+        """Return a chunk of the answer number ``index``; ``reason``: why it ends with this one."""
+        return {
+            **self._chunk_head,
+            "choices": [{"index": index, **content, "finish_reason": reason}],
+        }
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """Return the chunk that ends a stream with ``include_usage``."""
+        return {**self._chunk_head, "choices": [], "usage": self.usage()}
+
+    def usage(self) -> dict[str, int]:
+        """Return the tokens of the request; a prompt counts once, however many answers it has."""
+        prompts = sum(len(a.request.prompt_ids) for a in self.answers[:: self.body.n])
+        answers = sum(outcome.tokens for outcome in self.outcomes.values())
+        return {
+            "prompt_tokens": prompts,
+            "completion_tokens": answers,
+            "total_tokens": prompts + answers,
+        }
+
+    @property
+    def _chunk_head(self) -> dict[str, Any]:
+        return self.head("chat.completion.chunk" if self.chat else "text_completion")
+
 
 class HFService(Service):
     """A model in transformers. Made inside the event loop that serves it."""
 
-    def __init__(
-        self, session: ModelSession, rules: Rules, *, name: str, log: AnswerLog | None
-    ) -> None:
-        super().__init__(session, rules, name=name, log=log)
+    def __init__(self, session: ModelSession, rules: Rules, *, log: AnswerLog | None) -> None:
+        super().__init__(session, rules, log=log)
         self._jobs: dict[Answer, HFJob] = {}
         self._loop = asyncio.get_running_loop()
         directions = [vector.direction for vector in rules.vectors.values()]
@@ -117,6 +154,36 @@ class HFService(Service):
     def close(self) -> None:
         """End every answer."""
         self._engine.close()
+
+    def response(self, job: HFJob) -> dict[str, Any]:
+        """Return the response of a request whose answers have all ended."""
+        choices = []
+        for index, outcome in sorted(job.outcomes.items()):
+            message = {"role": "assistant", "content": outcome.text, "refusal": None}
+            content = {"message": message} if job.chat else {"text": outcome.text}
+            reason = {"finish_reason": outcome.reason, "logprobs": None}
+            choices.append({"index": index, **content, **reason})
+        return {
+            **job.head("chat.completion" if job.chat else "text_completion"),
+            "choices": choices,
+            "usage": job.usage(),
+            "pvec": self.reports(job),
+        }
+
+    def chunk(self, job: HFJob, event: Event) -> dict[str, Any]:
+        """Return the chunk of further tokens, or the last one of an answer."""
+        if isinstance(event, Outcome):
+            content: dict[str, Any] = {"delta": {}} if job.chat else {"text": ""}
+            return {
+                **job.chunk(event.answer.index, content, event.reason),
+                "pvec": self.report(job, event),
+            }
+        text = "".join(event.pieces)
+        content = {"delta": {"content": text}} if job.chat else {"text": text}
+        made = job.chunk(event.answer.index, content)
+        if job.tokens:
+            made["pvec"] = {"tokens": self.token_report(job, event)}
+        return made
 
     def _prompts(self, body: Body) -> list[tuple[int, ...]]:
         tokenizer = self._tokenizer

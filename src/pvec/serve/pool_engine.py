@@ -22,8 +22,8 @@ from pvec.backends.pool.backend import PoolBackend
 from pvec.backends.pool.members import Handle, Held, Member, WorkerDied
 from pvec.errors import PvecError
 from pvec.serve.answers import Answer, Delta, InternalError, Outcome
+from pvec.serve.engine import SERVER_FAILED, EngineThread
 from pvec.serve.engine_host import EngineHost, News, Order
-from pvec.serve.engine_thread import SERVER_FAILED, EngineThread
 
 _log = logging.getLogger("pvec.serve")
 

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -25,9 +24,8 @@ from pvec.types import Progress
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from pvec.serve.log import AnswerLog
     from pvec.serve.rules import Rules
-    from pvec.serve.service import Service
+    from pvec.serve.service import AnswerLog, Service
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -69,8 +67,8 @@ def serve(
         backend = settings.backend.model_copy(update={"name": "hf"})
         settings = settings.model_copy(update={"backend": backend})
     from pvec.serve.app import is_loopback
-    from pvec.serve.log import AnswerLog
     from pvec.serve.rules import make_rules
+    from pvec.serve.service import AnswerLog
     from pvec.serve.vectors import load_served_vectors
 
     if not is_loopback(settings.serve.host) and settings.serve.api_key is None:
@@ -90,8 +88,7 @@ def serve(
         if options.log is not None:
             log = stack.enter_context(AnswerLog(options.log, text=options.log_text))
         listener = stack.enter_context(_listening(options.host, options.port))
-        name = options.served_name or Path(session.metadata.id).name
-        asyncio.run(_run(session, rules, listener, name=name, log=log, on_ready=on_ready))
+        asyncio.run(_run(session, rules, listener, log=log, on_ready=on_ready))
 
 
 async def _run(
@@ -99,7 +96,6 @@ async def _run(
     rules: Rules,
     listener: socket.socket,
     *,
-    name: str,
     log: AnswerLog | None,
     on_ready: OnReady,
 ) -> None:
@@ -114,7 +110,7 @@ async def _run(
             await super().startup(sockets=sockets)
             if self.started:
                 names = tuple(rules.vectors)
-                listening = Listening(url=_url(listener), model=name, vectors=names)
+                listening = Listening(url=_url(listener), model=service.name, vectors=names)
                 on_ready(listening, lambda: self.handle_exit(signal.SIGTERM, None))
 
         def handle_exit(self, _sig: int, _frame: FrameType | None) -> None:
@@ -130,7 +126,7 @@ async def _run(
                 self.should_exit = True
             return await super().on_tick(counter)
 
-    async with _service(session, rules, name=name, log=log) as (service, app):
+    async with _service(session, rules, log=log) as (service, app):
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -145,20 +141,20 @@ async def _run(
 
 @asynccontextmanager
 async def _service(
-    session: ModelSession, rules: Rules, *, name: str, log: AnswerLog | None
+    session: ModelSession, rules: Rules, *, log: AnswerLog | None
 ) -> AsyncIterator[tuple[Service, FastAPI]]:
     """Load the model, before the first request, and give what serves it and its application."""
     if session.choice.name == "vllm":
         from pvec.serve.vllm.start import vllm_service
 
-        async with vllm_service(session, rules, name=name, log=log) as both:
+        async with vllm_service(session, rules, log=log) as both:
             yield both
         return
     from pvec.serve.app import make_hf_app
     from pvec.serve.hf_service import HFService
 
     _ = session.backend
-    with HFService(session, rules, name=name, log=log) as service:
+    with HFService(session, rules, log=log) as service:
         yield service, make_hf_app(service)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import secrets
 import time
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +18,14 @@ from pvec.backends.session import ModelSession
 from pvec.closing import Closing
 from pvec.errors import InputError, PvecError
 from pvec.models.reasoning import think_length
+from pvec.runs.files import os_error_sentence
 from pvec.serve.answers import Answer, Delta, Outcome
-from pvec.serve.log import AnswerLog
 from pvec.serve.metrics import Metrics
 from pvec.serve.protocol import ApiError
 from pvec.serve.rules import Rules
 from pvec.types import Instruction
+
+_LOG_BYTES, _LOG_FILES = 64 << 20, 5
 
 
 @dataclass(eq=False, kw_only=True)
@@ -42,13 +48,11 @@ class Job:
 class Service(Closing):
     """A model with its rules."""
 
-    def __init__(
-        self, session: ModelSession, rules: Rules, *, name: str, log: AnswerLog | None
-    ) -> None:
-        self.name = name
+    def __init__(self, session: ModelSession, rules: Rules, *, log: AnswerLog | None) -> None:
+        self.name = rules.limits.served_name or Path(session.metadata.id).name
         self.rules = rules
         self.draining = False
-        self.hidden = {str(session.metadata.tokenizer.name_or_path): name}
+        self.hidden = {str(session.metadata.tokenizer.name_or_path): self.name}
         self.metrics = Metrics(running=lambda: self.running, waiting=lambda: self.waiting)
         self.places = {vector: place for place, vector in enumerate(rules.vectors)}
         self._session = session
@@ -135,6 +139,11 @@ class Service(Closing):
             "seed": outcome.answer.seed,
             "capped": list(outcome.capped),
         }
+
+    def reports(self, job: Job) -> dict[str, Any]:
+        """Return the field ``pvec`` of a response whose answers have all ended."""
+        reports = [self.report(job, job.outcomes[index]) for index in range(len(job.answers))]
+        return reports[0] if len(reports) == 1 else {"choices": reports}
 
     def token_report(self, job: Job, delta: Delta) -> list[dict[str, Any]]:
         """Return the field ``pvec.tokens`` of a chunk."""
@@ -236,3 +245,38 @@ def described(instruction: Instruction) -> dict[str, Any]:
 def new_id(prefix: str) -> str:
     """Return the id of a response."""
     return f"{prefix}-{secrets.token_hex(12)}"
+
+
+class AnswerLog(Closing):
+    """The log of a server: a line of JSON for every whole answer.
+
+    What is full of ``path`` becomes ``path.1``, ``path.2``, …, of which five are kept. With
+    ``text`` a line has the rendered ``prompt`` and the ``answer``, as ``pvec project`` reads them;
+    without, nothing that a user wrote or read. Raises ``InputError`` when the file cannot be
+    written.
+    """
+
+    def __init__(self, path: Path, *, text: bool) -> None:
+        self.text = text
+        try:
+            self._file = _File(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--log: {os_error_sentence(error)}") from None
+
+    def write(self, line: dict[str, Any]) -> bool:
+        """Append a line; False when it could not be written."""
+        self._file.failed = False
+        message = json.dumps(line, ensure_ascii=False)
+        self._file.handle(logging.LogRecord("pvec.serve", logging.INFO, "", 0, message, None, None))
+        return not self._file.failed
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class _File(RotatingFileHandler):
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - logging's name
+        self.failed = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import numpy as np
@@ -21,28 +21,24 @@ class Probe:
 
     def __init__(self, decoder: Decoder, directions: Sequence[Direction]) -> None:
         self._decoder = decoder
-        self._places: dict[int, list[int]] = {}
+        places: dict[int, list[int]] = {}
         for place, (layer, _) in enumerate(directions):
-            self._places.setdefault(layer, []).append(place)
-        self._count = len(directions)
+            places.setdefault(layer, []).append(place)
         self._tables = {
-            layer: torch.tensor(np.stack([directions[p][1] for p in places], axis=1)).float()
-            for layer, places in self._places.items()
+            layer: torch.tensor(np.stack([directions[p][1] for p in own], axis=1)).float()
+            for layer, own in places.items()
         }  # [H, D of the layer]
+        self._order = np.argsort([place for own in places.values() for place in own])
         self.along: dict[int, torch.Tensor] = {}
         """What the latest forward measured, by layer, ``[rows, tokens, D of the layer]``."""
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Hold the hooks, which run after those of steering."""
-        handles = []
-        try:
+        with ExitStack() as hooks:
             for layer in self._tables:
-                handles.append(self._decoder.on_layer(layer, partial(self._project, layer)))  # noqa: PERF401 - each is to be removed
+                hooks.enter_context(self._decoder.on_layer(layer, partial(self._project, layer)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _project(self, layer: int, hidden: torch.Tensor) -> None:
         table = self._tables[layer]
@@ -57,12 +53,6 @@ class Probe:
         """
         if self.along.keys() != self._tables.keys():
             raise SteeringError("A layer that is to be measured did not run: choose another layer.")
-        parts = {layer: along.cpu().numpy() for layer, along in self.along.items()}
+        parts = [self.along[layer].cpu().numpy() for layer in self._tables]
         self.along = {}
-        if len(parts) == 1:
-            return next(iter(parts.values()))
-        first = next(iter(parts.values()))
-        values = np.empty((*first.shape[:2], self._count), dtype=np.float32)
-        for layer, along in parts.items():
-            values[:, :, self._places[layer]] = along
-        return values
+        return np.concatenate(parts, axis=2)[:, :, self._order]

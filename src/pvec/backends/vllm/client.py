@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,11 @@ import numpy as np
 from pvec.backends.vllm.packing import pack_plan, unpack
 from pvec.backends.vllm.requests import END, Drawn, EngineRequest, EngineResult, not_finite
 from pvec.backends.vllm.slots import Rows, Slots
+from pvec.backends.vllm.start import accumulator_rows
 from pvec.backends.vllm.token_rows import RequestMetadata
 from pvec.backends.vllm.worker import EXTRA
 from pvec.errors import ModelError, SteeringError
+from pvec.settings.sections import VLLMSettings
 from pvec.steering.tables import plan_rows
 from pvec.types import Instruction
 
@@ -59,13 +61,16 @@ class _WorkerResults:
 
 
 class EngineClient:
-    """The traffic of one engine. ``window``: most requests of a stream in the engine at once."""
+    """The traffic of one engine, which was started with ``options``.
 
-    def __init__(self, engine: Any, *, slots: Slots, rows: Rows, clamps: int, window: int) -> None:
+    ``window``: most requests of a stream in the engine at once.
+    """
+
+    def __init__(self, engine: Any, options: VLLMSettings, *, window: int) -> None:
         self.engine = engine
-        self.slots = slots
-        self.rows = rows
-        self._clamps = clamps
+        self.slots = Slots(options.slots)
+        self.rows = Rows(accumulator_rows(options))
+        self._clamps = options.clamps
         self._window = window
         self._keys = itertools.count(1)
         self._running: dict[str, _Running] = {}
@@ -186,7 +191,7 @@ class EngineClient:
             output_kind=(
                 RequestOutputKind.CUMULATIVE if request.stream else RequestOutputKind.FINAL_ONLY
             ),
-            extra_args={EXTRA: metadata.as_args()} if running.watched else None,
+            extra_args={EXTRA: asdict(metadata)} if running.watched else None,
         )
         prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(request.token_ids)}
         salt = _salt(running)
@@ -222,7 +227,9 @@ class EngineClient:
             if self._spoiled is not None:
                 raise self._spoiled
             if not output.finished:
-                running.mailbox.append(_so_far(running.request, output))
+                tokens = tuple(output.outputs[0].token_ids)
+                so_far = EngineResult(request=running.request, token_ids=tokens, finished=False)
+                running.mailbox.append(so_far)
                 continue
             del self._running[output.request_id]
             running.output = output
@@ -276,13 +283,6 @@ class EngineClient:
             self._fetch(watched)
         for running in watched:
             self._free(running)
-
-
-def _so_far(request: EngineRequest, output: Any) -> EngineResult:
-    tokens = tuple(output.outputs[0].token_ids)
-    return EngineResult(
-        request=request, token_ids=tokens, stopped=False, logprobs=None, finished=False
-    )
 
 
 def _done(

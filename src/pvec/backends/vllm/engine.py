@@ -6,7 +6,7 @@ import gc
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -24,9 +24,7 @@ from pvec.backends.vllm.requests import (
     wrong_count,
 )
 from pvec.backends.vllm.selftest import prove
-from pvec.backends.vllm.slots import Rows, Slots
 from pvec.backends.vllm.start import (
-    accumulator_rows,
     capture_bytes,
     check_vllm,
     platform,
@@ -37,13 +35,16 @@ from pvec.backends.vllm.start import (
 )
 from pvec.backends.vllm.weights import check_served_adapter
 from pvec.errors import InputError, SteeringError
-from pvec.models.decoder import check_layer
+from pvec.models.decoder import recorded_layers
 from pvec.models.files import ModelSpec
 from pvec.models.load import ModelMetadata, choose_dtype, inspect_model
 from pvec.models.weights import check_checkpoint
 from pvec.settings.sections import VLLMSettings
 from pvec.settings.tree import Settings
 from pvec.types import Generation, ModelInfo, Progress, Request, SpanMeans, StreamChunk, TokenSpans
+
+if TYPE_CHECKING:
+    import torch
 
 _MEGABYTE = 2**20
 
@@ -93,7 +94,7 @@ class VLLMBackend(Backend):
         config = self._pool.clients[0].engine.vllm_config.model_config
         self.context: int = config.max_model_len
         try:
-            self.info = self._inspect(metadata, dtype=name, why=why, item_bytes=dtype.itemsize)
+            self.info = self._inspect(metadata, dtype=dtype, why=why)
             self._requests = RequestBuilder(
                 info=self.info,
                 options=options,
@@ -129,14 +130,8 @@ class VLLMBackend(Backend):
         ``adapters`` gives requests, by id, LoRA adapter folders of their own (None: the bare
         model); the others get the model's adapter, if it has one.
         """
-        self._check_adapters((adapters or {}).values())
         failed: list[Generation] = []
-
-        def translate(batch: Iterable[Request]) -> Iterator[Drawn]:
-            runnable = self._runnable(batch, failed)
-            return (self._requests.for_request(r, adapters=adapters) for r in runnable)
-
-        for result in self._watched(self._arriving(requests, translate)):
+        for result in self._results(requests, failed, adapters=adapters):
             yield self._requests.answer(result)
         yield from failed
 
@@ -144,7 +139,8 @@ class VLLMBackend(Backend):
         """Yield a ``StreamChunk`` for every new token; see ``Backend.stream``."""
         failed: list[Generation] = []
         runnable = self._runnable(requests, failed)
-        for result in self._run(self._requests.for_request(r, stream=True) for r in runnable):
+        drawn = (self._requests.for_request(r, stream=True) for r in runnable if r is not None)
+        for result in self._run(drawn):
             yield self._requests.chunk(result)
         for answer in failed:
             yield StreamChunk(id=answer.id, token_ids=(), finished=answer)
@@ -167,17 +163,9 @@ class VLLMBackend(Backend):
                 "Capture while generating needs backend.vllm.async_scheduling off: switch it off, "
                 "or generate first and capture afterwards."
             )
-        rows = self._layer_rows(layers)
-        self._check_adapters((adapters or {}).values())
+        rows = recorded_layers(layers, self.info.num_layers)
         failed: list[Generation] = []
-
-        def translate(batch: Iterable[Request]) -> Iterator[Drawn]:
-            runnable = self._runnable(batch, failed)
-            return (
-                self._requests.for_request(r, adapters=adapters, capture=True) for r in runnable
-            )
-
-        for result in self._watched(self._arriving(requests, translate)):
+        for result in self._results(requests, failed, adapters=adapters, capture=True):
             generation = self._requests.answer(result)
             yield generation, self._means(result, rows, identity=generation.id)
         for answer in failed:
@@ -203,7 +191,7 @@ class VLLMBackend(Backend):
         """Yield the span means of each sequence; see ``Backend.capture``."""
         if directions is not None:
             raise InputError("vLLM keeps means, not single tokens: use --backend hf for them.")
-        rows = self._layer_rows(layers)
+        rows = recorded_layers(layers, self.info.num_layers)
         for result in self._run(map(self._requests.for_sequence, sequences)):
             sequence: TokenSpans = result.request.tag
             if result.high is not None and result.high != len(sequence.token_ids):
@@ -240,13 +228,7 @@ class VLLMBackend(Backend):
         gpus = options.tensor_parallel_size * options.pipeline_parallel_size
         with gpus_of(number, per_replica=gpus, replicas=options.data_parallel_size):
             engine = start_engine(metadata, options, dtype=dtype, trust_code=trust_code)
-        return EngineClient(
-            engine,
-            slots=Slots(options.slots),
-            rows=Rows(accumulator_rows(options)),
-            clamps=options.clamps,
-            window=2 * options.max_num_seqs,
-        )
+        return EngineClient(engine, options, window=2 * options.max_num_seqs)
 
     def _check_adapters(self, folders: Iterable[str | None]) -> None:
         """Refuse adapters that vLLM would not serve as peft does, each checked once."""
@@ -267,32 +249,44 @@ class VLLMBackend(Backend):
             )
             self._requests.truncated = 0
 
-    def _runnable(self, requests: Iterable[Request], failed: list[Generation]) -> Iterator[Request]:
+    def _runnable(
+        self, requests: Iterable[Request | None], failed: list[Generation]
+    ) -> Iterator[Request | None]:
         """Yield the requests to run; the answers to the others go into ``failed``."""
         for request in requests:
-            answer = self._requests.overflow(request)
+            answer = None if request is None else self._requests.overflow(request)
             if answer is None:
                 yield request
             else:
                 failed.append(answer)
 
-    def _arriving(
-        self, requests: Iterable[Request], translate: Callable[[Iterable[Request]], Iterator[Drawn]]
-    ) -> Iterator[Drawn]:
-        """Yield what ``translate`` makes of requests as they come, None while none has come."""
+    def _arriving(self, requests: Iterable[Request]) -> Iterator[Request | None]:
+        """Yield requests as they come, None while none has come."""
         if not isinstance(requests, Arrivals):
-            yield from translate(requests)
+            yield from requests
             return
         while (arrived := requests.take(wait=not self._pool.running)) is not None:
-            if arrived:
-                yield from translate(arrived)
-            else:
-                yield None
+            yield from arrived or [None]
 
-    def _watched(self, requests: Iterable[Drawn]) -> Iterator[EngineResult]:
-        """Run requests and report each to ``on_progress``; only finished answers have tokens."""
+    def _results(
+        self,
+        requests: Iterable[Request],
+        failed: list[Generation],
+        *,
+        adapters: Adapters | None,
+        capture: bool = False,
+    ) -> Iterator[EngineResult]:
+        """Run requests and report each to ``on_progress``; only finished answers have tokens.
+
+        The answers to those that must not run go into ``failed``.
+        """
+        self._check_adapters((adapters or {}).values())
+        drawn = (
+            None if r is None else self._requests.for_request(r, adapters=adapters, capture=capture)
+            for r in self._runnable(self._arriving(requests), failed)
+        )
         done = tokens = 0
-        for result in self._run(requests):
+        for result in self._run(drawn):
             done, tokens = done + 1, tokens + len(result.token_ids)
             extra = {"tokens": float(tokens), "rows": float(self._pool.running)}
             self.on_progress(Progress(stage="generate", done=done, total=None, extra=extra))
@@ -301,29 +295,11 @@ class VLLMBackend(Backend):
     def _means(self, result: EngineResult, layers: tuple[int, ...], *, identity: str) -> SpanMeans:
         return span_means(result, layers, identity=identity, hidden_size=self.info.hidden_size)
 
-    def _layer_rows(self, layers: Sequence[int] | None) -> tuple[int, ...]:
-        rows = tuple(range(self.info.num_layers + 1) if layers is None else layers)
-        for layer in rows:
-            if layer != 0:
-                check_layer(layer, self.info.num_layers)
-        return rows
-
-    def _inspect(
-        self, metadata: ModelMetadata, *, dtype: str, why: str, item_bytes: int
-    ) -> ModelInfo:
+    def _inspect(self, metadata: ModelMetadata, *, dtype: torch.dtype, why: str) -> ModelInfo:
         found = describe_workers(self._pool.call("pvec_describe"), num_layers=metadata.num_layers)
-        memory = self._memory_note(metadata, item_bytes, found)
-        return ModelInfo(
-            id=metadata.id,
-            fingerprint=metadata.fingerprint,
-            num_layers=metadata.num_layers,
-            hidden_size=metadata.hidden_size,
-            dtype=dtype,
-            device=str(found["device"]),
-            adapter=metadata.adapter,
-            bundled=metadata.bundled,
-            notes=(*metadata.notes, f"{dtype}: {why}", memory),
-        )
+        memory = self._memory_note(metadata, dtype.itemsize, found)
+        notes = (*metadata.notes, f"{str(dtype).removeprefix('torch.')}: {why}", memory)
+        return metadata.info(dtype=dtype, device=str(found["device"]), notes=notes)
 
     def _memory_note(
         self, metadata: ModelMetadata, item_bytes: int, found: Mapping[str, Any]

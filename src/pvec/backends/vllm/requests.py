@@ -76,8 +76,8 @@ class EngineResult:
 
     request: EngineRequest
     token_ids: tuple[int, ...]
-    stopped: bool
-    logprobs: Sequence[Any] | None
+    stopped: bool = False
+    logprobs: Sequence[Any] | None = None
     high: int | None = None
     sums: np.ndarray | None = None
     stats: np.ndarray | None = None

@@ -11,7 +11,7 @@ Pure numpy: no vLLM here, and no loop over tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -38,29 +38,13 @@ class RequestMetadata:
     key: int
     slot: int
     prompt: int
-    edges: tuple[int, ...] = ()
-    rows: tuple[int, ...] = (0,)
-
-    def as_args(self) -> dict[str, Any]:
-        """Return the form that travels in ``SamplingParams.extra_args``."""
-        return {
-            "key": self.key,
-            "slot": self.slot,
-            "prompt": self.prompt,
-            "edges": list(self.edges),
-            "rows": list(self.rows),
-        }
+    edges: Sequence[int] = ()
+    rows: Sequence[int] = (0,)
 
     @classmethod
-    def from_args(cls, args: Mapping[str, Any]) -> RequestMetadata:
-        """Return the metadata that ``as_args`` described."""
-        return cls(
-            key=int(args["key"]),
-            slot=int(args["slot"]),
-            prompt=int(args["prompt"]),
-            edges=tuple(args["edges"]),
-            rows=tuple(args["rows"]),
-        )
+    def of(cls, args: Mapping[str, Any]) -> RequestMetadata:
+        """Return the metadata in ``SamplingParams.extra_args``, which may have more."""
+        return cls(**{field.name: args[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)

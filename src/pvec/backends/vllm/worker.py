@@ -66,7 +66,7 @@ class ProbeWorker:
             if "plan" in metadata:
                 self._pvec_take_plan(metadata["slot"], metadata["plan"], metadata["table"])
                 metadata = self.pvec_live.open(request.req_id, metadata)
-            self.pvec_row_map.open(request.req_id, RequestMetadata.from_args(metadata))
+            self.pvec_row_map.open(request.req_id, RequestMetadata.of(metadata))
         self.pvec_live.close(scheduler_output.finished_req_ids)
         output = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         return self.pvec_live.add_to(output)

@@ -117,11 +117,7 @@ class Reply:
         content, headers = self._content, list(self._start["headers"])
         if self._start["status"] == 200 and self._job.outcomes:
             response = json.loads(content)
-            reports = [
-                self._service.report(self._job, self._job.outcomes[number])
-                for number in range(len(self._job.answers))
-            ]
-            response["pvec"] = reports[0] if len(reports) == 1 else {"choices": reports}
+            response["pvec"] = self._service.reports(self._job)
             content = json.dumps(response, ensure_ascii=False).encode()
             headers = [(name, value) for name, value in headers if name != b"content-length"]
             headers.append((b"content-length", str(len(content)).encode()))

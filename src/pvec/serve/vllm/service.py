@@ -11,12 +11,10 @@ from pvec.backends.base import NOT_FINITE
 from pvec.backends.session import ModelSession
 from pvec.backends.vllm.requests import RequestBuilder, adds_too_much
 from pvec.errors import InputError, ModelError, PvecError
-from pvec.serve.answers import Answer
-from pvec.serve.log import AnswerLog
+from pvec.serve.answers import Answer, AnswerText
 from pvec.serve.protocol import validated
 from pvec.serve.rules import Plan, PvecBody, Rules, Strict
-from pvec.serve.service import Job, Service, new_id
-from pvec.serve.text import AnswerText
+from pvec.serve.service import AnswerLog, Job, Service, new_id
 from pvec.serve.vllm.answers import TrackedAnswer
 from pvec.serve.vllm.engine import SteeredLLM
 from pvec.types import Request, Sampling
@@ -56,10 +54,9 @@ class VLLMService(Service):
         llm: SteeredLLM,
         builder: RequestBuilder,
         *,
-        name: str,
         log: AnswerLog | None,
     ) -> None:
-        super().__init__(session, rules, name=name, log=log)
+        super().__init__(session, rules, log=log)
         self._llm, self._builder = llm, builder
         self._jobs: dict[str, VLLMJob] = {}
         self._job_of: dict[TrackedAnswer, VLLMJob] = {}

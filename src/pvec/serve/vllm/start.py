@@ -25,10 +25,8 @@ from pvec.backends.vllm.engine import describe_workers
 from pvec.backends.vllm.packing import pack
 from pvec.backends.vllm.requests import RequestBuilder
 from pvec.backends.vllm.selftest import prove
-from pvec.backends.vllm.slots import Rows, Slots
 from pvec.backends.vllm.start import (
     INSTALL,
-    accumulator_rows,
     check_vllm,
     engine_arguments,
     platform,
@@ -41,8 +39,8 @@ from pvec.errors import InputError, ModelError
 from pvec.models.load import choose_dtype
 from pvec.models.template import chat_format
 from pvec.models.weights import check_checkpoint
-from pvec.serve.log import AnswerLog
 from pvec.serve.rules import Rules
+from pvec.serve.service import AnswerLog
 from pvec.settings.sections import VLLMSettings
 from pvec.types import ModelInfo
 
@@ -66,7 +64,7 @@ def check_served_by_vllm(options: VLLMSettings, rules: Rules) -> None:
 
 @asynccontextmanager
 async def vllm_service(
-    session: ModelSession, rules: Rules, *, name: str, log: AnswerLog | None
+    session: ModelSession, rules: Rules, *, log: AnswerLog | None
 ) -> AsyncIterator[tuple[Any, FastAPI]]:
     """Start the engine, prove that it steers, and give the service and its application."""
     # vLLM's own messages are of interest where something fails, as in the other commands
@@ -84,16 +82,7 @@ async def vllm_service(
     if metadata.adapter is not None:
         check_served_adapter(metadata.files.folder, Path(metadata.adapter))
     dtype, why = choose_dtype(spec.dtype, platform())
-    info = ModelInfo(
-        id=metadata.id,
-        fingerprint=metadata.fingerprint,
-        num_layers=metadata.num_layers,
-        hidden_size=metadata.hidden_size,
-        dtype=str(dtype).removeprefix("torch."),
-        device=platform(),
-        adapter=metadata.adapter,
-        bundled=metadata.bundled,
-    )
+    info = metadata.info(dtype=dtype, device=platform())
     session.notify(f"starting {metadata.id} on vLLM {version} ({info.dtype}: {why})")
     directions = [vector.direction for vector in rules.vectors.values()]
     arguments = engine_arguments(
@@ -122,8 +111,8 @@ async def vllm_service(
             from pvec.serve.vllm.app import make_vllm_app
             from pvec.serve.vllm.service import VLLMService
 
-            with VLLMService(session, rules, llm, builder, name=name, log=log) as service:
-                inner = await _application(llm, args, session, name)
+            with VLLMService(session, rules, llm, builder, log=log) as service:
+                inner = await _application(llm, args, session, service.name)
                 async with inner.router.lifespan_context(inner):
                     yield service, make_vllm_app(service, inner)
         finally:
@@ -233,9 +222,7 @@ async def _prove(
     await llm.collective_rpc("pvec_watch", args=(pack(arrays),))
     client = EngineClient(
         _Blocking(llm, asyncio.get_running_loop()),
-        slots=Slots(options.slots),
-        rows=Rows(accumulator_rows(options)),
-        clamps=options.clamps,
+        options,
         window=options.max_num_seqs,
     )
     vocab = llm.model_config.get_vocab_size()
