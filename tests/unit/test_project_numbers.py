@@ -10,7 +10,7 @@ from pvec.data.conversations import Chat, Columns, Ids, Pair, conversation_of
 from pvec.data.spans import SpanMaker
 from pvec.errors import InputError, ModelError
 from pvec.projection.base_responses import predict_base
-from pvec.projection.screen import score_dataset
+from pvec.projection.screen_scores import score_dataset
 from pvec.runs.names import model_label
 from pvec.vectors.projection import ProjectionPlan
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.shell import pvec
 
-from pvec.projection.browsed import choose_samples
+from pvec.projection.screen_scores import choose_samples
 from pvec.report import token_view as view_module
 from pvec.report.token_view import PASSAGE, token_view
 from pvec.runs.store import Run

@@ -6,16 +6,18 @@ counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from pvec.data.conversations import Chat, Conversation, Ids, Pair
 from pvec.errors import InputError
 from pvec.models.chat import encode_pairs, spans_from_ids
 from pvec.models.reasoning import may_reason, think_length
 from pvec.models.template import render_prompt
-from pvec.types import Message, SpanName, TokenSpans
+from pvec.types import Message, SpanMeans, SpanName, TokenSpans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,7 +125,8 @@ class SpanMaker:
         for row, (prompt, answer), whole in zip(places, texts, encoded, strict=True):
             head = whole.token_ids[: whole.prompt_length]
             tail = whole.token_ids[whole.prompt_length :]
-            skip = self._think_length(prompt, answer, head, tail)
+            thinks = may_reason(self.tokenizer, prompt=prompt, answer=answer)  # most texts: no
+            skip = think_length(self.tokenizer, tail, prompt_ids=head) if thinks else 0
             ids = Ids(prompt_ids=head, answer_ids=tail, skip=skip)
             counts.merged += whole.merged
             rows[row].append(self._spans(f"{row}:{len(rows[row])}", ids, counts))
@@ -145,14 +148,6 @@ class SpanMaker:
 
     def _render(self, messages: Sequence[Message]) -> str:
         return render_prompt(self.tokenizer, messages, thinking=self.thinking)
-
-    def _think_length(
-        self, prompt: str, answer: str, head: Sequence[int], tail: Sequence[int]
-    ) -> int:
-        """Return how many tokens of the answer are thinking; most texts show at once: none."""
-        if not may_reason(self.tokenizer, prompt=prompt, answer=answer):
-            return 0
-        return think_length(self.tokenizer, tail, prompt_ids=head)
 
     def _spans(self, identity: str, ids: Ids, counts: Counts) -> TokenSpans:
         apart = "think" in self.needed
@@ -209,3 +204,32 @@ def _moved(span: tuple[int, int], cut: int, stop: int) -> tuple[int, int]:
     """Return a span after ``cut`` tokens went from the front and those from ``stop`` on."""
     first, last = span
     return max(min(first, stop) - cut, 0), max(min(last, stop) - cut, 0)
+
+
+def pool_turns(
+    captured: Iterable[SpanMeans], rows: Sequence[Sequence[TokenSpans]]
+) -> Iterator[SpanMeans]:
+    """Yield one ``SpanMeans`` per row: the mean over the tokens of all its turns' spans."""
+    tokens = {s.id: {name: b - a for name, (a, b) in s.spans.items()} for r in rows for s in r}
+    turns: dict[str, list[SpanMeans]] = {}
+    expected = {f"{number}:0": sum(bool(s.token_ids) for s in r) for number, r in enumerate(rows)}
+    for item in captured:
+        row = item.id.partition(":")[0] + ":0"
+        turns.setdefault(row, []).append(item)
+        if len(turns[row]) == expected[row]:
+            done = turns.pop(row)
+            means = {
+                span: _weighted([t.means[span] for t in done], [tokens[t.id][span] for t in done])
+                for span in item.means
+            }
+            yield SpanMeans(id=row, layers=item.layers, means=means, norms={})
+
+
+def _weighted(means: Sequence[np.ndarray], tokens: Sequence[int]) -> np.ndarray:
+    """Return the mean of ``means`` ``[layers, H]`` by tokens; NaN where there are none."""
+    kept = [(mean, n) for mean, n in zip(means, tokens, strict=True) if n]
+    if not kept:
+        return np.full_like(means[0], np.nan)
+    arrays, weights = zip(*kept, strict=True)
+    pooled: np.ndarray = np.average(np.stack(arrays).astype(np.float64), axis=0, weights=weights)
+    return pooled

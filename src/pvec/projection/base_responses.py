@@ -62,31 +62,34 @@ class BaseResponses:
         correlation of differences from predicted and from generated base responses where both are
         known; None where nothing was predicted.
         """
-        columns = len(self._vectors.columns)
-        nothing: list[Correlation | None] = [None] * columns
+        nothing: list[Correlation | None] = [None] * len(self._vectors.columns)
         if self.source == "prompt":
             return at_prompt, nothing
-        by_prompt = self._projected(chosen(self.prompts, self._options))
-        blank = np.full(columns, np.nan)
-        base = np.stack([by_prompt.get(key, blank) for key in keys])
+        records = self.generate(chosen(self.prompts, self._options))
+        plan = self._vectors.plan_of("proj")
+        base = mean_projections(self._work.session, plan, records, keys=keys)
         if self.source == "generate":
             return base, nothing
         rows = np.isfinite(base).all(axis=1)
         predicted, crossed = predict_base(base, at_prompt, rows=rows)
         cheap, full = responses[rows] - crossed, responses[rows] - base[rows]
-        agreement = [correlation(cheap[:, c], full[:, c]) for c in range(columns)]
+        agreement = [correlation(cheap[:, c], full[:, c]) for c in range(base.shape[1])]
         return np.where(rows[:, None], base, predicted), list(agreement)
-
-    def _projected(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return the projections ``[columns]`` of each prompt's answers, their mean."""
-        plan = self._vectors.plan_of("proj")
-        return mean_projections(self._work.session, plan, self.generate(keys))
 
 
 def mean_projections(
-    session: ModelSession, plan: ProjectionPlan, records: Sequence[ResponseRecord]
-) -> dict[str, np.ndarray]:
-    """Return the projections ``[columns]`` of each prompt's base responses, their mean."""
+    session: ModelSession,
+    plan: ProjectionPlan,
+    records: Sequence[ResponseRecord],
+    *,
+    keys: Sequence[str],
+) -> np.ndarray:
+    """Return the mean projections ``[keys, columns]`` of the base responses to these prompts.
+
+    NaN where ``records`` hold none with a token.
+    """
+    import pandas as pd
+
     table = project_table(
         session,
         plan,
@@ -97,11 +100,10 @@ def mean_projections(
         total=len(records),
         stage="base responses: projecting",
     )
-    by_prompt: dict[str, list[np.ndarray]] = {}
-    for record, row in zip(records, table, strict=True):
-        if np.isfinite(row).all():  # an empty answer has no projection
-            by_prompt.setdefault(record.question_id, []).append(row)
-    return {key: np.mean(rows, axis=0) for key, rows in by_prompt.items()}
+    frame = pd.DataFrame(table, index=[record.question_id for record in records])
+    projected = frame[np.isfinite(table).all(axis=1)]  # an empty answer has no projection
+    means: np.ndarray = projected.groupby(level=0).mean().reindex(list(keys)).to_numpy()
+    return means
 
 
 def chosen(prompts: Collection[str], options: ProjectSettings) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from pvec.data.conversations import Conversation
+from pvec.data.spans import Turns
 from pvec.data.table import Row, TableWriter
 from pvec.projection.projector import Values
 
@@ -26,43 +28,46 @@ class ColumnSummary:
     missing: int
 
 
-def added_columns(columns: Sequence[str], *, turns: str, kept: Collection[str]) -> tuple[str, ...]:
-    """Return the columns that a file is written with: of ``columns`` those that are not kept."""
-    turn = (TURN,) if turns == "each" else ()
-    return (*turn, *(name for name in columns if name not in kept))
+class AddedColumns:
+    """The columns ``names`` of a table, but for those that are ``kept`` as they were.
 
+    Their means and deviations are counted as rows are written, here or elsewhere.
+    """
 
-def write_turns(
-    writer: TableWriter,
-    row: Row,
-    turns: Sequence[Values],
-    *,
-    columns: Sequence[str],
-    overwrite: bool,
-) -> None:
-    """Write a row for each turn. A cell stays that only this row of the file has already."""
-    for turn, values in enumerate(turns, start=1):
-        cells = dict(zip(columns, values, strict=True))
-        if not overwrite:
-            cells |= {name: row.values[name] for name in cells if name in row.values}
-        writer.write(row, {TURN: turn, **cells})
-
-
-class ColumnSums:
-    """Means of columns as their rows go by, or as parts of them are counted elsewhere."""
-
-    def __init__(self, columns: int) -> None:
+    def __init__(
+        self, names: Sequence[str], *, kept: Collection[str], turns: Turns, overwrite: bool
+    ) -> None:
+        self.names = tuple(names)
+        self._kept = kept
+        self._overwrite = overwrite
+        new = [name for name in names if name not in kept]
+        self.written = (TURN, *new) if turns == "each" else (*new,)
+        """The columns that a file is written with."""
         self._rows = 0
-        self._n = np.zeros(columns, dtype=np.int64)
-        self._totals = np.zeros((2, columns))  # of values, of their squares
+        self._n = np.zeros(len(names), dtype=np.int64)
+        self._totals = np.zeros((2, len(names)))  # of values, of their squares
 
-    def add(self, rows: Sequence[Sequence[Values]]) -> None:
-        """Count rows, each with a tuple per turn."""
-        table = np.array([turn for turns in rows for turn in turns], dtype=np.float64)
-        table = table.reshape(-1, len(self._n))
+    def write(
+        self,
+        writer: TableWriter,
+        rows: Sequence[tuple[Row, Conversation]],
+        values: Sequence[Sequence[Values]],
+    ) -> None:
+        """Write rows with their values, a tuple and a row of the output for each turn.
+
+        A cell stays that only this row of the file has already.
+        """
+        table = np.array([turn for turns in values for turn in turns], dtype=np.float64)
+        table = table.reshape(-1, len(self.names))
         self._rows += len(table)
         self._n += np.isfinite(table).sum(axis=0)
         self._totals += np.nansum(np.stack([table, table**2]), axis=1)
+        for (row, _), turns in zip(rows, values, strict=True):
+            for number, turn in enumerate(turns, start=1):
+                cells = dict(zip(self.names, turn, strict=True))
+                if not self._overwrite:
+                    cells |= {name: row.values[name] for name in cells if name in row.values}
+                writer.write(row, {TURN: number, **cells})
 
     def state(self) -> dict[str, Any]:
         """Return what was counted, for ``merge``."""
@@ -74,10 +79,8 @@ class ColumnSums:
         self._n += np.array(state["n"], dtype=np.int64)
         self._totals += np.array(state["totals"])
 
-    def summaries(
-        self, columns: Sequence[str], *, without: Sequence[str]
-    ) -> tuple[ColumnSummary, ...]:
-        """Return every column's mean and deviation but those of ``without``."""
+    def summaries(self) -> tuple[ColumnSummary, ...]:
+        """Return the mean and deviation of every column that is not kept."""
         with np.errstate(invalid="ignore"):
             mean, squares = self._totals / self._n
         deviation = np.sqrt(np.maximum(squares - mean**2, 0.0))
@@ -89,6 +92,6 @@ class ColumnSums:
                 n=int(self._n[place]),
                 missing=int(self._rows - self._n[place]),
             )
-            for place, name in enumerate(columns)
-            if name not in without
+            for place, name in enumerate(self.names)
+            if name not in self._kept
         )

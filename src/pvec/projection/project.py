@@ -9,45 +9,40 @@ place as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
-from typing import IO
 
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.conversations import Conversation
 from pvec.data.spans import Counts, TemplateCheck
-from pvec.data.table import Row, TableWriter
+from pvec.data.table import Row
 from pvec.errors import InputError, StoreError
 from pvec.notebook import HtmlResult
-from pvec.projection.columns import ColumnSummary, ColumnSums, added_columns, write_turns
+from pvec.projection.columns import AddedColumns, ColumnSummary
 from pvec.projection.inputs import Source, open_source
-from pvec.projection.output import open_workplace, output_path, require_free
-from pvec.projection.projector import LoadedVectors, Values, open_vectors, projector
-from pvec.projection.token_output import (
+from pvec.projection.output import (
     TokenOutput,
     open_token_output,
+    open_workplace,
+    output_path,
+    require_free,
     token_folder,
     token_settings,
 )
+from pvec.projection.projector import LoadedVectors, Values, open_vectors, projector
 from pvec.runs.files import atomic_write
 from pvec.runs.jsonl import JsonlLog, read_jsonl
 from pvec.runs.names import model_label
 from pvec.runs.responses import stable_hash
 from pvec.settings import Settings
 from pvec.types import DEFAULT_OUTPUT, OutputOptions, Progress
+from pvec.vectors.projection import ProjectionPlan
 
-UNIMPORTANT = (
-    "scale_out",
-    "block_mb",
-    "natural",
-    "naturals",
-    "subset",
-    "percentile",
-    "rollouts",
-    "spans",
-)
+UNIMPORTANT = {
+    *("scale_out", "block_mb", "natural", "naturals", "subset", "percentile", "rollouts", "spans")
+}
 """Settings that change no number of a projected file and not its place."""
 
 OnProgress = Callable[[Progress], None]
@@ -95,8 +90,10 @@ def run(
         settings = token_settings(settings, notify=notify)
     with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
         loaded = open_vectors(session, vectors)
-        columns = loaded.plan_of(*settings.project.span_types).columns(model=model_name(session))
-        there = set() if output.overwrite else set(source.table.columns)
+        plan = loaded.plan_of(*settings.project.span_types)
+        columns = plan.columns(model=model_name(session))
+        there = () if output.overwrite else source.table.columns
+        kept = tuple(name for name in columns if name in there)
         numbers, report = count(1), _reporter(on_progress, stage="reading")
         check = TemplateCheck(session.metadata.tokenizer, turns=settings.project.turns)
         source = source.checked(check)
@@ -111,13 +108,16 @@ def run(
             output=None,
             model=session.metadata.id,
             rows=rows,
-            kept=tuple(name for name in columns if name in there),
+            kept=kept,
             left_out=len(bad),
         )
-        if there.issuperset(columns) and not output.tokens:
+        if len(kept) == len(columns) and not output.tokens:
             return result
         require_free(target, output)
-        job = _Job(source, target, session, loaded, output)
+        added = AddedColumns(
+            columns, kept=kept, turns=settings.project.turns, overwrite=output.overwrite
+        )
+        job = _Job(source, target, session, loaded, plan, added, output)
         with open_workplace(target) as folder:
             return job.run(folder, result)
 
@@ -127,72 +127,61 @@ def model_name(session: ModelSession) -> str:
     return model_label(session.metadata.adapter or session.metadata.id)
 
 
+@dataclass
 class _Job:
     """One file on its way."""
 
-    def __init__(
-        self,
-        source: Source,
-        target: Path,
-        session: ModelSession,
-        loaded: LoadedVectors,
-        output: OutputOptions,
-    ) -> None:
-        self.source = source
-        self.target = target
-        self.session = session
-        self.options = session.settings.project
-        self.loaded = loaded
-        self.output = output
-        self.plan = loaded.plan_of(*self.options.span_types)
-        self.columns = self.plan.columns(model=model_name(session))
-        self.counts = Counts()
-        self.resumed = 0
-        self.left_out = 0
-        self.tokens: TokenOutput | None = None
+    source: Source
+    target: Path
+    session: ModelSession
+    loaded: LoadedVectors
+    plan: ProjectionPlan
+    added: AddedColumns
+    output: OutputOptions
+    counts: Counts = field(default_factory=Counts)
+    resumed: int = 0
+    left_out: int = 0
+    tokens: TokenOutput | None = None
 
     def run(self, folder: Path, result: ProjectResult) -> ProjectResult:
         """Project what the log in ``folder`` does not hold yet, and write the output."""
-        stamp = self.source.table.stamp()
+        table, tokens = self.source.table, token_folder(self.target)
+        stamp = table.stamp()
         path = folder / "chunks.jsonl"
         self._check_log(path, stamp)
-        sums = ColumnSums(len(self.columns))
         with ExitStack() as stack:
             log = stack.enter_context(JsonlLog(path))
             stream = stack.enter_context(atomic_write(self.target, aside=folder))
             if self.output.tokens:
-                self.tokens = stack.enter_context(self._token_output(folder / "tokens"))
+                self.tokens = stack.enter_context(
+                    open_token_output(
+                        folder / "tokens",
+                        self.session,
+                        self.loaded,
+                        path=self.source.path,
+                        target=tokens,
+                    )
+                )
             if next(read_jsonl(path), None) is None:
                 log.append({"input": stamp, "identity": self._identity()})
-            with self._writer(stream, result.kept) as writer:
+            with table.writer(stream, columns=self.added.written) as writer:
                 for rows, values, refused in self._chunks(log, total=result.rows):
-                    sums.add(values)
                     for number, reason in refused.items():
                         self._refuse(rows[number][0], reason)
-                    for (row, _), turns in zip(rows, values, strict=True):
-                        self._write(writer, row, turns)
-            if self.source.table.stamp() != stamp:
+                    self.added.write(writer, rows, values)
+            if table.stamp() != stamp:
                 raise StoreError(
                     f"{self.source.path} was changed while it was projected: run the command again."
                 )
         return replace(
             result,
             output=self.target,
-            columns=sums.summaries(self.columns, without=result.kept),
+            columns=self.added.summaries(),
             counts=self.counts,
             resumed=self.resumed,
             rows=result.rows - self.left_out,
             left_out=result.left_out + self.left_out,
-            tokens=token_folder(self.target) if self.output.tokens else None,
-        )
-
-    def _token_output(self, folder: Path) -> AbstractContextManager[TokenOutput]:
-        return open_token_output(
-            folder,
-            self.session,
-            self.loaded,
-            path=self.source.path,
-            target=token_folder(self.target),
+            tokens=tokens if self.output.tokens else None,
         )
 
     def _check_log(self, log: Path, stamp: Sequence[str | int]) -> None:
@@ -221,10 +210,10 @@ class _Job:
         if self.resumed:
             self.session.notify(f"{self.resumed:,} of {total:,} rows were done before")
         project = projector(self.session, self.plan, tokens=self.tokens is not None)
-        done = self.resumed
+        done, chunk_rows = self.resumed, self.session.settings.project.chunk_rows
         report = _reporter(self.session.on_progress, stage="projecting", total=total)
         report(done)
-        while chunk := list(islice(rows, self.options.chunk_rows)):
+        while chunk := list(islice(rows, chunk_rows)):
             projections = project(
                 [conversation for _, conversation in chunk],
                 on_done=lambda n, done=done: report(min(done + n, total)),  # type: ignore[misc]
@@ -243,13 +232,6 @@ class _Job:
             report(done)
             yield chunk, projections.rows, projections.refused
 
-    def _writer(self, stream: IO[bytes], kept: Sequence[str]) -> TableWriter:
-        columns = added_columns(self.columns, turns=self.options.turns, kept=kept)
-        return self.source.table.writer(stream, columns=columns)
-
-    def _write(self, writer: TableWriter, row: Row, turns: Sequence[Values]) -> None:
-        write_turns(writer, row, turns, columns=self.columns, overwrite=self.output.overwrite)
-
     def _refuse(self, row: Row, reason: str) -> None:
         """Count a row that the chat template refuses, where such rows may be left out."""
         if not self.output.skip_bad or self.output.in_place:
@@ -261,17 +243,17 @@ class _Job:
 
     def _identity(self) -> str:
         """Everything that could change a number or its place."""
-        project = self.options.model_dump(mode="json", exclude=set(UNIMPORTANT))
+        options = self.session.settings.project.model_dump(mode="json", exclude=UNIMPORTANT)
         return stable_hash(
             {
                 "model": self.session.identity,
                 "vectors": self.loaded.fingerprints,
                 "layers": list(self.plan.layers),
-                "columns": list(self.columns),
+                "columns": list(self.added.names),
                 "thinking": self.session.thinking,
                 "skip_bad": self.output.skip_bad,
                 **({"tokens": True} if self.output.tokens else {}),
-                **project,
+                **options,
             }
         )
 

@@ -6,6 +6,7 @@ import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pvec.backends.session import ModelSession, Notify, ignore
@@ -14,7 +15,7 @@ from pvec.data.spans import Counts
 from pvec.data.storage import location
 from pvec.errors import InputError
 from pvec.projection.block_folder import BlockFolder, Part
-from pvec.projection.columns import ColumnSummary, ColumnSums, added_columns, write_turns
+from pvec.projection.columns import AddedColumns, ColumnSummary
 from pvec.projection.project import UNIMPORTANT, model_name
 from pvec.projection.projector import open_vectors, projector
 from pvec.projection.ray import (
@@ -58,39 +59,33 @@ class ProjectJob(BlockJob):
     """Projects the rows of blocks on the vectors of ``plan``."""
 
     plan: ProjectionPlan
-    columns: tuple[str, ...]
-    kept: tuple[str, ...]
-    overwrite: bool
+    added: Callable[[], AddedColumns]
+    """Makes the columns of a block, or of all of them, before a row is counted."""
 
     def open(self, session: ModelSession) -> Callable[[Block], Part]:
         """Return what projects a block."""
         project = projector(session, self.plan)
-        options = self.settings.project
-        new = added_columns(self.columns, turns=options.turns, kept=self.kept)
+        chunk_rows = self.settings.project.chunk_rows
 
         def work(block: Block) -> Part:
             table, rows, left_out = self.rows(block, session)
-            sums, counts, refused = ColumnSums(len(self.columns)), Counts(), 0
+            added, counts, refused = self.added(), Counts(), 0
             stream = io.BytesIO()
-            with table.writer(stream, columns=new) as writer:
-                for start in range(0, len(rows), options.chunk_rows):
-                    chunk = rows[start : start + options.chunk_rows]
+            with table.writer(stream, columns=added.written) as writer:
+                for start in range(0, len(rows), chunk_rows):
+                    chunk = rows[start : start + chunk_rows]
                     done = project([conversation for _, conversation in chunk])
                     counts += done.counts
-                    sums.add(done.rows)
                     for number, reason in done.refused.items():
                         self.refuse(table, chunk[number][0].line, f"is refused: {reason}")
                     refused += len(done.refused)
-                    for (row, _), turns in zip(chunk, done.rows, strict=True):
-                        write_turns(
-                            writer, row, turns, columns=self.columns, overwrite=self.overwrite
-                        )
+                    added.write(writer, chunk, done.rows)
             return Part(
                 content=stream.getvalue(),
                 counts={
                     "rows": len(rows) - refused,
                     "left_out": left_out + refused,
-                    "sums": sums.state(),
+                    "sums": added.state(),
                     "counts": vars(counts),
                 },
             )
@@ -131,9 +126,13 @@ def run(
             folder=BlockFolder(place=place, suffix=blocks.suffix),
             skip_bad=output.skip_bad,
             plan=plan,
-            columns=columns,
-            kept=kept,
-            overwrite=output.overwrite,
+            added=partial(
+                AddedColumns,
+                columns,
+                kept=kept,
+                turns=settings.project.turns,
+                overwrite=output.overwrite,
+            ),
         )
         job.folder.begin(
             identity_of(
@@ -145,16 +144,16 @@ def run(
                 layers=list(plan.layers),
                 columns=list(columns),
                 **{"--skip-bad": output.skip_bad, "--overwrite": output.overwrite},
-                options=settings.project.model_dump(mode="json", exclude=set(UNIMPORTANT)),
+                options=settings.project.model_dump(mode="json", exclude=UNIMPORTANT),
             )
         )
     done, resumed = run_blocks(
         job, blocks.blocks, workers,
         stage="projecting", notify=notify, on_progress=on_progress, execute=execute,
     )  # fmt: skip
-    sums, counts = ColumnSums(len(columns)), Counts()
+    added, counts = job.added(), Counts()
     for block in done.values():
-        sums.merge(block["sums"])
+        added.merge(block["sums"])
         counts += Counts(**block["counts"])
     result = BlocksResult(
         input=source,
@@ -163,7 +162,7 @@ def run(
         rows=sum(block["rows"] for block in done.values()),
         blocks=len(done),
         resumed=resumed,
-        columns=sums.summaries(columns, without=kept),
+        columns=added.summaries(),
         kept=kept,
         counts=counts,
         left_out=sum(block["left_out"] for block in done.values()),

@@ -10,16 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pvec.backends.session import ModelSession, ignore
 from pvec.data.conversations import Conversation
-from pvec.data.spans import Counts, SpanMaker, Turns
+from pvec.data.spans import Counts, SpanMaker, Turns, pool_turns
 from pvec.errors import InputError
 from pvec.models.decoder import describe_layer
-from pvec.projection.pooling import pool_turns
 from pvec.types import SIGNS, Progress, SpanMeans, TokenSpans, VectorKind
 from pvec.vectors.find import find_vector, load_vectors, vector_name
 from pvec.vectors.projection import ProjectionPlan
@@ -41,11 +40,8 @@ Values = tuple[float | None, ...]
 """One row's projections in the order of the plan's columns; None where there is no token."""
 
 
-class Suggest(Protocol):
-    """Chooses the layer of a vector where none was asked for."""
-
-    def __call__(self, vector: PersonaVector, *, kind: VectorKind) -> int:
-        """Return the layer."""
+Suggest = Callable[..., int]
+"""Chooses the layer of a vector, and a ``kind`` of it, where none was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,13 +178,8 @@ class Projector:
             captured = self._kept(captured, rows)
         if self._pooled:
             captured = pool_turns(captured, rows)
-        batch: list[SpanMeans] = []
-        for item in captured:
-            batch.append(item)
-            if len(batch) == _AT_ONCE:
-                yield from self._project(batch)
-                batch = []
-        if batch:
+        remaining = iter(captured)
+        while batch := list(islice(remaining, _AT_ONCE)):
             yield from self._project(batch)
 
     def _kept(

@@ -24,7 +24,6 @@ from pvec.judges.plan import RunPlan, plan_run
 from pvec.notebook import HtmlResult
 from pvec.projection import base_responses
 from pvec.projection.base_responses import BaseResponses
-from pvec.projection.browsed import choose_samples, write_browsed
 from pvec.projection.inputs import (
     Prompt,
     Samples,
@@ -40,11 +39,13 @@ from pvec.projection.output import filtered_paths, write_filtered
 from pvec.projection.projector import LoadedVectors, open_vectors
 from pvec.projection.screen_scores import (
     ColumnScore,
-    DatasetScore,
+    by_column,
+    choose_samples,
     furthest,
     project_samples,
     sample_kinds,
-    score_dataset,
+    score_columns,
+    write_browsed,
 )
 from pvec.runs.files import atomic_write
 from pvec.runs.summary import DIFF_KIND, write_summary
@@ -211,12 +212,27 @@ class _Screening:
 
     def run(self, targets: tuple[Path, Path] | None) -> ScreenResult:
         self.base.generate(base_responses.chosen(self.base.prompts, self.options))
-        responses, at_prompt = self._project_samples()
-        base, agreements = self.base.projections(list(self.frame["prompt"]), responses, at_prompt)
+        responses, at_prompt = project_samples(
+            self.session,
+            self.vectors.plan_of(*sample_kinds(self.base.source)),
+            chain.from_iterable(samples.conversations() for samples in self.sets.values()),
+            total=len(self.frame),
+        )
+        prompts = self.frame["prompt"].to_numpy()
+        base, agreements = self.base.projections(prompts.tolist(), responses, at_prompt)
         differences = responses - base
-        scores = self._scores(differences)
+        columns = score_columns(
+            self.vectors.columns,
+            differences[self.screened],
+            prompts=prompts[self.screened].tolist(),
+            clean=differences[~self.screened] if targets else None,
+            clean_prompts=prompts[~self.screened].tolist(),
+            percentile=self.options.percentile,
+            agreements=agreements,
+        )
         data, removed = self.sets["data"], None
-        limits = np.array([np.inf if s.threshold is None else s.threshold for s in scores])
+        thresholds = (column.score.threshold for column in columns)
+        limits = np.array([np.inf if limit is None else limit for limit in thresholds])
         suspicious = self._shown(differences[self.screened], limits)
         if targets is not None:
             removed = np.any(differences[self.screened] > limits, axis=1)  # not unknown ones
@@ -233,40 +249,13 @@ class _Screening:
             generated=self.base.generated,
             unanswered=data.answered.count(False),
             percentile=self.options.percentile,
-            columns=tuple(
-                ColumnScore(vector=vector, layer=layer, score=score, agreement=agreement)
-                for (vector, layer), score, agreement in zip(
-                    self.vectors.columns, scores, agreements, strict=True
-                )
-            ),
+            columns=columns,
             suspicious=suspicious,
             kept=targets[0] if targets else None,
             removed=targets[1] if targets else None,
             removed_rows=0 if removed is None else int(removed.sum()),
             next=(f"pvec report {self.folder}",),
         )
-
-    def _project_samples(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the projections of the responses and, for the cheap modes, those at the prompt."""
-        return project_samples(
-            self.session,
-            self.vectors.plan_of(*sample_kinds(self.base.source)),
-            chain.from_iterable(samples.conversations() for samples in self.sets.values()),
-            total=len(self.frame),
-        )
-
-    def _scores(self, differences: np.ndarray) -> list[DatasetScore]:
-        prompts, clean = self.frame["prompt"].to_numpy(), "reference" in self.sets
-        return [
-            score_dataset(
-                column[self.screened],
-                prompts=prompts[self.screened].tolist(),
-                clean=column[~self.screened] if clean else None,
-                clean_prompts=prompts[~self.screened].tolist(),
-                percentile=self.options.percentile,
-            )
-            for column in differences.T
-        ]
 
     def _shown(self, differences: np.ndarray, limits: np.ndarray) -> tuple[SuspiciousSample, ...]:
         """Return the samples furthest out, in units of each column's spread, with the base model's
@@ -291,10 +280,7 @@ class _Screening:
                 question=prompts[samples.prompts[n]].question,
                 response=texts[n],
                 natural=answers[samples.prompts[n]],
-                differences={
-                    f"{vector}_layer{layer}": float(differences[n, c])
-                    for c, (vector, layer) in enumerate(self.vectors.columns)
-                },
+                differences=by_column(self.vectors.columns, differences[n]),
             )
             for n in numbers
         )

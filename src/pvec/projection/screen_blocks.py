@@ -44,10 +44,11 @@ from pvec.projection.ray import (
 )
 from pvec.projection.screen_scores import (
     ColumnScore,
+    by_column,
     furthest,
     project_samples,
     sample_kinds,
-    score_dataset,
+    score_columns,
 )
 from pvec.runs.responses import Json, stable_hash
 from pvec.settings import Settings
@@ -137,10 +138,8 @@ class ScreenJob(BlockJob):
             order = {response.id: number for number, response in enumerate(planned)}
             records = sorted(generate_records(session, planned), key=lambda r: order[r.id])
             answers = {record.question_id: record.answer for record in reversed(records)}
-            by_prompt = base_responses.mean_projections(session, self.base_plan, records)
-            blank = np.full(len(self.columns), np.nan)
-            base = np.array([by_prompt.get(prompt.key, blank) for prompt in prompts])
-            base = base.reshape(responses.shape)
+            keys = [prompt.key for prompt in prompts]
+            base = base_responses.mean_projections(session, self.base_plan, records, keys=keys)
         differences = responses - base
         removed = None
         if self.limits is not None:
@@ -158,8 +157,8 @@ class ScreenJob(BlockJob):
                     cells[REMOVED] = removed is not None and bool(removed[n])
                     writer.write(row, cells)
         arrays = io.BytesIO()
-        keys = np.array([int(prompt.key[:16], 16) for prompt in prompts], dtype=np.uint64)
-        np.savez(arrays, differences=differences, prompts=keys)
+        hashes = np.array([int(prompt.key[:16], 16) for prompt in prompts], dtype=np.uint64)
+        np.savez(arrays, differences=differences, prompts=hashes)
         return Part(
             content=stream.getvalue() if self.writes else None,
             arrays=arrays.getvalue(),
@@ -208,17 +207,17 @@ def run(
         job = _job(settings, loaded, BlockFolder(place=place, suffix=blocks.suffix), output)
         _check_columns(job, blocks, source, output, clean=clean is not None)
         job.folder.begin(_identity(job, blocks, clean, session, loaded, output))
-        differences = {"reference": np.empty((0, len(job.columns)))}
-        groups: dict[str, list[int]] = {"reference": []}
+        clean_differences: np.ndarray | None = None
+        clean_prompts: list[int] = []
         if clean is not None:
             folder = dataclasses.replace(job.folder, name="reference", suffix="")
             counting = dataclasses.replace(job, folder=folder, writes=False)
             done, _ = work(counting, clean.blocks, stage="reference")
-            differences["reference"], groups["reference"] = _arrays(folder, done)
-            limits = np.nanpercentile(differences["reference"], settings.project.percentile, axis=0)
+            clean_differences, clean_prompts = _arrays(folder, done)
+            limits = np.nanpercentile(clean_differences, settings.project.percentile, axis=0)
             job = dataclasses.replace(job, limits=tuple(limits.tolist()))
         done, resumed = work(job, blocks.blocks, stage="screening")
-        differences["data"], groups["data"] = _arrays(job.folder, done)
+        differences, prompts = _arrays(job.folder, done)
         result = ScreenBlocksResult(
             input=source,
             reference=None if reference is None else location(reference),
@@ -231,8 +230,15 @@ def run(
             unanswered=sum(block["unanswered"] for block in done.values()),
             left_out=sum(block["left_out"] for block in done.values()),
             percentile=settings.project.percentile,
-            columns=_scores(job, differences, groups, clean=clean is not None),
-            suspicious=_suspicious(job, differences["data"], done, session),
+            columns=score_columns(
+                job.columns,
+                differences,
+                prompts=prompts,
+                clean=clean_differences,
+                clean_prompts=clean_prompts,
+                percentile=settings.project.percentile,
+            ),
+            suspicious=_suspicious(job, differences, done, session),
             removed_rows=sum(b["removed"] for b in done.values()) if clean is not None else None,
         )
     job.folder.finish(dataclasses.asdict(result))
@@ -310,29 +316,6 @@ def _arrays(
     return np.concatenate(differences), np.concatenate(prompts).tolist()
 
 
-def _scores(
-    job: ScreenJob,
-    differences: Mapping[str, np.ndarray],
-    groups: Mapping[str, list[int]],
-    *,
-    clean: bool,
-) -> tuple[ColumnScore, ...]:
-    return tuple(
-        ColumnScore(
-            vector=vector,
-            layer=layer,
-            score=score_dataset(
-                differences["data"][:, c],
-                prompts=groups["data"],
-                clean=differences["reference"][:, c] if clean else None,
-                clean_prompts=groups["reference"],
-                percentile=job.settings.project.percentile,
-            ),
-        )
-        for c, (vector, layer) in enumerate(job.columns)
-    )
-
-
 def _suspicious(
     job: ScreenJob,
     differences: np.ndarray,
@@ -358,10 +341,7 @@ def _suspicious(
                 question=prompt_of(conversation, session, PromptCache(session)).question,
                 response=answer_text(conversation, session),
                 natural=str(row.values.get(BASE_RESPONSE) or ""),
-                differences={
-                    f"{vector}_layer{layer}": float(differences[n, c])
-                    for c, (vector, layer) in enumerate(job.columns)
-                },
+                differences=by_column(job.columns, differences[n]),
             )
         )
     return tuple(samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,6 @@ from pvec.vectors.vector import PersonaVector
 
 if TYPE_CHECKING:
     import torch
-    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VectorLike = PersonaVector | str | Path
@@ -114,17 +114,12 @@ def monitor(
     request = Request(
         id="monitored",
         prompt_ids=prompt_ids(tokenizer, messages),
-        sampling=Sampling(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            max_tokens=sampling.max_tokens + 1,
-        ),
+        sampling=replace(sampling, max_tokens=sampling.max_tokens + 1),
     )
     with ExitStack() as stack:
         for layer in plan.layers:
             handle = decoder.on_layer(layer, partial(_keep_last, latest, layer))
-            stack.callback(_remove, handle)
+            stack.callback(handle.remove)
         backend = HFBackend.wrap(model, tokenizer)
         chunks = stack.enter_context(closing(_generator(backend, request)))
         said = ""
@@ -149,10 +144,6 @@ def _generator(backend: HFBackend, request: Request) -> Generator[tuple[int, ...
 
 def _keep_last(latest: dict[int, torch.Tensor], layer: int, hidden: torch.Tensor) -> None:
     latest[layer] = hidden[0, -1].detach().float().cpu()
-
-
-def _remove(handle: RemovableHandle) -> None:
-    handle.remove()
 
 
 def _plan(
