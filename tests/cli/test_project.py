@@ -249,7 +249,7 @@ def test_a_changed_input_begins_anew(
     project: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_chats(tmp_path / "data.jsonl", *(chat(str(i), "b") for i in range(4)))
-    monkeypatch.setattr(workflow._Job, "_write", _interrupt)
+    monkeypatch.setattr(workflow.AddedColumns, "write", _interrupt)
     assert project(path).code == 130
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -40,9 +39,6 @@ from pvec.settings.projecting import ProjectSettings
 from pvec.traits.trait import Trait
 
 _RUN_COLUMNS = ("id", "trait", "question_id", "question", "system", "prompt", "answer")
-
-
-OnRow = Callable[[tuple[Row, Conversation]], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,7 +79,12 @@ class Source:
         """Yield the good rows."""
         return (row for row in self.read() if not isinstance(row, BadRow))
 
-    def check(self, *, skip_bad: bool, on_row: OnRow | None = None) -> tuple[int, list[BadRow]]:
+    def check(
+        self,
+        *,
+        skip_bad: bool,
+        on_row: Callable[[tuple[Row, Conversation]], None] | None = None,
+    ) -> tuple[int, list[BadRow]]:
         """Return how many good rows there are, and the bad ones where they may be left out.
 
         ``on_row`` is given every good row. Raises ``InputError`` that counts the bad rows and lists
@@ -151,11 +152,12 @@ def open_source(path: Path, settings: ProjectSettings) -> Source:
     table, columns = open_table(path), columns_of(settings)
     if not isinstance(table, JsonlTable) and not has_conversations(table.columns, columns):
         require_columns(path, columns=table.columns, need=(columns.prompt, columns.answer))
-    return Source(table=table, conversation=conversation_source(columns))
+    return Source(table=table, conversation=conversation_reader(settings))
 
 
-def conversation_source(columns: Columns) -> Callable[[Row], Conversation]:
+def conversation_reader(settings: ProjectSettings) -> Callable[[Row], Conversation]:
     """Return what reads the conversation in a row of a user's table."""
+    columns = columns_of(settings)
     return lambda row: conversation_of(row.values, columns)
 
 
@@ -172,13 +174,6 @@ def columns_of(settings: ProjectSettings) -> Columns:
 def _recorded(row: Row) -> Ids:
     record: ResponseRecord = row.raw
     return Ids(prompt_ids=record.prompt_ids, answer_ids=record.token_ids, skip=record.think_tokens)
-
-
-def is_same_file(first: Path, second: Path) -> bool:
-    """Whether two paths are one file, links followed."""
-    with suppress(OSError):
-        return first.samefile(second)
-    return False
 
 
 # ── samples by their prompts: what screening, monitoring and shifts need of an input ────────────
@@ -308,24 +303,6 @@ def _answer(conversation: Conversation) -> str | Sequence[int]:
 
 
 # ── the run folders of screening and monitoring a file, and of a shift from a base model ────────
-
-
-def open_study(
-    session: ModelSession,
-    command: str,
-    *,
-    kind: str,
-    path: Path,
-    out: Path | None,
-    traits: Sequence[Trait] = (),
-) -> RunSession:
-    """Open the run of a command on the file ``path`` or begin it: ``runs/screen-data-tiny``.
-
-    ``kind`` is the run's on disk. Raises ``StoreError`` for a run of another identity.
-    """
-    folder = study_folder(session, command, path=path, out=out)
-    identity = study_identity(session, path)
-    return open_run(session, folder, kind=kind, identity=identity, traits=traits)
 
 
 def study_identity(session: ModelSession, path: Path) -> dict[str, Json]:

@@ -28,9 +28,9 @@ from pvec.notebook import HtmlResult
 from pvec.projection.inputs import (
     RunTable,
     Source,
+    open_run,
     open_samples,
     open_source,
-    open_study,
     study_folder,
     study_identity,
 )
@@ -120,19 +120,20 @@ def run(  # noqa: PLR0913 (what to compare with: each is an option)
             ModelSession(settings, notify=notify, on_progress=on_progress)
         )
         loaded = open_vectors(session, vectors, suggest=suggested_prompt_layer)
+        folder = study_folder(session, "monitor", path=path, out=output.out)
         known, planned, judged = _scores_or_answers(
-            session, loaded, source, traits=traits, score=score, condition=condition, output=output
-        )
+            session, loaded, source, folder,
+            traits=traits, score=score, condition=condition, skip_bad=output.skip_bad,
+        )  # fmt: skip
         scorer = None
         if known is None and settings.project.judge:
             scorer = stack.enter_context(
                 ResponseScorer.of(session, vectors=loaded.vectors.values())
             )
             scorer.check(metrics_of(*judged))
+        identity = study_identity(session, path)
         work = stack.enter_context(
-            open_study(
-                session, "monitor", kind=PROMPTS_KIND, path=path, out=output.out, traits=judged
-            )
+            open_run(session, folder, kind=PROMPTS_KIND, identity=identity, traits=judged)
         )
         if known is not None:
             return _compare(work, loaded, known)
@@ -154,12 +155,14 @@ def plan(
     source = open_source(path, settings.project)
     with ModelSession(settings, notify=notify) as session:
         loaded = open_vectors(session, vectors, suggest=suggested_prompt_layer)
+        folder = study_folder(session, "monitor", path=path, out=output.out)
         known, planned, judged = _scores_or_answers(
-            session, loaded, source, traits=traits, score=score, condition=condition, output=output
-        )
+            session, loaded, source, folder,
+            traits=traits, score=score, condition=condition, skip_bad=output.skip_bad,
+        )  # fmt: skip
         return plan_run(
             session,
-            study_folder(session, "monitor", path=path, out=output.out),
+            folder,
             kind=PROMPTS_KIND,
             identity=study_identity(session, path),
             planned=planned,
@@ -173,11 +176,12 @@ def _scores_or_answers(
     session: ModelSession,
     vectors: LoadedVectors,
     source: Source,
+    folder: Path,
     *,
     traits: Sequence[str],
     score: str | None,
     condition: str,
-    output: OutputOptions,
+    skip_bad: bool,
 ) -> tuple[PromptScores | None, list[PlannedResponse], list[Trait]]:
     """Return the prompts' scores where the input has them; else the answers to generate, and the
     traits to judge them on.
@@ -188,8 +192,8 @@ def _scores_or_answers(
             place = source.path
             raise InputError(f"{place} has no scores yet: score it with `pvec judge {place}`.")
         return known, [], []
-    use_run_date(session, study_folder(session, "monitor", path=source.path, out=output.out))
-    samples = open_samples(source, session, skip_bad=output.skip_bad)
+    use_run_date(session, folder)
+    samples = open_samples(source, session, skip_bad=skip_bad)
     conditions = conditions_of(samples, condition)
     if score is not None:
         return PromptScores.from_column(samples, score, conditions=conditions), [], []

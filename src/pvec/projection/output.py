@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from pvec.data.storage import url_of
 from pvec.data.table import Row
 from pvec.errors import InputError, PvecError, StoreError
 from pvec.models.token_text import TokenTexts
-from pvec.projection.inputs import Source, is_same_file
+from pvec.projection.inputs import Source
 from pvec.projection.projector import AnswerTokens, LoadedVectors
 from pvec.runs.files import WriterLock, atomic_write, probe_target
 from pvec.runs.jsonl import read_jsonl
@@ -47,7 +47,7 @@ def output_path(source: Source, output: OutputOptions) -> Path:
     target = output.out or table.output
     if url_of(target) is not None:
         raise InputError(f"--out {url_of(target)} needs --engine ray; without it give a file here.")
-    if is_same_file(target, source.path):
+    if _is_same_file(target, source.path):
         raise InputError(
             f"{target} is the input itself: give another --out, or --in-place to replace it."
         )
@@ -86,7 +86,7 @@ def filtered_paths(source: Source, *, overwrite: bool) -> tuple[Path, Path]:
     stem, suffix = Path(output.name.replace(".projected", "")).stem, output.suffix
     kept, removed = (output.with_name(f"{stem}.{name}{suffix}") for name in ("kept", "removed"))
     for target in (kept, removed):
-        if is_same_file(target, source.path):
+        if _is_same_file(target, source.path):
             raise InputError(f"{target} is the input itself: rename the input.")
         if target.exists() and not overwrite:
             raise InputError(f"{target} is there already: give --overwrite to replace it.")
@@ -103,6 +103,13 @@ def write_filtered(paths: tuple[Path, Path], source: Source, *, removed: np.ndar
             writers.append(stack.enter_context(source.table.writer(stream, columns=())))
         for (row, _), gone in zip(source.rows(), removed.tolist(), strict=True):
             writers[gone].write(row, {})
+
+
+def _is_same_file(first: Path, second: Path) -> bool:
+    """Whether two paths are one file, links followed."""
+    with suppress(OSError):
+        return first.samefile(second)
+    return False
 
 
 def _holds_tokens(folder: Path) -> bool:

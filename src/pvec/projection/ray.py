@@ -30,7 +30,7 @@ from pvec.data.storage import location, url_of
 from pvec.data.table import BadRow, Row
 from pvec.errors import InputError, ModelError, PvecError, install_command
 from pvec.projection.block_folder import BlockFolder, Part
-from pvec.projection.inputs import Source, columns_of, conversation_source
+from pvec.projection.inputs import Source, conversation_reader
 from pvec.runs.responses import Json, stable_hash
 from pvec.settings import Settings
 from pvec.types import OutputOptions, Progress
@@ -61,9 +61,8 @@ class BlockJob(ABC):
         """
         table = block.open()
         check = TemplateCheck(session.metadata.tokenizer, turns=self.settings.project.turns)
-        source = Source(
-            table=table, conversation=conversation_source(columns_of(self.settings.project))
-        ).checked(check)
+        reader = conversation_reader(self.settings.project)
+        source = Source(table=table, conversation=reader).checked(check)
         good, bad = [], 0
         for row in source.read():
             if isinstance(row, BadRow):

@@ -29,9 +29,9 @@ from pvec.projection.inputs import (
     Samples,
     Source,
     answer_text,
+    open_run,
     open_samples,
     open_source,
-    open_study,
     study_folder,
     study_identity,
 )
@@ -109,11 +109,12 @@ def run(
     sources = _sources(path, reference, settings)
     with ModelSession(settings, notify=notify, on_progress=on_progress) as session:
         loaded = open_vectors(session, vectors)
-        targets, sets = _checked(session, sources, output=output)
-        with open_study(session, "screen", kind=DIFF_KIND, path=path, out=output.out) as work:
+        targets, folder, sets = _checked(session, sources, output=output)
+        identity = study_identity(session, path)
+        with open_run(session, folder, kind=DIFF_KIND, identity=identity) as work:
             work.store.update_manifest(projection_axes=loaded.axes())
             result = _Screening(work, loaded, sets).run(targets)
-            write_summary(work.store.path, dataclasses.asdict(result))
+            write_summary(folder, dataclasses.asdict(result))
     return result
 
 
@@ -133,12 +134,12 @@ def plan(
     sources = _sources(path, reference, settings)
     with ModelSession(settings, notify=notify) as session:
         open_vectors(session, vectors)
-        _, sets = _checked(session, sources, output=output)
+        _, folder, sets = _checked(session, sources, output=output)
         prompts = _prompts(sets)
         keys = base_responses.chosen(prompts, settings.project)
         return plan_run(
             session,
-            study_folder(session, "screen", path=path, out=output.out),
+            folder,
             kind=DIFF_KIND,
             identity=study_identity(session, path),
             planned=base_responses.planned_responses(session, [prompts[key] for key in keys]),
@@ -156,16 +157,21 @@ def _sources(path: Path, reference: Path | None, settings: Settings) -> dict[str
 
 def _checked(
     session: ModelSession, sources: Mapping[str, Source], *, output: OutputOptions
-) -> tuple[tuple[Path, Path] | None, dict[str, Samples]]:
-    """Return where filtered rows go, and the samples; raises what is wrong with either."""
+) -> tuple[tuple[Path, Path] | None, Path, dict[str, Samples]]:
+    """Return where filtered rows go, the run folder, and the samples; raises what is wrong."""
     targets, data = None, sources["data"]
     if "reference" in sources:
         targets = filtered_paths(data, overwrite=output.overwrite)
-    use_run_date(session, study_folder(session, "screen", path=data.path, out=output.out))
-    return targets, {
-        name: open_samples(source, session, skip_bad=output.skip_bad)
-        for name, source in sources.items()
-    }
+    folder = study_folder(session, "screen", path=data.path, out=output.out)
+    use_run_date(session, folder)
+    return (
+        targets,
+        folder,
+        {
+            name: open_samples(source, session, skip_bad=output.skip_bad)
+            for name, source in sources.items()
+        },
+    )
 
 
 def _prompts(sets: Mapping[str, Samples]) -> dict[str, Prompt]:

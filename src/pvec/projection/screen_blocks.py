@@ -29,7 +29,7 @@ from pvec.data.table import Cell
 from pvec.errors import InputError, StoreError
 from pvec.projection import base_responses
 from pvec.projection.block_folder import BlockFolder, Part
-from pvec.projection.inputs import answer_text, columns_of, conversation_source, prompt_of
+from pvec.projection.inputs import answer_text, columns_of, conversation_reader, prompt_of
 from pvec.projection.projector import LoadedVectors, open_vectors
 from pvec.projection.ray import (
     BlockJob,
@@ -325,7 +325,7 @@ def _suspicious(
     """Return the samples furthest out, read from the part files."""
     numbers = list(done)
     ends = np.cumsum([done[number]["rows"] for number in numbers])
-    read = conversation_source(columns_of(job.settings.project))
+    read = conversation_reader(job.settings.project)
     samples = []
     for n in furthest(differences):
         index = int(np.searchsorted(ends, n, side="right"))
