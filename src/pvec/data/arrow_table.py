@@ -8,7 +8,6 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import IO, Any
 
 from pvec.data.storage import open_file
@@ -39,7 +38,7 @@ class ArrowTable(Table):
         return _ParquetWriter(self, stream, columns)
 
     def _read_batches(self) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
-        pyarrow, _ = _packages()
+        pyarrow = _pyarrow()
         batches = self._batches()
         while True:
             try:
@@ -73,7 +72,7 @@ class ParquetTable(ArrowTable):
 
     @contextmanager
     def _file(self) -> Iterator[Any]:
-        _, parquet = _packages()
+        parquet = _pyarrow().parquet
         with open_file(self.path) as stream, parquet.ParquetFile(stream) as file:
             yield file
 
@@ -140,7 +139,7 @@ class _ParquetWriter(TableWriter):
     def _flush(self) -> None:
         if not self._indices:
             return
-        pyarrow, _ = _packages()
+        pyarrow = _pyarrow()
         # slices, as taking rows by index fails for a struct whose fields are null
         runs = [self._batch.slice(start, length) for start, length in _runs(self._indices)]
         block = pyarrow.Table.from_batches(runs)
@@ -158,16 +157,15 @@ class _ParquetWriter(TableWriter):
         self._values.clear()
 
     def _open(self, block: Any) -> None:
-        _, parquet = _packages()
-        self._file = parquet.ParquetWriter(self._stream, block.schema)
+        self._file = _pyarrow().parquet.ParquetWriter(self._stream, block.schema)
 
 
 def parquet_metadata(path: str | Path) -> Any:
     """Return what the end of a Parquet file says of it. Raises ``InputError`` for another file."""
-    pyarrow, parquet = _packages()
+    pyarrow = _pyarrow()
     try:
         with open_file(path) as stream:
-            return parquet.read_metadata(stream)
+            return pyarrow.parquet.read_metadata(stream)
     except (pyarrow.ArrowException, OSError) as exc:
         raise InputError(f"{path} is not a Parquet file that can be read ({exc}).") from exc
 
@@ -176,7 +174,7 @@ def with_column(block: Any, name: str, cells: Sequence[Cell]) -> Any:
     """Return an Arrow table with a column of text, of numbers, or of truth values alone; replaced
     in place or added.
     """
-    pyarrow, _ = _packages()
+    pyarrow = _pyarrow()
     kinds = {type(cell) for cell in cells}
     kind = pyarrow.string() if str in kinds else pyarrow.float64()
     column = pyarrow.array(cells, type=pyarrow.bool_() if kinds == {bool} else kind)
@@ -230,12 +228,11 @@ def _datasets() -> Any:
     return datasets
 
 
-def _packages() -> tuple[ModuleType, ModuleType]:
+def _pyarrow() -> Any:
     try:
-        import pyarrow as pa
-        from pyarrow import parquet
+        import pyarrow.parquet
     except ImportError as exc:
         raise InputError(
             f"Parquet files need the pyarrow package: {install_command('data')}."
         ) from exc
-    return pa, parquet
+    return pyarrow

@@ -7,6 +7,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
@@ -110,8 +111,7 @@ class CsvRowWriter(TableWriter):
         """Write one row; a cell that ``cells`` lacks is empty."""
         by_name = self._cells(row)
         cells = [*(by_name.get(name) for name in self._own), *(values[n] for n in self._columns)]
-        texts = [_new_cell(cell, exact=self._exact) for cell in cells]
-        self._stream.write(encode_row(texts) + b"\n")
+        self._stream.write(_new_line(cells, exact=self._exact))
 
 
 def write_csv(
@@ -130,7 +130,7 @@ def write_csv(
     with atomic_write(path) as stream:
         stream.write(encode_row(columns) + b"\n")
         for row in rows:
-            stream.write(encode_row([_new_cell(cell, exact=exact) for cell in row]) + b"\n")
+            stream.write(_new_line(row, exact=exact))
             count += 1
     return count
 
@@ -146,16 +146,14 @@ def encode_row(cells: Sequence[str], *, delimiter: str = ",") -> bytes:
     return buffer.getvalue().removesuffix("\n").encode("utf-8", "backslashreplace")
 
 
+@dataclass(slots=True)
 class _Record:
     """One CSV record: the line it begins on, its bytes, its cells or what is wrong with it."""
 
-    __slots__ = ("cells", "line", "problem", "raw")
-
-    def __init__(self, line: int, raw: bytes, cells: list[str], problem: str = "") -> None:
-        self.line = line
-        self.raw = raw
-        self.cells = cells
-        self.problem = problem
+    line: int
+    raw: bytes
+    cells: list[str]
+    problem: str = ""
 
 
 class _Lines:
@@ -227,8 +225,9 @@ def restored(text: str) -> str:
     return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
-def _new_cell(value: Cell, *, exact: bool) -> str:
-    return defused(value) if isinstance(value, str) and not exact else _cell(value)
+def _new_line(cells: Sequence[Cell], *, exact: bool) -> bytes:
+    texts = (defused(c) if isinstance(c, str) and not exact else _cell(c) for c in cells)
+    return encode_row(list(texts)) + b"\n"
 
 
 def _cell(value: Cell) -> str:

@@ -22,14 +22,12 @@ class JsonlTable(Table):
         """Look at the first good row. Raises ``InputError`` when there is none."""
         self.path = path
         self.need = ()
-        first: Row | None = None
         problem = "is empty"
-        for row in self.read():
-            if isinstance(row, Row):
-                first = row
+        for first in self.read():
+            if isinstance(first, Row):
                 break
-            problem = f"has no row that can be read (line {row.line} {row.reason})"
-        if first is None:
+            problem = f"has no row that can be read (line {first.line} {first.reason})"
+        else:
             raise InputError(f"{path} {problem}; give a file of JSON objects.")
         super().__init__(path, columns=first.values, need=need)
 
@@ -105,16 +103,29 @@ class _LinesWriter(TableWriter):
         self._columns = columns
 
     def write(self, row: Row, values: Mapping[str, Cell]) -> None:
-        self._stream.write(extended_line(row, {name: values[name] for name in self._columns}))
+        self._stream.write(self._line(row, values))
+
+    def _line(self, row: Row, values: Mapping[str, Cell]) -> bytes:
+        """Return a row's line with the new keys; one that is only added to keeps every byte."""
+        new = {name: values[name] for name in self._columns}
+        raw: bytes = row.raw
+        body = raw.rstrip()
+        end = raw[len(body) :] or b"\n"
+        if any(name in row.values for name in new):
+            body = json.dumps({**row.values, **new}, ensure_ascii=False).encode()
+        elif new:
+            addition = json.dumps(new, ensure_ascii=False)[1:-1].encode()
+            comma = b", " if row.values else b""
+            body = body[:-1].rstrip() + comma + addition + b"}"
+        return body + end
 
 
 class _ListWriter(_LinesWriter):
     _begun = False
 
     def write(self, row: Row, values: Mapping[str, Cell]) -> None:
-        new = {name: values[name] for name in self._columns}
-        self._stream.write(b",\n" if self._begun else b"[\n")
-        self._stream.write(extended_line(row, new).rstrip())
+        line = self._line(row, values).rstrip()
+        self._stream.write((b",\n" if self._begun else b"[\n") + line)
         self._begun = True
 
     def close(self) -> None:
@@ -132,20 +143,6 @@ def parse_row(raw: bytes, *, number: int, line: int) -> Row | BadRow:
     if not isinstance(values, dict):
         return BadRow(line=line, reason="is not a JSON object")
     return Row(number=number, line=line, values=values, raw=raw)
-
-
-def extended_line(row: Row, new: Mapping[str, Cell]) -> bytes:
-    """Return a row's line with ``new`` keys; one that is only added to keeps every byte."""
-    raw: bytes = row.raw
-    body = raw.rstrip()
-    end = raw[len(body) :] or b"\n"
-    if any(name in row.values for name in new):
-        body = json.dumps({**row.values, **new}, ensure_ascii=False).encode()
-    elif new:
-        addition = json.dumps(new, ensure_ascii=False)[1:-1].encode()
-        comma = b", " if row.values else b""
-        body = body[:-1].rstrip() + comma + addition + b"}"
-    return body + end
 
 
 def _space(text: str, place: int) -> int:
