@@ -296,7 +296,7 @@ def flatten(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 def test_attention_that_keeps_packed_rows_apart_is_let_through() -> None:
     rows = [{"input_ids": row.tolist()} for row in batch()["input_ids"]]
-    prove_isolation(tiny_model("llama"), rows, collate=flatten, device="cpu")
+    prove_isolation(tiny_model("llama"), rows, collate=flatten)
 
 
 def test_attention_that_mixes_packed_rows_is_refused() -> None:
@@ -307,7 +307,7 @@ def test_attention_that_mixes_packed_rows_is_refused() -> None:
         return {"input_ids": whole["input_ids"]}
 
     with pytest.raises(InputError, match="attention that keeps rows apart"):
-        prove_isolation(tiny_model("llama"), rows, collate=without_positions, device="cpu")
+        prove_isolation(tiny_model("llama"), rows, collate=without_positions)
 
 
 @contextmanager

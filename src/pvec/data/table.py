@@ -25,6 +25,8 @@ Cell = float | int | str | None
 
 Good = TypeVar("Good")
 """A row as its reader yields it: alone, or with what was read from it."""
+Content = TypeVar("Content")
+"""What is read from a row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +117,23 @@ class Table(ABC):
             if isinstance(row, BadRow):
                 raise InputError(f"{self.path}:{row.line} {row.reason}; correct that line.")
             yield row
+
+
+def read_rows(
+    table: Table, read: Callable[[Row], Content]
+) -> Iterator[tuple[Row, Content] | BadRow]:
+    """Yield every row with what ``read`` makes of it; one for which it raises is a bad row.
+
+    ``read`` raises ``InputError``, the end of a sentence.
+    """
+    for row in table.read():
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        try:
+            yield row, read(row)
+        except InputError as error:
+            yield BadRow(line=row.line, reason=str(error))
 
 
 def check_rows(

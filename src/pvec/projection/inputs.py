@@ -27,7 +27,15 @@ from pvec.data.csv_table import CsvRowWriter
 from pvec.data.json_table import JsonlTable
 from pvec.data.judged_csv import defuses_csv
 from pvec.data.spans import TemplateCheck
-from pvec.data.table import BadRow, Row, Table, TableWriter, check_rows, require_columns
+from pvec.data.table import (
+    BadRow,
+    Row,
+    Table,
+    TableWriter,
+    check_rows,
+    read_rows,
+    require_columns,
+)
 from pvec.data.tables import open_table
 from pvec.errors import InputError, StoreError
 from pvec.models.chat import encode_prompt
@@ -56,14 +64,7 @@ class Source:
 
     def read(self) -> Iterator[tuple[Row, Conversation] | BadRow]:
         """Yield every row with its conversation; one that holds none is a bad row."""
-        for row in self.table.read():
-            if isinstance(row, BadRow):
-                yield row
-                continue
-            try:
-                yield row, self.conversation(row)
-            except InputError as error:
-                yield BadRow(line=row.line, reason=str(error))
+        return read_rows(self.table, self.conversation)
 
     def checked(self, check: Callable[[Conversation], None]) -> Source:
         """Return the same rows, of which those that ``check`` refuses (``InputError``) are bad."""

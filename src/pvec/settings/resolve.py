@@ -77,7 +77,7 @@ def resolve(
         values[path] = value
         origins[path] = origin
     try:
-        settings = Settings(**_nest(values))
+        settings = Settings(**nest(values))
     except ValidationError as error:
         raise InputError(_sentence(error, origins)) from None
     return Resolved(settings=settings, origins=origins, notes=tuple(notes))
@@ -90,7 +90,7 @@ def override(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     """
     values = {path: value_of(settings, path) for path in fields()} | dict(changes)
     try:
-        return Settings(**_nest(values))
+        return Settings(**nest(values))
     except ValidationError as error:
         raise InputError(_sentence(error, dict.fromkeys(fields(), "argument"))) from None
 
@@ -206,7 +206,8 @@ def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield path, value
 
 
-def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of dotted paths as a tree."""
     tree: dict[str, Any] = {}
     for path, value in values.items():
         *sections, name = path.split(".")

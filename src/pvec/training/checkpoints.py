@@ -89,8 +89,11 @@ def _checkpoint(path: Path, step: int, state: dict[str, Any], shapes: Shapes) ->
     if state["global_step"] != step or not isinstance(state["log_history"], list):
         raise ValueError("trainer_state.json is of another step")
     _check_weights(path, shapes)
+    random_states = sorted(path.glob("rng_state*.pth"))
+    if not random_states:
+        raise ValueError("it has no random state")
     with warnings.catch_warnings(action="ignore"), safe_globals():  # type: ignore[no-untyped-call]
-        for file in (path / "optimizer.pt", path / "scheduler.pt", *_rng_states(path)):
+        for file in (path / "optimizer.pt", path / "scheduler.pt", *random_states):
             check_regular(file)
             try:
                 torch.load(file, map_location="cpu", weights_only=True)
@@ -112,10 +115,3 @@ def _check_weights(folder: Path, shapes: Shapes) -> None:
         raise ValueError(f"{WEIGHTS}: {error}") from None
     if stored != dict(shapes):
         raise ValueError(f"{WEIGHTS} does not hold the tensors of this adapter")
-
-
-def _rng_states(path: Path) -> list[Path]:
-    states = sorted(path.glob("rng_state*.pth"))
-    if not states:
-        raise ValueError("it has no random state")
-    return states

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from pvec.settings.sections import Section
 from pvec.types import LIMITS, Dose, Operator, Percentile, VectorKind
 
 Layers = Literal["auto", "all"] | tuple[int, ...]
@@ -30,15 +31,15 @@ def _layers(value: Any) -> Any:
     return layers
 
 
-Paths = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Listed = BeforeValidator(_listed)
+Paths = Annotated[tuple[str, ...], Listed]
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), Listed]
 
 
-class Part(BaseModel):
-    """A part of the configuration: frozen, unknown keys refused."""
+class Part(Section):
+    """A part of the configuration: frozen, unknown keys refused, no number taken for a text."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(coerce_numbers_to_str=False)
 
 
 class ModelPart(Part):
@@ -115,14 +116,7 @@ class LoraPart(Part):
     rslora: bool = True
     """Scale by the square root of the rank, so that high ranks learn as fast as low ones"""
 
-    targets: (
-        Annotated[
-            tuple[Annotated[str, Field(min_length=1)], ...],
-            Field(min_length=1),
-            BeforeValidator(_listed),
-        ]
-        | Literal["all-linear"]
-    ) = "all-linear"
+    targets: Names | Literal["all-linear"] = "all-linear"
     """Names of the modules that are adapted, or `all-linear`: all of the decoder but routers"""
 
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -312,9 +306,7 @@ class OutputPart(Part):
     merge: bool = False
     """Also write the whole model with the adapter merged in"""
 
-    report_to: Annotated[
-        tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_listed)
-    ] = ()
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Listed] = ()
     """Trackers that get the log too"""
 
 
@@ -327,7 +319,7 @@ class TrainConfig(Part):
     batch: BatchPart = BatchPart()
     optim: OptimPart = OptimPart()
     memory: MemoryPart = MemoryPart()
-    steering: Annotated[tuple[SteeringPart, ...], BeforeValidator(_listed)] = ()
+    steering: Annotated[tuple[SteeringPart, ...], Listed] = ()
     monitor: MonitorPart | None = None
     output: OutputPart = OutputPart()
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from pvec.documents import parse_yaml, read_yaml
 from pvec.errors import InputError, did_you_mean
+from pvec.settings.resolve import nest
 from pvec.training.config import TrainConfig
 
 _TELLING = frozenset(
@@ -165,32 +166,29 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     branch: Any = tree
     for section in sections:
         branch = _child(branch, section, override)
-    value = parse_yaml(text, where=f"--set {path}")
-    if isinstance(branch, list):
-        branch[_index(branch, name, override)] = value
-    else:
-        branch[name] = value
+    branch[_key(branch, name, override)] = parse_yaml(text, where=f"--set {path}")
 
 
-def _child(branch: Any, key: str, override: str) -> Any:
-    if isinstance(branch, list):
-        child = branch[_index(branch, key, override)]
-    else:
-        if branch.get(key) is None:
-            branch[key] = {}
-        child = branch[key]
+def _child(branch: Any, name: str, override: str) -> Any:
+    key = _key(branch, name, override)
+    if isinstance(branch, dict) and branch.get(key) is None:
+        branch[key] = {}
+    child = branch[key]
     if not isinstance(child, dict | list):
-        raise InputError(f"--set {override}: {key} is a value, not a section.")
+        raise InputError(f"--set {override}: {name} is a value, not a section.")
     return child
 
 
-def _index(branch: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(branch):
+def _key(branch: dict[str, Any] | list[Any], name: str, override: str) -> Any:
+    """Return what ``name`` is in a section, or the place that it is in a list."""
+    if isinstance(branch, dict):
+        return name
+    if not name.isdigit() or int(name) >= len(branch):
         raise InputError(
-            f"--set {override}: {key!r} is not a position in a list of {len(branch)}; the first is "
-            f"0."
+            f"--set {override}: {name!r} is not a position in a list of {len(branch)}; the first "
+            f"is 0."
         )
-    return int(key)
+    return int(name)
 
 
 def _sentence(path: Path, error: ValidationError, *, known: tuple[str, ...]) -> str:
@@ -271,7 +269,7 @@ def _from_reference(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
     _held_out(tree, flat, notes)
     if tree.get("is_peft") is False:
         notes.append("is_peft false is read as true: pvec trains adapters")
-    nested = _nest(flat)
+    nested = nest(flat)
     if tree.get("enable_steering_during_training"):
         nested["steering"] = [_steering(tree.get("steering_config") or {})]
     elif tree.get("steering_config"):
@@ -314,12 +312,3 @@ def _steering(config: Mapping[str, Any]) -> dict[str, Any]:
     if part["operator"] == "ablate":
         part.pop("coef", None)
     return part
-
-
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        section, _, name = path.rpartition(".")
-        branch = tree.setdefault(section, {}) if section else tree
-        branch[name] = value
-    return tree

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pvec.data.conversations import Chat, Columns, conversation_of
-from pvec.data.table import BadRow, Row
+from pvec.data.table import BadRow, Row, read_rows
 from pvec.data.tables import open_table
 from pvec.errors import InputError
 from pvec.training.config import DataPart
 from pvec.training.masks import TokenizedRow, tokenize_conversation
-from pvec.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,15 +24,8 @@ _SHOWN = 20
 """Faults that a message lists; the rest is counted."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ChatRow:
-    """One conversation and where it stands (``file:line``); ``without_loss`` are the places of
-    messages that are not learnt.
-    """
-
-    where: str
-    messages: tuple[Message, ...]
-    without_loss: frozenset[int] = frozenset()
+Place = str
+"""Where a row stands: ``file:line``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +83,11 @@ def prepare_data(
         chats, held = _split(chats, part.eval_fraction, seed=seed)
     total = len(chats) + len(held)
 
-    def tokenized(chats: Sequence[ChatRow], done: int) -> Rows:
-        def tick(count: int) -> None:
-            on_row(done + count, total)
+    def tokenized(chats: Sequence[tuple[Place, Chat]], before: int) -> Rows:
+        def tick(number: int) -> None:
+            on_row(before + number, total)
 
-        rows = _tokenized(chats, part, tokenizer, tick=tick, bad=bad)
-        return _within_limit(list(rows.values()), list(rows), part, limit=limit)
+        return _tokenized(chats, part, tokenizer, limit=limit, tick=tick, bad=bad)
 
     train, held_out = tokenized(chats, 0), tokenized(held, len(chats))
     if not train.rows:
@@ -111,14 +102,14 @@ def prepare_data(
 
 def read_chats(
     sources: Sequence[str], *, skip_bad: bool = False, bad: list[str] | None = None
-) -> list[ChatRow]:
+) -> list[tuple[Place, Chat]]:
     """Read every conversation of ``sources``: files or data sets as ``open_table`` takes them.
 
     With ``skip_bad`` rows that cannot be used are left out and described in ``bad``; else raises
     ``InputError`` naming file and line of *every* row that is empty, malformed or without an
     assistant turn. Raises it for a source that cannot be read or holds nothing.
     """
-    chats: list[ChatRow] = []
+    chats: list[tuple[Place, Chat]] = []
     problems: list[str] = []
     faults: list[str] = []
     for source in sources:
@@ -127,15 +118,12 @@ def read_chats(
         except InputError as error:
             problems.append(str(error))
             continue
-        for row in table.read():
-            where = f"{source}:{row.line}"
-            if isinstance(row, BadRow):
-                faults.append(f"{where} {row.reason}")
-                continue
-            try:
-                chats.append(_chat_row(row, where))
-            except InputError as error:
-                faults.append(f"{where} {error}")
+        for item in read_rows(table, _chat):
+            if isinstance(item, BadRow):
+                faults.append(f"{source}:{item.line} {item.reason}")
+            else:
+                row, chat = item
+                chats.append((f"{source}:{row.line}", chat))
     if skip_bad:
         (bad if bad is not None else []).extend(faults)
     elif faults:
@@ -155,7 +143,7 @@ def _sentence(faults: Sequence[str]) -> str:
     )
 
 
-def _chat_row(row: Row, where: str) -> ChatRow:
+def _chat(row: Row) -> Chat:
     """Return a row's conversation. Raises ``InputError``, the end of a sentence, for a bad one."""
     chat = conversation_of(row.values, Columns())
     if not isinstance(chat, Chat):
@@ -169,66 +157,64 @@ def _chat_row(row: Row, where: str) -> ChatRow:
         raise InputError("has no assistant turn" + (" to learn" if chat.without_loss else ""))
     if not all(answer.strip() for answer in answers):
         raise InputError("has an empty assistant turn")
-    return ChatRow(where=where, messages=tuple(chat.messages), without_loss=chat.without_loss)
+    return chat
 
 
 def _tokenized(
-    chats: Iterable[ChatRow],
+    chats: Iterable[tuple[Place, Chat]],
     part: DataPart,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    limit: int,
     tick: Callable[[int], None],
     bad: list[str],
-) -> dict[ChatRow, TokenizedRow]:
-    """Return the conversations as tokens; what the template refuses is a fault, or left out."""
-    rows: dict[ChatRow, TokenizedRow] = {}
+) -> Rows:
+    """Return the conversations as tokens.
+
+    What the template refuses is a fault, or left out; rows over the limit are truncated, dropped or
+    refused, as the configuration says.
+    """
+    useful: list[TokenizedRow] = []
     faults: list[str] = []
-    for number, chat in enumerate(chats, start=1):
+    long: list[Place] = []
+    tokenized = truncated = 0
+    for number, (where, chat) in enumerate(chats, start=1):
+        if number % 100 == 0:
+            tick(number)
         try:
-            rows[chat] = tokenize_conversation(
+            row = tokenize_conversation(
                 tokenizer,
                 chat.messages,
                 loss_on_all=part.loss_on == "all",
                 without_loss=chat.without_loss,
             )
         except InputError as error:
-            faults.append(f"{chat.where} is refused: {error}".removesuffix("."))
-        if number % 100 == 0:
-            tick(number)
-    if part.skip_bad:
-        bad.extend(faults)
-    elif faults:
-        raise InputError(_sentence(faults))
-    return rows
-
-
-def _within_limit(
-    rows: Sequence[TokenizedRow], chats: Sequence[ChatRow], part: DataPart, *, limit: int
-) -> Rows:
-    """Truncate, drop or refuse rows over the limit, as the configuration says."""
-    long = [chat.where for chat, row in zip(chats, rows, strict=True) if len(row.token_ids) > limit]
-    if long and part.too_long == "refuse":
-        examples = ", ".join(long[:10]) + (
-            f" and {len(long) - 10:,} more" if len(long) > 10 else ""
-        )
-        raise InputError(
-            f"{len(long):,} rows are longer than {limit} tokens ({examples}): shorten them, raise "
-            f"data.max_tokens, or set data.too_long to cut or drop."
-        )
-    useful = []
-    truncated = 0
-    for row in rows:
+            faults.append(f"{where} is refused: {error}".removesuffix("."))
+            continue
+        tokenized += 1
         over = len(row.token_ids) > limit
+        if over:
+            long.append(where)
         short = row.truncated(limit)
         if short.loss_tokens and not (over and part.too_long == "drop"):
             useful.append(short)
             truncated += over
-    return Rows(rows=tuple(useful), truncated=truncated, dropped=len(rows) - len(useful))
+    if part.skip_bad:
+        bad.extend(faults)
+    elif faults:
+        raise InputError(_sentence(faults))
+    if long and part.too_long == "refuse":
+        more = f" and {len(long) - 10:,} more" if len(long) > 10 else ""
+        raise InputError(
+            f"{len(long):,} rows are longer than {limit} tokens ({', '.join(long[:10])}{more}): "
+            f"shorten them, raise data.max_tokens, or set data.too_long to cut or drop."
+        )
+    return Rows(rows=tuple(useful), truncated=truncated, dropped=tokenized - len(useful))
 
 
 def _split(
-    chats: list[ChatRow], fraction: float, *, seed: int
-) -> tuple[list[ChatRow], list[ChatRow]]:
+    chats: list[tuple[Place, Chat]], fraction: float, *, seed: int
+) -> tuple[list[tuple[Place, Chat]], list[tuple[Place, Chat]]]:
     """Hold out a random share of the rows, at least one; the order of the others stays."""
     count = max(1, round(len(chats) * fraction))
     if count >= len(chats):

@@ -18,14 +18,14 @@ from trl.trainer import utils
 from pvec.errors import InputError
 
 Collate = Callable[[Any], Any]
-"""Makes a batch of rows, as the Trainer does."""
+"""Makes a batch of rows where the model is, as the Trainer does."""
 
 _SWITCH = "_use_triton"
 """What TRL asks before it leaves positions out; the kernels ask another one of the same name."""
 
 
 def prove_isolation(
-    model: nn.Module, rows: Sequence[dict[str, list[int]]], *, collate: Collate, device: Any
+    model: nn.Module, rows: Sequence[dict[str, list[int]]], *, collate: Collate
 ) -> None:
     """Compare the last row's final logits behind another row with those it has alone.
 
@@ -35,8 +35,8 @@ def prove_isolation(
     training = model.training
     model.eval()
     try:
-        together = _logits(model, collate(rows), device)
-        alone = _logits(model, collate(rows[-1:]), device)
+        together = _logits(model, collate(rows))
+        alone = _logits(model, collate(rows[-1:]))
     finally:
         model.train(training)
     scale = float(alone.abs().max())
@@ -50,12 +50,8 @@ def prove_isolation(
         )
 
 
-def _logits(model: nn.Module, batch: dict[str, Any], device: Any) -> torch.Tensor:
-    inputs = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-        if name != "labels"
-    }
+def _logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
     with torch.no_grad():
         logits: torch.Tensor = model(**inputs, use_cache=False).logits[0, -1]
     return logits

@@ -136,15 +136,9 @@ def _place(
 ) -> int | None:
     """Return where a mark before or after a turn's text lands, if it changes nothing else."""
     content = turns[turn]["content"]
-    for written in (
-        content,
-        content.strip(),
-    ):  # a template may strip, which a mark would prevent
+    for written in (content, content.strip()):  # a template may strip, which a mark would prevent
         marked = [*turns]
-        marked[turn] = {
-            **turns[turn],
-            "content": written + _MARK if after else _MARK + written,
-        }
+        marked[turn] = {**turns[turn], "content": written + _MARK if after else _MARK + written}
         rendered = render_prompt(tokenizer, marked, add_generation_prompt=False)
         if rendered.count(_MARK) == 1 and rendered.replace(_MARK, "") == text:
             return rendered.index(_MARK)

@@ -7,15 +7,17 @@ that are wrong, what is not installed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from pvec.backends.processes import Processes
+from pvec.documents import read_text
 from pvec.errors import InputError, ModelError, PvecError
 from pvec.models.files import ModelSpec, read_config
 from pvec.models.load import ModelMetadata, choose_device, choose_dtype, inspect_model
@@ -23,13 +25,18 @@ from pvec.models.weights import check_quantisation
 from pvec.runs.responses import stable_hash
 from pvec.training.adapter import AdapterPlan, plan_adapter
 from pvec.training.batches import CPU_PASS_COST, PASS_COST, BatchPlan, Layout, plan_batches
-from pvec.training.config import TrainConfig
+from pvec.training.config import MonitorPart, TrainConfig
 from pvec.training.data import OnRow, Rows, TrainingData, prepare_data, read_chats
 from pvec.training.launch import check_sharding
 from pvec.training.model import check_installed, check_train_packages
-from pvec.training.monitor import monitor_shift
-from pvec.training.shift import PersonaShiftCallback
-from pvec.training.steering import ScheduledInstruction, schedule_steering, single_layer
+from pvec.training.shift import Alarm, PersonaShiftCallback, Probe
+from pvec.training.steering import (
+    ScheduledInstruction,
+    choose_layers,
+    schedule_steering,
+    single_layer,
+)
+from pvec.traits.trait import load_trait
 from pvec.vectors.find import load_vectors
 from pvec.vectors.vector import PersonaVector
 
@@ -152,7 +159,7 @@ def make_plan(
         steering += problems.attempt(schedule) or []
         if part.incremental or part.layers == "all":
             vector_notes += filter(None, [vectors[part.vector].left_out(metadata.num_layers)])
-    shift = problems.attempt(lambda: monitor_shift(config.monitor, vectors, metadata))
+    shift = problems.attempt(lambda: _monitor_shift(config.monitor, vectors, metadata))
     problems.raise_if_any()
     assert adapter is not None
     notes = [*metadata.notes, f"{str(dtype).removeprefix('torch.')}: {dtype_note}", *data.notes]
@@ -254,3 +261,73 @@ def _batches(
         pass_cost=CPU_PASS_COST if device == "cpu" else PASS_COST,
         seed=config.seed,
     )
+
+
+# ── what measures the persona meanwhile ─────────────────────────────────────────────────────────
+
+
+def _monitor_shift(
+    part: MonitorPart | None, vectors: Mapping[str, PersonaVector], metadata: ModelMetadata
+) -> PersonaShiftCallback | None:
+    """Return the callback that a configuration asks for, if any.
+
+    Raises ``InputError`` for a vector that is listed twice, and without probe prompts.
+    """
+    if part is None:
+        return None
+    traits = [vectors[name].trait for name in part.vectors]
+    probes = []
+    for name, trait in zip(part.vectors, traits, strict=True):
+        label = trait if traits.count(trait) == 1 else f"{trait}-{Path(name).stem}"
+        layers = choose_layers(part.layers, vectors[name], part.kind, metadata)
+        probes += [
+            Probe(
+                name=label if len(layers) == 1 else f"{label}_layer{layer}",
+                vector=vectors[name].row(layer, kind=part.kind),
+                layer=layer,
+            )
+            for layer in layers
+        ]
+    if len({probe.name for probe in probes}) < len(probes):
+        raise InputError("monitor: the same vector or layer is listed twice.")
+    return PersonaShiftCallback(
+        probes,
+        tokenizer=metadata.tokenizer,
+        prompts=_prompts(part, traits),
+        every=part.every,
+        generate=part.generate,
+        alarm=Alarm(shift=part.alarm.shift, action=part.alarm.action) if part.alarm else None,
+    )
+
+
+def _prompts(part: MonitorPart, traits: Sequence[str]) -> tuple[str, ...]:
+    prompts: list[str] = []
+    for entry in part.prompts:
+        if entry.endswith(".txt"):
+            path = Path(entry).expanduser()
+            try:
+                lines = read_text(path).splitlines()
+            except FileNotFoundError:
+                raise InputError(
+                    f"There is no file of probe prompts {entry}: check monitor.prompts."
+                ) from None
+            prompts += [line.strip() for line in lines if line.strip()]
+        else:
+            prompts.append(entry)
+    if not part.prompts:
+        prompts = _trait_questions(traits)
+    if not prompts:
+        raise InputError("monitor.prompts holds no prompt.")
+    return tuple(dict.fromkeys(prompts))[: part.limit]
+
+
+def _trait_questions(traits: Sequence[str]) -> list[str]:
+    """Return the evaluation questions of the traits in turns, so that a limit takes of each."""
+    try:
+        by_trait = [load_trait(trait).eval_questions for trait in dict.fromkeys(traits)]
+    except InputError as error:
+        raise InputError(
+            f"monitor.prompts is needed: {error} Give a text file with one prompt per line."
+        ) from None
+    in_turns = zip_longest(*by_trait)
+    return [question for turn in in_turns for question in turn if question is not None]

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from pvec.backends.processes import Processes
 from pvec.backends.session import Notify, ignore
 from pvec.documents import read_json
@@ -213,12 +215,8 @@ def _finished(plan: TrainPlan) -> TrainResult | None:
         return None
     try:
         saved = read_json(plan.folder / RESULT, finite=False)
-        for name in ("run", "adapter", "merged"):
-            saved[name] = Path(saved[name]) if saved[name] else None
-        for name in ("steering", "touched", "next"):
-            saved[name] = tuple(saved[name])
-        return TrainResult(**saved)
-    except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: it is made again
+        return TypeAdapter(TrainResult).validate_python(saved)
+    except (OSError, ValueError):  # absent or damaged: it is made again
         return None
 
 

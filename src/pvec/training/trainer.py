@@ -26,7 +26,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from pvec.backends.session import Notify, ignore
 from pvec.documents import read_json
-from pvec.steering.proof import LayerProof, prove_steering
+from pvec.steering.proof import prove_steering
 from pvec.training.checkpoints import Checkpoint
 from pvec.training.forward import prove_isolation, score_loss_tokens_only
 from pvec.training.masks import TokenizedRow
@@ -125,18 +125,21 @@ class PlannedTrainer(SFTTrainer):
         Raises ``SteeringError`` when steering does not prove itself, and ``InputError`` when rows
         are to be packed and attention does not keep them apart.
         """
-        device, table = self.args.device, self.train_dataset
+        table = self.train_dataset
         probe = [table[i] for i in range(min(PROBE_ROWS, len(table)))]
         if self.plan.config.batch.layout == "packed":
-            prove_isolation(self.model, probe[:2], collate=self.data_collator, device=device)
+            prove_isolation(self.model, probe[:2], collate=self._batch)
         if self.steering is None:
             return
-        batch = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in self.data_collator(probe).items()
-        }
-        for proof in prove_steering(self.model, self.steering.instructions, batch):
-            notify(_describe_proof(proof))
+        for proof in prove_steering(self.model, self.steering.instructions, self._batch(probe)):
+            notify(
+                f"steering proved at layer {proof.layer}: {proof.positions} probe tokens changed "
+                f"by {proof.change_norm:.4g} on average where {proof.expected:.4g} is due"
+            )
+
+    def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self._prepare_inputs(self.data_collator(rows))
+        return batch
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become what a checkpoint of a finished training was, without another step."""
@@ -341,11 +344,4 @@ def _table(rows: Sequence[TokenizedRow]) -> Dataset:
             "input_ids": [list(row.token_ids) for row in rows],
             "labels": [list(row.labels) for row in rows],
         }
-    )
-
-
-def _describe_proof(proof: LayerProof) -> str:
-    return (
-        f"steering proved at layer {proof.layer}: {proof.positions} probe tokens changed by "
-        f"{proof.change_norm:.4g} on average where {proof.expected:.4g} is due"
     )
