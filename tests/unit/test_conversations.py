@@ -60,7 +60,7 @@ def test_every_format_is_the_same_conversation_to_every_command(name: str, tmp_p
     path.write_text(json.dumps(FORMATS[name]) + "\n\n")  # a blank last line is no row
     ((_, chat),) = open_source(path, Settings().project).rows()
     assert chat == Chat(messages=EXPECTED)
-    assert [list(row.messages) for row in read_chats([str(path)])] == [EXPECTED]
+    assert [list(chat.messages) for _, chat in read_chats([str(path)])] == [EXPECTED]
 
 
 def test_an_alpaca_input_and_history_belong_to_the_conversation() -> None:
@@ -208,6 +208,6 @@ def test_public_rows_are_read_alike(name: str) -> None:
     path = Path(DATA) / "cases" / "21-public-row-formats" / f"{name}.jsonl"
     chats = [chat for _, chat in open_source(path, Settings().project).rows()]
     assert chats
-    assert [list(row.messages) for row in read_chats([str(path)])] == [
+    assert [list(chat.messages) for _, chat in read_chats([str(path)])] == [
         list(chat.messages) for chat in chats if isinstance(chat, Chat)
     ]

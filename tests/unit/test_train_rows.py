@@ -88,9 +88,9 @@ def test_json_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
     lines = jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "a.json").write_text(json.dumps(rows))
     pd.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
-    expected = [one.messages for one in read_chats([lines])]
+    expected = [chat.messages for _, chat in read_chats([lines])]
     for name in ("a.json", "a.parquet"):
-        assert [one.messages for one in read_chats([str(tmp_path / name)])] == expected
+        assert [chat.messages for _, chat in read_chats([str(tmp_path / name)])] == expected
 
 
 def test_long_rows_are_cut_and_counted(tmp_path: Path) -> None:
