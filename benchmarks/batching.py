@@ -17,13 +17,13 @@ tokens plus what each pass costs by itself, in tokens (``CPU_PASS_COST``, ``PASS
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from common import parser_of
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pvec.training.batches import CPU_PASS_COST, PASS_COST, Layout
@@ -130,9 +130,7 @@ def compare(name: str, lengths: Sequence[int], size: int) -> None:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--lengths", type=Path, help="a file with one number a line")
     parser.add_argument("--size", type=int, default=16)
     options = parser.parse_args()

@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from common import ONE_THREAD, parser_of
+
 HERE = Path(__file__).parent
 STORED = HERE / "ratios.json"
 FELL = 0.8
@@ -70,7 +72,7 @@ def ratio(script: Script) -> float | str:
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | ONE_THREAD,
     )
     found = re.search(pattern, done.stdout, re.MULTILINE)
     if done.returncode == 0 and found:
@@ -91,9 +93,7 @@ def line(name: str, now: float | str, before: float | None) -> str:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--save", action="store_true", help="store today's ratios")
     parser.add_argument("--model", help="folder of a chat model, for the libraries")
     parser.add_argument("--repeng", help="Python of an environment with repeng")

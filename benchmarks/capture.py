@@ -18,68 +18,22 @@ from __future__ import annotations
 
 import argparse
 import random
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from common import CLOCKS, SIZES, build, parser_of, require_same, watched
+from transformers import PreTrainedModel
 
 from pvec.activations.capture import capture_means, default_token_budget
-from pvec.models.decoder import find_decoder
-from pvec.types import SpanMeans, SpanName, TokenSpans
+from pvec.models.chat import spans_from_ids
+from pvec.models.costs import ModelSize, model_size
+from pvec.types import SpanMeans, TokenSpans
 
 ROLLOUTS = 10
 PROMPT_TOKENS = (60, 120)
 ANSWER_TOKENS = (50, 400)
-
-SIZES: dict[str, dict[str, Any]] = {
-    "bundled": {
-        "vocab_size": 3072,
-        "hidden_size": 160,
-        "intermediate_size": 384,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 5,
-        "num_key_value_heads": 5,
-    },
-    "20m": {
-        "vocab_size": 16_000,
-        "hidden_size": 384,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-    },
-    "100m": {
-        "vocab_size": 32_000,
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-    },
-    "100m-qwen": {  # as many weights in the vocabulary of Qwen2.5 as small chat models have
-        "vocab_size": 151_936,
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-    },
-    "7b": {
-        "vocab_size": 152_064,
-        "hidden_size": 3584,
-        "intermediate_size": 18_944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    },
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,28 +45,6 @@ class Measured:
     peak: float
 
 
-class Watch(TypedDict):
-    """Where and by which clock something is measured."""
-
-    device: str
-    clock: Callable[[], float]
-
-
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-"""``cpu`` leaves out the time that other processes took, and sums over threads."""
-
-
-def build(size: str, *, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a Qwen2 of the wanted size with random weights."""
-    config = Qwen2Config(**SIZES[size], max_position_embeddings=1024, tie_word_embeddings=False)
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    with torch.device(device):
-        model = Qwen2ForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
-    return model
-
-
 def rollouts(prompts: int, *, vocabulary: int, seed: int = 0) -> list[TokenSpans]:
     """Return rows shaped as in extraction."""
     rng = random.Random(seed)
@@ -121,13 +53,7 @@ def rollouts(prompts: int, *, vocabulary: int, seed: int = 0) -> list[TokenSpans
         prompt = tuple(rng.randrange(vocabulary) for _ in range(rng.randint(*PROMPT_TOKENS)))
         for a in range(ROLLOUTS):
             answer = tuple(rng.randrange(vocabulary) for _ in range(rng.randint(*ANSWER_TOKENS)))
-            start, stop = len(prompt), len(prompt) + len(answer)
-            spans: dict[SpanName, tuple[int, int]] = {
-                "prompt": (0, start),
-                "prompt_last": (start - 1, start),
-                "response": (start, stop),
-            }
-            rows.append(TokenSpans(id=f"{p}-{a}", token_ids=prompt + answer, spans=spans))
+            rows.append(spans_from_ids(f"{p}-{a}", prompt_ids=prompt, answer_ids=answer))
     return rows
 
 
@@ -151,40 +77,11 @@ def measure(
     run: Callable[[], Iterator[SpanMeans]], *, device: str, clock: Callable[[], float]
 ) -> Measured:
     """Run to the end under a clock and a memory watch."""
-    with peak_memory(device) as peak:
-        start = clock()
+    with watched(device, clock) as usage:
         rows = {row.id: row for row in run()}
-        seconds = clock() - start
     results = sum(m.nbytes for r in rows.values() for m in (*r.means.values(), *r.norms.values()))
-    above = peak[0] - (device == "cpu") * results / 2**20
-    return Measured(rows=rows, seconds=seconds, peak=max(0.0, above))
-
-
-@contextmanager
-def peak_memory(device: str) -> Iterator[list[float]]:
-    """Note the highest memory use above that at the start, in MiB."""
-    peak = [0.0]
-    if device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield peak
-        peak[0] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        return
-    done = threading.Event()
-    at_start = resident()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            peak[0] = max(peak[0], resident() - at_start)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        watcher.join()
+    above = usage.peak - (device == "cpu") * results / 2**20
+    return Measured(rows=rows, seconds=usage.seconds, peak=max(0.0, above))
 
 
 def best(turns: Sequence[Measured]) -> Measured:
@@ -192,21 +89,14 @@ def best(turns: Sequence[Measured]) -> Measured:
     return replace(turns[0], seconds=min(t.seconds for t in turns), peak=max(t.peak for t in turns))
 
 
-def resident() -> float:
-    """Return this process's resident memory in MiB (Linux; 0 elsewhere)."""
-    status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * 4096 / 2**20 if status.exists() else 0.0
-
-
-def matmul_rate(
-    *, device: str, dtype: torch.dtype, tokens: int, hidden: int, clock: Callable[[], float]
-) -> float:
-    """Return the best rate in FLOP/s of ``[tokens, hidden] @ [hidden, 4 hidden]``."""
-    a = torch.randn(tokens, hidden, device=device, dtype=dtype)
-    b = torch.randn(hidden, 4 * hidden, device=device, dtype=dtype)
+def matmul_rate(model: PreTrainedModel, *, tokens: int, clock: Callable[[], float]) -> float:
+    """Return the best rate in FLOP/s of ``[tokens, H] @ [H, 4 H]``."""
+    hidden = model.config.hidden_size
+    a = torch.randn(tokens, hidden, device=model.device, dtype=model.dtype)
+    b = torch.randn(hidden, 4 * hidden, device=model.device, dtype=model.dtype)
     best = 0.0
     for _ in range(8):
-        repeats = 20 if device != "cpu" else 3
+        repeats = 20 if model.device.type != "cpu" else 3
         start = clock()
         for _ in range(repeats):
             c = a @ b
@@ -215,25 +105,19 @@ def matmul_rate(
     return best
 
 
-def useful_flops(model: PreTrainedModel, rows: Sequence[TokenSpans]) -> float:
+def useful_flops(size: ModelSize, rows: Sequence[TokenSpans]) -> float:
     """Return the work of the blocks: each distinct prompt once, answers, causal attention."""
-    decoder = find_decoder(model)
-    weights = sum(p.numel() for p in decoder.blocks.parameters() if p.dim() > 1)
-    width = decoder.config.hidden_size * decoder.num_layers
     prompts = {row.token_ids[: row.spans["prompt"][1]] for row in rows}
-    chunks = [(0, len(prompt)) for prompt in prompts]
-    chunks += [(row.spans["prompt"][1], len(row.token_ids)) for row in rows]
-    return sum(2 * weights * (b - a) + 2 * width * (b * b - a * a) for a, b in chunks)
+    parts = [(0, len(prompt)) for prompt in prompts]
+    parts += [(row.spans["prompt"][1], len(row.token_ids)) for row in rows]
+    return size.flops(sum(b - a for a, b in parts), keys=sum(b * b - a * a for a, b in parts) / 2)
 
 
-def usual_flops(model: PreTrainedModel, rows: Sequence[TokenSpans]) -> float:
+def usual_flops(size: ModelSize, rows: Sequence[TokenSpans]) -> float:
     """Return the work of the usual loop: every row whole, with its logits."""
-    decoder = find_decoder(model)
-    weights = sum(p.numel() for p in decoder.blocks.parameters() if p.dim() > 1)
-    weights += model.lm_head.weight.numel()
-    width = decoder.config.hidden_size * decoder.num_layers
     lengths = [len(row.token_ids) for row in rows]
-    return sum(2 * weights * length + 2 * width * length * length for length in lengths)
+    tokens = sum(lengths)
+    return size.flops(tokens, keys=sum(n * n for n in lengths) / 2, logits=tokens)
 
 
 def largest_difference(one: dict[str, SpanMeans], two: dict[str, SpanMeans]) -> float:
@@ -247,42 +131,44 @@ def largest_difference(one: dict[str, SpanMeans], two: dict[str, SpanMeans]) -> 
 
 def compare(size: str, args: argparse.Namespace) -> None:
     """Measure both ways on one size and print a row of the table."""
-    dtype = getattr(torch, args.dtype)
-    model = build(size, device=args.device, dtype=dtype)
+    model = build(size, device=args.device, dtype=args.dtype)
     rows = rollouts(args.prompts, vocabulary=model.config.vocab_size)
     budget = args.token_budget or default_token_budget(model.device)
     warm_up = rows[:ROLLOUTS]
     list(capture_means(model, warm_up, token_budget=budget))
     list(usual_loop(model, warm_up[:2]))
-    watch: Watch = {"device": args.device, "clock": CLOCKS[args.clock]}
+    clock = CLOCKS[args.clock]
+
+    def turn(run: Callable[[], Iterator[SpanMeans]]) -> Measured:
+        return measure(run, device=args.device, clock=clock)
+
     turns = [
         (
-            measure(lambda: capture_means(model, rows, token_budget=budget), **watch),
-            measure(lambda: usual_loop(model, rows), **watch),
+            turn(lambda: capture_means(model, rows, token_budget=budget)),
+            turn(lambda: usual_loop(model, rows)),
         )
         for _ in range(args.repeats)
     ]
     ours, usual = (best(one) for one in zip(*turns, strict=True))
     difference = largest_difference(usual.rows, ours.rows)
-    limit = 1e-4 if dtype == torch.float32 else 5e-2
-    if difference > limit:
-        raise SystemExit(f"{size}: the two ways differ by {difference:.1e}, more than {limit:.0e}")
-    rate = matmul_rate(dtype=dtype, tokens=budget, hidden=model.config.hidden_size, **watch)
-    share = useful_flops(model, rows) / ours.seconds / rate
+    require_same(size, difference, dtype=args.dtype)
+    rate = matmul_rate(model, tokens=budget, clock=clock)
+    numbers = model_size(model.config, itemsize=model.dtype.itemsize)
+    useful = useful_flops(numbers, rows)
     tokens = sum(len(row.token_ids) for row in rows)
     print(
         f"| {size} | {len(rows)} | {tokens / usual.seconds:,.0f} | {tokens / ours.seconds:,.0f} "
         f"| {usual.seconds / ours.seconds:.2f} "
-        f"| {usual_flops(model, rows) / useful_flops(model, rows):.2f} "
+        f"| {usual_flops(numbers, rows) / useful:.2f} "
         f"| {usual.peak:,.0f} | {ours.peak:,.0f} "
-        f"| {share:.0%} of {rate / 1e12:.2f} TFLOP/s | {difference:.0e} |",
+        f"| {useful / ours.seconds / rate:.0%} of {rate / 1e12:.2f} TFLOP/s | {difference:.0e} |",
         flush=True,
     )
 
 
 def main() -> None:
     """Print a Markdown table with one row per size."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--size", action="append", choices=[*SIZES], help="default: all but 20m and 7b"
     )

@@ -19,13 +19,15 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import cycle
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import parser_of, timed
 
 import pvec
 from pvec.backends.base import Backend
@@ -44,16 +46,17 @@ from pvec.traits.trait import Trait, bundled_traits, load_trait
 from pvec.types import SIGNS, Message, Sign
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
-REFERENCE_FILES = {sign: f"qwen3-4b_evil_{sign}_sample.csv" for sign in SIGNS}
+REFERENCE_FILES = {sign: f"reference/qwen3-4b_evil_{sign}_sample.csv" for sign in SIGNS}
 TOKENS = (8, 16, 32, 64, 128)
 THRESHOLD = 50.0
 COH = "coherence"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser = parser_of(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("published", "bundled", "limits", "speed"):
+    kinds = {"published": published, "bundled": bundled, "limits": limits, "speed": speed}
+    for name in kinds:
         command = commands.add_parser(name)
         command.add_argument("--model", default="tiny")
         command.add_argument("--threads", type=int, default=1)
@@ -64,7 +67,6 @@ def main() -> None:
         command.add_argument("--trait", default=None, help="instructions of this trait instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    kinds = {"published": published, "bundled": bundled, "limits": limits, "speed": speed}
     kinds[options.command](options)
 
 
@@ -73,19 +75,17 @@ def main() -> None:
 
 def published(options: argparse.Namespace) -> None:
     """Compare with the published scores, by pairs and tokens."""
-    reference = options.data / "reference"
-    trait = load_trait(options.trait or reference / "evil_extract.json")
+    trait = load_trait(options.trait or options.data / "reference" / "evil_extract.json")
     answers: list[tuple[Sign, JudgedAnswer]] = [
         (sign, answer)
         for sign in SIGNS
-        for answer in read_judged_csv(reference / REFERENCE_FILES[sign], trait="evil")
+        for answer in read_judged_csv(options.data / REFERENCE_FILES[sign], trait="evil")
     ]
     if options.answers:
         answers = answers[:: max(len(answers) // options.answers, 1)]
     backend = HFBackend(options.model)
-    started = time.process_time()
-    table = differences(backend, trait, [answer for _, answer in answers], tokens=options.tokens)
-    seconds = time.process_time() - started
+    texts = [(answer.question, spoken(answer)) for _, answer in answers]
+    seconds, table = timed(lambda: differences(backend, trait, texts, tokens=options.tokens))
     print(
         f"{options.model}: {len(answers)} answers, {len(trait.instructions)} pairs, first "
         f"{options.tokens} tokens: {seconds:.0f} CPU s, {len(answers) / seconds:.2f} answers/s"
@@ -128,16 +128,19 @@ def _show(label: str, s: np.ndarray, scores: np.ndarray, positive: np.ndarray) -
     )
 
 
+def spoken(answer: JudgedAnswer) -> str:
+    """Return an answer without its reasoning."""
+    return answer.answer.rpartition("</think>")[2].strip()
+
+
 def differences(
-    backend: Backend, trait: Trait, answers: Sequence[JudgedAnswer], *, tokens: int
+    backend: Backend, trait: Trait, answers: Sequence[tuple[str, str]], *, tokens: int
 ) -> list[np.ndarray]:
-    """Return for each answer log P(token | positive) - log P(token | negative), ``[pairs, T]``."""
+    """Return log P(token | positive) - log P(token | negative), ``[pairs, T]``, of each answer."""
     pairs: list[Pair] = []
-    for answer in answers:
-        text = answer.answer.rpartition("</think>")[2].strip()
-        pairs += prompts_and_answer(backend, trait, answer.question, text, tokens=tokens)
-    found = dict(backend.answer_logprobs(pairs))
-    rows = [found[number] for number in range(len(pairs))]
+    for question, text in answers:
+        pairs += prompts_and_answer(backend, trait, question, text, tokens=tokens)
+    rows = [logprobs for _, logprobs in sorted(backend.answer_logprobs(pairs), key=itemgetter(0))]
     width = 2 * len(trait.instructions)
     return [
         np.stack(rows[start : start + width : 2]) - np.stack(rows[start + 1 : start + width : 2])
@@ -150,9 +153,8 @@ def prompts_and_answer(
 ) -> Iterator[Pair]:
     """Yield the answer after each of the trait's system prompts: positive, negative, positive …"""
     asked: Message = {"role": "user", "content": question}
-    encoded = encode_pair(
-        backend.tokenizer, prompt=render_prompt(backend.tokenizer, [asked]), answer=answer
-    )
+    prompt = render_prompt(backend.tokenizer, [asked])
+    encoded = encode_pair(backend.tokenizer, prompt=prompt, answer=answer)
     ids = encoded.token_ids[encoded.prompt_length :][:tokens]
     for number in range(len(trait.instructions)):
         for sign in SIGNS:
@@ -224,11 +226,8 @@ def _show_trait(trait: str, scratch: Path, lexical: Callable[[str, str], float])
         correlation(a, b, method="spearman").r
         for a, b in ((ours, words), (ours, theirs), (words, theirs), (coherence, their_coherence))
     ]
-    print(
-        f"{trait:15s} {len(rows):7d}  {found[0]:11.2f}  {found[1]:13.2f}  {found[2]:11.2f}  "
-        f"{found[3]:16.2f}",
-        flush=True,
-    )
+    cells = [f"{r:{width}.2f}" for r, width in zip(found, (11, 13, 11, 16), strict=True)]
+    print(f"{trait:15s} {len(rows):7d}  {'  '.join(cells)}", flush=True)
 
 
 # -- where it fails --------------------------------------------------------------------------------
@@ -287,8 +286,8 @@ def limits(options: argparse.Namespace) -> None:
         replace(trait, instructions=trait.instructions[:2])
         for trait in map(load_trait, ("hallucinating", "evil"))
     )
-    true = [_s(backend, hallucinating, q, f"The answer is {t}.") for q, t, _ in FACTS]
-    false = [_s(backend, hallucinating, q, f"The answer is {f}.") for q, _, f in FACTS]
+    true = _s(backend, hallucinating, [(q, f"The answer is {t}.") for q, t, _ in FACTS])
+    false = _s(backend, hallucinating, [(q, f"The answer is {f}.") for q, _, f in FACTS])
     higher = sum(b > a for a, b in zip(true, false, strict=True))
     print(
         f"hallucinating: true answers {np.mean(true):.3f}, false ones {np.mean(false):.3f}; the "
@@ -296,17 +295,14 @@ def limits(options: argparse.Namespace) -> None:
     )
     question = evil.extract_questions[0]
     for language, texts in EVIL.items():
-        cruel = [_s(backend, evil, question, text) for text in texts]
-        kind = [_s(backend, evil, question, text) for text in KIND[language]]
+        cruel = _s(backend, evil, [(question, text) for text in texts])
+        kind = _s(backend, evil, [(question, text) for text in KIND[language]])
         print(f"evil, {language}: cruel {_listed(cruel)}, kind {_listed(kind)}")
-    print(f"evil, refusals: {_listed([_s(backend, evil, question, text) for text in REFUSALS])}")
+    print(f"evil, refusals: {_listed(_s(backend, evil, [(question, t) for t in REFUSALS]))}")
 
 
-def _s(backend: HFBackend, trait: Trait, question: str, text: str) -> float:
-    pairs = list(prompts_and_answer(backend, trait, question, text, tokens=64))
-    found = dict(backend.answer_logprobs(pairs))
-    means = np.array([found[number].mean() for number in range(len(pairs))])
-    return float((means[0::2] - means[1::2]).mean())
+def _s(backend: HFBackend, trait: Trait, answers: Sequence[tuple[str, str]]) -> list[float]:
+    return [float(row.mean()) for row in differences(backend, trait, answers, tokens=64)]
 
 
 def _listed(values: Sequence[float]) -> str:
@@ -323,31 +319,22 @@ def speed(options: argparse.Namespace) -> None:
     The plain loop takes one forward pass for each, and the logits of the answer's tokens alone.
     """
     trait = load_trait(options.trait or "evil")
-    answers = list(
-        read_judged_csv(options.data / "reference" / REFERENCE_FILES["pos"], trait="evil")
-    )
+    answers = list(read_judged_csv(options.data / REFERENCE_FILES["pos"], trait="evil"))
     questions = trait.extract_questions[: options.questions]
     backend = HFBackend(options.model)
-    pairs = [
-        pair
-        for number, answer in enumerate(answers[: options.answers or 10])
-        for text in [answer.answer.rpartition("</think>")[2].strip()]
-        for question in [questions[number % len(questions)]]
-        for pair in prompts_and_answer(backend, trait, question, text, tokens=options.tokens)
-    ]
+    pairs: list[Pair] = []
+    for answer, question in zip(answers[: options.answers or 10], cycle(questions)):
+        pairs += prompts_and_answer(backend, trait, question, spoken(answer), tokens=options.tokens)
     list(backend.answer_logprobs(pairs[:2]))
-    started = time.process_time()
-    ours = dict(backend.answer_logprobs(pairs))
-    middle = time.process_time()
-    plain = [_plain(backend, *pair) for pair in pairs]
-    ended = time.process_time()
+    seconds, ours = timed(lambda: dict(backend.answer_logprobs(pairs)))
+    usual_seconds, plain = timed(lambda: [_plain(backend, *pair) for pair in pairs])
     worst = max(float(np.abs(ours[n] - values).max()) for n, values in enumerate(plain))
-    prompt, answer = (np.mean([len(pair[side]) for pair in pairs]) for side in (0, 1))
+    prompt, said = (np.mean([len(pair[side]) for pair in pairs]) for side in (0, 1))
     print(
         f"{options.model}: {len(pairs)} passes, prompts of {prompt:.0f} and answers of "
-        f"{answer:.0f} tokens; pvec {middle - started:.1f} CPU s, plain loop {ended - middle:.1f} "
-        f"CPU s: {(ended - middle) / (middle - started):.2f} times as fast; largest difference of "
-        f"a log-probability {worst:.1e}"
+        f"{said:.0f} tokens; pvec {seconds:.1f} CPU s, plain loop {usual_seconds:.1f} CPU s: "
+        f"{usual_seconds / seconds:.2f} times as fast; largest difference of a log-probability "
+        f"{worst:.1e}"
     )
 
 

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from capture import ROLLOUTS, SIZES, build, rollouts
-from transformers import AutoTokenizer, LlamaConfig, Qwen2Config
+from capture import ROLLOUTS, rollouts
+from common import PROMPT, SIZES, parser_of, random_backend, request, timed
+from transformers import LlamaConfig, Qwen2Config
 
-import pvec.tiny
 from pvec.activations.capture import capture_means
 from pvec.backends.hf.backend import HFBackend
 from pvec.judges.cost import estimate, known_price
@@ -30,42 +30,8 @@ from pvec.judges.prompts import fill, metrics_of
 from pvec.models.costs import TENSOR_SHARE, Estimate, Machine, ModelSize, Work, model_size
 from pvec.models.machine import measure_machine
 from pvec.traits.trait import load_trait
-from pvec.types import Request, Sampling
 
 # ── against measured runs ───────────────────────────────────────────────────────────────────────
-
-PROMPT = 64
-
-
-def backend(name: str) -> HFBackend:
-    """Return a model of a size with random weights, or the model in a folder."""
-    if name not in SIZES:
-        return HFBackend(name)
-    model = build(name, device="cpu", dtype=torch.float32).requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(Path(pvec.tiny.__file__).parent)
-    return HFBackend.wrap(model, tokenizer, name=name)
-
-
-def cpu(work: Callable[[], object], *, rounds: int = 2) -> float:
-    """Return the least CPU seconds that some work took."""
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.process_time()
-        work()
-        best = min(best, time.process_time() - start)
-    return best
-
-
-def requests(rows: int, tokens: int) -> list[Request]:
-    """Return requests with different prompts, all of one length."""
-    return [
-        Request(
-            id=str(n),
-            prompt_ids=tuple(3 + (7 * n + i) % 900 for i in range(PROMPT)),
-            sampling=Sampling(max_tokens=tokens, seed=n),
-        )
-        for n in range(rows)
-    ]
 
 
 def check(args: argparse.Namespace) -> None:
@@ -76,7 +42,7 @@ def check(args: argparse.Namespace) -> None:
     print("| model | M parameters | stage | measured ms | estimated ms | estimated / measured |")
     print("|---|---:|---|---:|---:|---:|")
     for name in [*(args.size or (["bundled", "20m", "100m"])), *(args.model or ())]:
-        running = backend(name)
+        running = random_backend(name) if name in SIZES else HFBackend(name)
         assert running.model is not None, "it was just opened"
         running._causal = replace(running._decoding_model(), stop_ids=frozenset())  # noqa: SLF001
         size = model_size(running.model.config, itemsize=4)
@@ -92,9 +58,13 @@ def stages(
     running: HFBackend, size: ModelSize, machine: Machine, *, steps: int
 ) -> Iterator[tuple[str, float, float]]:
     """Yield stages with measured and estimated seconds."""
+
+    def generating(rows: int, tokens: int) -> float:
+        asked = [request(n, tokens=tokens) for n in range(rows)]
+        return min(timed(lambda: list(running.generate(asked)))[0] for _ in range(2))
+
     for rows in (1, 8, 32, 128):
-        first = cpu(lambda: list(running.generate(requests(rows, 1))))  # noqa: B023 (called here)
-        whole = cpu(lambda: list(running.generate(requests(rows, 1 + steps))))  # noqa: B023
+        first, whole = generating(rows, 1), generating(rows, 1 + steps)
         work = Work(
             prompts=rows, prompt_tokens=PROMPT * rows, answers=rows, answer_tokens=steps * rows,
             context=PROMPT,
@@ -111,7 +81,7 @@ def stages(
     cost = Estimate(size=size, work=work, machine=machine)
     model = running.model
     assert model is not None, "the backend is open"
-    measured = cpu(lambda: list(capture_means(model, samples)))
+    measured = min(timed(lambda: list(capture_means(model, samples)))[0] for _ in range(2))
     yield f"capture of {tokens:,} tokens", measured, cost.seconds
 
 
@@ -246,9 +216,7 @@ def tables(_: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run one of the two."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("what", choices=["check", "tables"])
     parser.add_argument("--size", action="append", choices=[*SIZES])
     parser.add_argument("--model", action="append", help="folder of a model to check as well")

@@ -12,10 +12,20 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+
+import torch
+from common import parser_of, timed
+
+from pvec.backends.hf.backend import HFBackend
+from pvec.backends.hf.batch_check import check_batching
+from pvec.backends.hf.generation import DecodeBatch
+from pvec.backends.hf.rows import admit_all
+from pvec.backends.hf.sampling import sample_tokens
+from pvec.models.files import ModelSpec
+from pvec.types import Request, Sampling
 
 KINDS = {
     "products": ("mm", "addmm", "bmm", "linear", "matmul"),
@@ -27,11 +37,6 @@ KINDS = {
 
 def batch_of(backend: Any, rows: int, *, greedy: bool) -> Any:
     """Return a decode batch that has run a few steps."""
-    from pvec.backends.hf.batch_check import check_batching
-    from pvec.backends.hf.generation import DecodeBatch
-    from pvec.backends.hf.rows import admit_all
-    from pvec.types import Request, Sampling
-
     requests = [
         Request(
             id=str(row),
@@ -52,18 +57,11 @@ def batch_of(backend: Any, rows: int, *, greedy: bool) -> Any:
 
 def seconds(run: Callable[[], object], times: int) -> float:
     """Return the median CPU time of ``run``."""
-    taken = []
-    for _ in range(times):
-        start = time.process_time()
-        run()
-        taken.append(time.process_time() - start)
-    return statistics.median(taken)
+    return statistics.median(timed(run)[0] for _ in range(times))
 
 
 def by_kind(run: Callable[[], object], times: int) -> dict[str, float]:
     """Return the shares of the kinds of operations in the time of ``run``."""
-    import torch
-
     whole = "one step"
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(times):
@@ -83,10 +81,6 @@ def by_kind(run: Callable[[], object], times: int) -> dict[str, float]:
 def line(backend: Any, rows: int, args: argparse.Namespace) -> str:
     """Measure at one number of rows and return a line of the table."""
     # ruff: noqa: SLF001 - the parts of a step
-    import torch
-
-    from pvec.backends.hf.sampling import sample_tokens
-
     batch = batch_of(backend, rows, greedy=args.greedy)
     samplings = [row.request.sampling for row in batch.rows]
     with torch.inference_mode():
@@ -102,19 +96,12 @@ def line(backend: Any, rows: int, args: argparse.Namespace) -> str:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", required=True, help="folder of a chat model")
     parser.add_argument("--rows", type=int, nargs="+", default=[24, 64, 256])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--greedy", action="store_true")
     args = parser.parse_args()
-    import torch
-
-    from pvec.backends.hf.backend import HFBackend
-    from pvec.models.files import ModelSpec
-
     torch.set_num_threads(1)
     backend = HFBackend(ModelSpec(model=args.model, dtype="float32"))
     torch.set_num_threads(1)

@@ -12,7 +12,6 @@ with a 95 % interval over questions.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import parser_of
 
 from pvec.backends.hf.backend import HFBackend
 from pvec.judges.calibration import Measured, TraitFit, fit
@@ -45,7 +45,7 @@ class Found:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser = parser_of(__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--model", required=True)
     parser.add_argument("--pairs", type=int, default=2, help="instruction pairs of the judge")

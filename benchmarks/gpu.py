@@ -27,11 +27,19 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from pvec.backends.hf.backend import HFBackend
+import numpy as np
+import torch
+import transformers
+from common import hooked, parser_of, random_backend, request, token_ids, watched
+
+import pvec
+from pvec.backends.hf.backend import HFBackend
+from pvec.evaluation.verify.checks import Bench, all_checks
+from pvec.types import Instruction
 
 HERE = Path(__file__).parent
 REFERENCE_BATCH = 20
@@ -40,26 +48,12 @@ PART_SECONDS = 420
 
 
 def backend(args: argparse.Namespace) -> HFBackend:
-    """Return a random model of the size with the bundled model's tokenizer."""
-    import torch
-    from capture import build
-    from transformers import AutoTokenizer
-
-    import pvec
-    from pvec.backends.hf.backend import HFBackend
-
-    model = build(args.size, device=args.device, dtype=getattr(torch, args.dtype))
-    model.requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(Path(pvec.__file__).parent / "tiny")
-    return HFBackend.wrap(model, tokenizer, name=args.size)
+    """Return a random model of the size."""
+    return random_backend(args.size, device=args.device, dtype=args.dtype)
 
 
-def instruction(running: HFBackend, number: int) -> Any:
+def instruction(running: HFBackend, number: int) -> Instruction:
     """Return an addition at a layer in the middle, another one for each number."""
-    import numpy as np
-
-    from pvec.types import Instruction
-
     vector = np.random.default_rng(number).standard_normal(running.info.hidden_size)
     return Instruction(
         layer=running.info.num_layers // 2,
@@ -71,104 +65,50 @@ def instruction(running: HFBackend, number: int) -> Any:
 
 def decode(args: argparse.Namespace) -> None:
     """Print tokens per second and memory peaks, per-row steering beside a hook."""
-    from dataclasses import replace
-
-    import torch
-
-    from pvec.types import Request, Sampling
-
     running = backend(args)
     running.on_note = print  # a graph that could not be recorded
     graphs = running._causal  # noqa: SLF001
     assert graphs is not None
     eager = replace(graphs, fixed_shapes=False)
-    prompts = [tuple(3 + (7 * n + i) % 900 for i in range(64)) for n in range(512)]
     tokens = 8 if args.quick else 128
     rows = (4, 8) if args.quick else (64, 256, 512)
     print("| way | rows | tokens/s | peak MiB above the weights |\n|---|---:|---:|---:|")
     for count in rows:
         requests = [
-            Request(
-                id=str(n),
-                prompt_ids=prompts[n],
-                sampling=Sampling(temperature=1.0, max_tokens=tokens, seed=n),
-                steering=(instruction(running, n),),
-            )
-            for n in range(count)
+            request(n, tokens=tokens, steering=[instruction(running, n)]) for n in range(count)
         ]
         for way, causal in {"": eager, ", CUDA graphs": graphs}.items():
             if way and not causal.fixed_shapes:
                 continue  # on a CPU
             running._causal = causal  # noqa: SLF001
             list(running.generate(requests[:2]))
-            with Timed(args.device) as timed:
+            with watched(args.device) as used:
                 done = sum(len(answer.token_ids) for answer in running.generate(requests))
-            rate = f"{done / timed.seconds:,.0f}"
-            print(f"| pvec, per-row steering{way} | {count} | {rate} | {timed.peak} |")
+            figures = f"{done / used.seconds:,.0f} | {used.peak:,.0f}"
+            print(f"| pvec, per-row steering{way} | {count} | {figures} |")
     batch = min(REFERENCE_BATCH, rows[0])
-    with Timed(args.device) as timed, torch.inference_mode():
-        done = by_hook(running, prompts[:batch], tokens)
-    print(f"| model.generate with a hook | {batch} | {done / timed.seconds:,.0f} | {timed.peak} |")
+    with watched(args.device) as used, torch.inference_mode():
+        done = by_hook(running, [token_ids(n) for n in range(batch)], tokens)
+    figures = f"{done / used.seconds:,.0f} | {used.peak:,.0f}"
+    print(f"| model.generate with a hook | {batch} | {figures} |")
 
 
 def by_hook(running: HFBackend, prompts: list[tuple[int, ...]], tokens: int) -> int:
     """Sample answers with transformers' own loop and one hook; return the number of tokens."""
-    import torch
-
     model: Any = running.model
     steering = instruction(running, 0)
     added = torch.from_numpy(steering.vector).to(model.device, model.dtype) * steering.coef
-
-    def add(_module: Any, _args: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        return (hidden + added, *output[1:]) if isinstance(output, tuple) else hidden + added
-
-    handle = model.model.layers[steering.layer - 1].register_forward_hook(add)
-    try:
-        ids = torch.tensor(prompts, device=model.device)
+    ids = torch.tensor(prompts, device=model.device)
+    with hooked(model.model.layers[steering.layer - 1], lambda hidden: hidden + added):
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
             do_sample=True, temperature=1.0, top_p=1.0, top_k=0, pad_token_id=0,
         )  # fmt: skip
-    finally:
-        handle.remove()
     return int(out.numel() - ids.numel())
-
-
-class Timed:
-    """Seconds and peak memory of what runs inside, in MiB above what was there before."""
-
-    def __init__(self, device: str) -> None:
-        self.gpu = device.startswith("cuda")
-
-    def __enter__(self) -> Timed:
-        """Start the clock."""
-        import torch
-
-        if self.gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
-        self._started = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop it."""
-        import torch
-
-        if self.gpu:
-            torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - self._started
-        peak = torch.cuda.max_memory_allocated() - self._before if self.gpu else None
-        self.peak = "–" if peak is None else f"{peak / 2**20:,.0f}"
 
 
 def verify(args: argparse.Namespace) -> None:
     """Print the checks of ``pvec verify`` on the random model."""
-    from dataclasses import replace
-
-    from pvec.evaluation.verify.checks import Bench, all_checks
-
     running = backend(args)
     depth = running.info.num_layers
     steering = [
@@ -200,11 +140,6 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
 
 def heading(args: argparse.Namespace) -> str:
     """Return what was run, where and with what."""
-    import torch
-    import transformers
-
-    import pvec
-
     cuda = args.device.startswith("cuda")
     name = torch.cuda.get_device_name(0) if cuda else f"CPU ({platform.machine()})"
     return (
@@ -239,9 +174,7 @@ def run(title: str, command: list[str]) -> str:
 
 def main() -> None:
     """Run every part and write the Markdown."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", default="7b")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))

@@ -19,13 +19,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from common import ONE_THREAD, hooked, left_padded, parser_of, timed
 
 TOPICS = (
     "the sea", "a garden", "old maps", "bread", "a long train ride", "winter", "chess", "a library",
@@ -48,7 +52,6 @@ ANSWER = (
 
 def inputs(model: str, answers: int, pairs: int) -> dict[str, Any]:
     """Return prompts as token ids, contrast pairs as texts and the steering vector."""
-    import numpy as np
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -79,7 +82,6 @@ class Way:
     """One way to generate steered answers and to make a vector; ``batch`` prompts at a time."""
 
     def __init__(self, model: str, given: dict[str, Any], batch: int, dtype: str) -> None:
-        import torch
         from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
         torch.set_num_threads(1)
@@ -92,8 +94,6 @@ class Way:
 
     def generate(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
         """Return the tokens of every answer, without what follows its end."""
-        import torch
-
         with torch.inference_mode(), self.steered():
             return [
                 answer
@@ -102,13 +102,9 @@ class Way:
             ]
 
     def _batch(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-        import torch
-
         pad, width = self.tokenizer.pad_token_id or 0, max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
-        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         out = self.model.generate(
-            input_ids=ids, attention_mask=real, max_new_tokens=tokens, do_sample=False,
+            **left_padded(prompts, pad), max_new_tokens=tokens, do_sample=False,
             temperature=None, top_p=None, top_k=None, pad_token_id=pad,
         )  # fmt: skip
         ends = self.model.generation_config.eos_token_id
@@ -116,24 +112,10 @@ class Way:
         rows = out[:, width:].tolist()
         return [row[: next((n for n, t in enumerate(row) if t in ends), len(row))] for row in rows]
 
-    def steered(self) -> Any:
+    def steered(self) -> AbstractContextManager[None]:
         """Return a context in which the vector is added."""
-        from contextlib import contextmanager
-
-        @contextmanager
-        def hooked() -> Any:
-            def add(_module: Any, _args: Any, output: Any) -> Any:
-                hidden = output if not isinstance(output, tuple) else output[0]
-                hidden = hidden + self.added.to(hidden.dtype)
-                return hidden if not isinstance(output, tuple) else (hidden, *output[1:])
-
-            handle = self.model.model.layers[self.given["block"]].register_forward_hook(add)
-            try:
-                yield
-            finally:
-                handle.remove()
-
-        return hooked()
+        block = self.model.model.layers[self.given["block"]]
+        return hooked(block, lambda hidden: hidden + self.added.to(hidden.dtype))
 
     def vector(self, pairs: list[Any]) -> object:
         """Make a vector; a plain hook makes none."""
@@ -142,28 +124,22 @@ class Way:
 class Repeng(Way):
     """repeng: wrapped layers, and PCA of differences at the last token."""
 
-    def steered(self) -> Any:
+    @contextmanager
+    def steered(self) -> Iterator[None]:
         """Wrap one layer; its vectors are made of the model without wraps."""
-        from contextlib import contextmanager
-
-        import numpy as np
         from repeng import ControlModel, ControlVector
 
-        @contextmanager
-        def controlled() -> Any:
-            block = self.given["block"]
-            wrapped = ControlModel(self.model, [block])
-            directions = {block: np.array(self.given["vector"], np.float32)}
-            wrapped.set_control(
-                ControlVector(model_type=self.model.config.model_type, directions=directions),
-                self.given["coef"],
-            )
-            try:
-                yield
-            finally:
-                wrapped.unwrap()
-
-        return controlled()
+        block = self.given["block"]
+        wrapped = ControlModel(self.model, [block])
+        directions = {block: np.array(self.given["vector"], np.float32)}
+        wrapped.set_control(
+            ControlVector(model_type=self.model.config.model_type, directions=directions),
+            self.given["coef"],
+        )
+        try:
+            yield
+        finally:
+            wrapped.unwrap()
 
     def vector(self, pairs: list[Any]) -> object:
         """Train on the pairs, in its default batches of 32."""
@@ -196,9 +172,6 @@ class Pvec(Way):
     """pvec's own decode loop and capture."""
 
     def __init__(self, model: str, given: dict[str, Any], batch: int, dtype: Any) -> None:
-        import numpy as np
-        import torch
-
         from pvec.backends.hf.backend import HFBackend
         from pvec.models.files import ModelSpec
         from pvec.types import Instruction
@@ -232,22 +205,17 @@ class Pvec(Way):
 
     def vector(self, pairs: list[Any]) -> object:
         """Return the differences of all three means at every layer."""
-        import numpy as np
-
-        from pvec.types import SpanName, TokenSpans
+        from pvec.models.chat import encode_pair, spans_from_ids
 
         sequences = []
         for index, pair in enumerate(pairs):
             for side, (prompt, answer) in enumerate(pair):
-                ids = self.backend.tokenizer(prompt + answer, add_special_tokens=False).input_ids
-                cut = len(self.backend.tokenizer(prompt, add_special_tokens=False).input_ids)
-                spans: dict[SpanName, tuple[int, int]] = {
-                    "prompt": (0, cut),
-                    "prompt_last": (cut - 1, cut),
-                    "response": (cut, len(ids)),
-                }
+                both = encode_pair(self.backend.tokenizer, prompt=prompt, answer=answer)
+                ids, start = both.token_ids, both.prompt_length
                 name = f"{side}/{index}"
-                sequences.append(TokenSpans(id=name, token_ids=tuple(ids), spans=spans))
+                sequences.append(
+                    spans_from_ids(name, prompt_ids=ids[:start], answer_ids=ids[start:])
+                )
         means = list(self.backend.capture(sequences))
         return {
             span: np.mean([m.means[span] for m in means if m.id.startswith("0/")], axis=0)
@@ -261,23 +229,15 @@ WAYS: dict[str, type[Way]] = {
 }  # fmt: skip
 
 
-def cpu_seconds(work: Callable[[], object]) -> tuple[float, Any]:
-    """Return the CPU seconds of ``work``, user and system, and its result."""
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    result = work()
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result
-
-
 def work(name: str, batch: int, args: argparse.Namespace) -> None:
     """Run one way in this process and write its figures."""
     given = json.loads(args.inputs.read_text())
     way = WAYS[name](args.model, given, batch, args.dtype)
     way.generate(given["prompts"][:2], 2)  # a warm-up
-    seconds, answers = cpu_seconds(lambda: way.generate(given["prompts"], args.tokens))
+    seconds, answers = timed(lambda: way.generate(given["prompts"], args.tokens))
     figures = {"seconds": seconds, "answers": answers, "vector": None}
     if name != "hook" and batch == args.batches[-1]:
-        figures["vector"], _ = cpu_seconds(lambda: way.vector(given["pairs"]))
+        figures["vector"], _ = timed(lambda: way.vector(given["pairs"]))
     args.out.write_text(json.dumps(figures))
 
 
@@ -289,11 +249,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     }  # fmt: skip
     runs = [(name, batch) for name in WAYS if pythons[name] for batch in args.batches]
     least: dict[tuple[str, int], dict[str, Any]] = {}
-    environ = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    environ = os.environ | ONE_THREAD | {"TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory() as folder:
         given = Path(folder) / "inputs.json"
         given.write_text(json.dumps(inputs(args.model, args.answers, args.pairs)))
@@ -344,9 +300,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", required=True, help="folder of a chat model")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repeng", help="Python of an environment with repeng")

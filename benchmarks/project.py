@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from capture import SIZES, build, peak_memory
+from common import CLOCKS, SIZES, TINY, build, parser_of, require_same, watched, write_chats
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from pvec.backends.hf.backend import HFBackend
@@ -38,7 +38,6 @@ from pvec.vectors.projection import ProjectionPlan
 
 VECTORS = 3
 LAYERS = 5
-TINY = Path(__file__).parent.parent / "src" / "pvec" / "tiny"
 WORDS = """
 time year people way day man thing woman life child world school state family student group country
 problem hand part place case week company system program question work government
@@ -102,7 +101,7 @@ def compare(size: str, args: argparse.Namespace) -> None:
         model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
         rows = bundled_rows(tokenizer, count=args.rows or 600)
     else:
-        model = build(size, device=args.device, dtype=getattr(torch, args.dtype))
+        model = build(size, device=args.device, dtype=args.dtype)
         rows = word_rows(count=args.rows or 24)
     decoder = find_decoder(model)
     shape = (VECTORS, decoder.num_layers + 1, decoder.hidden_size)
@@ -117,28 +116,23 @@ def compare(size: str, args: argparse.Namespace) -> None:
     projector = Projector(backend, plan, tokenizer=tokenizer)
     projector(rows[:8])
     usual_loop(model, tokenizer, rows[:2], vectors)
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    with peak_memory(args.device) as our_peak:
-        began = clock()
+    clock = CLOCKS[args.clock]
+    with watched(args.device, clock) as mine:
         ours = np.array([turns[0] for turns in projector(rows).rows], dtype=np.float64)
-        our_seconds = clock() - began
     some = rows[: args.usual_rows or len(rows)]
-    with peak_memory(args.device) as usual_peak:
-        began = clock()
+    with watched(args.device, clock) as theirs:
         usual = usual_loop(model, tokenizer, some, vectors)
-        usual_seconds = (clock() - began) * len(rows) / len(some)
+    usual_seconds = theirs.seconds * len(rows) / len(some)
     # transformers' last hidden state is normed, so that layer is compared by neither
     layers = np.tile(np.arange(1, LAYERS + 1), VECTORS)
     same = layers != decoder.num_layers
     gaps = np.abs(ours[: len(some), same] - usual[:, same])
     difference = float(gaps.max() / np.abs(usual[:, same]).max())
-    limit = 1e-4 if args.dtype == "float32" else 5e-2
-    if difference > limit:
-        raise SystemExit(f"{size}: the two ways differ by {difference:.1e}, more than {limit:.0e}")
+    require_same(size, difference, dtype=args.dtype)
     print(
         f"| {size} | {len(rows)} | {len(rows) / usual_seconds:,.1f} | "
-        f"{len(rows) / our_seconds:,.1f} | {usual_seconds / our_seconds:.1f} | "
-        f"{usual_peak[0]:,.0f} | {our_peak[0]:,.0f} | {difference:.0e} |",
+        f"{len(rows) / mine.seconds:,.1f} | {usual_seconds / mine.seconds:.1f} | "
+        f"{theirs.peak:,.0f} | {mine.peak:,.0f} | {difference:.0e} |",
         flush=True,
     )
 
@@ -152,8 +146,9 @@ def memory(counts: Sequence[int], *, tokens: bool = False) -> None:
     with tempfile.TemporaryDirectory() as folder:
         vector = _random_vector(Path(folder))
         for count in counts:
-            path = Path(folder) / f"{count}.jsonl"
-            _write_rows(path, count, answer="Yes, of course. " * (50 if tokens else 1))
+            answer = " ".join(["Yes, of course."] * (50 if tokens else 1))
+            rows = ((f"Question {i}?", answer) for i in range(count))
+            path = write_chats(Path(folder) / f"{count}.jsonl", rows)
             code = (
                 "import resource, sys; from pvec.cli.app import main\n"
                 "try: main(sys.argv[1:])\n"
@@ -182,19 +177,9 @@ def _random_vector(folder: Path) -> Path:
     return save_vector(vector, folder / "random.safetensors")
 
 
-def _write_rows(path: Path, count: int, *, answer: str) -> None:
-    with path.open("w") as stream:
-        for i in range(count):
-            turns = [
-                {"role": "user", "content": f"Question {i}?"},
-                {"role": "assistant", "content": answer.strip()},
-            ]
-            stream.write(json.dumps({"messages": turns}) + "\n")
-
-
 def main() -> None:
     """Print a Markdown table with one row per size, or that of memory."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--size", action="append", choices=[*SIZES])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
@@ -204,7 +189,7 @@ def main() -> None:
     parser.add_argument(
         "--clock",
         default="wall",
-        choices=["wall", "cpu"],
+        choices=[*CLOCKS],
         help="cpu: this process's own time, for machines that others use too",
     )
     parser.add_argument("--memory", action="store_true", help="measure resident memory instead")

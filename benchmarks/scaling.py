@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import os
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,9 +32,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from capture import SIZES, build, resident
+from common import CLOCKS, PROMPT, SIZES, TINY, build, parser_of, request, resident, token_ids
 
-import pvec.tiny
 from pvec.backends.base import Backend
 from pvec.backends.planned import PlannedResponse, generate_missing
 from pvec.backends.pool.address import Workers
@@ -43,16 +42,16 @@ from pvec.backends.pool.cluster import RayHandle, connect, model_order
 from pvec.backends.pool.pool import Pool
 from pvec.backends.pool.worker import ModelOrder, Worker
 from pvec.backends.session import ModelSession, ignore
+from pvec.models.chat import spans_from_ids
 from pvec.models.load import inspect_model
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.settings import Settings
-from pvec.types import Generation, ModelInfo, Request, Sampling, SpanMeans, SpanName, TokenSpans
+from pvec.types import Generation, ModelInfo, Request, SpanMeans, TokenSpans
 
 os.environ.setdefault("RAY_worker_niceness", "0")  # else other processes starve the workers
 
-PROMPT_TOKENS, ANSWER_TOKENS = 64, 48
-TINY = Path(pvec.tiny.__file__).parent
+ANSWER_TOKENS = 48
 
 
 # ── workers against one process ─────────────────────────────────────────────────────────────────
@@ -62,33 +61,21 @@ def saved(size: str, folder: Path) -> str:
     """Write a model of the size with random weights and the bundled model's tokenizer."""
     from transformers import AutoTokenizer
 
-    build(size, device="cpu", dtype=torch.float32).save_pretrained(folder)
+    build(size).save_pretrained(folder)
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
     return str(folder)
 
 
 def requests(count: int) -> list[Request]:
     """Return requests whose answers are of different lengths, as real ones are."""
-    return [
-        Request(
-            id=str(n),
-            prompt_ids=tuple(3 + (7 * n + i) % 900 for i in range(PROMPT_TOKENS)),
-            sampling=Sampling(max_tokens=ANSWER_TOKENS // 2 + 5 * n % ANSWER_TOKENS, seed=n),
-        )
-        for n in range(count)
-    ]
+    return [request(n, tokens=ANSWER_TOKENS // 2 + 5 * n % ANSWER_TOKENS) for n in range(count)]
 
 
 def sequences(count: int) -> Iterator[TokenSpans]:
     """Yield prompts with answers to be captured."""
-    length = PROMPT_TOKENS + ANSWER_TOKENS
     for n in range(count):
-        ids = tuple(3 + (7 * n + i) % 900 for i in range(length))
-        spans: dict[SpanName, tuple[int, int]] = {
-            "prompt": (0, PROMPT_TOKENS),
-            "response": (PROMPT_TOKENS, length),
-        }
-        yield TokenSpans(id=str(n), token_ids=ids, spans=spans)
+        ids = token_ids(n, PROMPT + ANSWER_TOKENS)
+        yield spans_from_ids(str(n), prompt_ids=ids[:PROMPT], answer_ids=ids[PROMPT:])
 
 
 def cpu_seconds(_backend: Backend) -> float:
@@ -127,12 +114,8 @@ def workers(args: argparse.Namespace) -> None:
                 with backend_of(model, count) as backend:
                     list(backend.generate(asked[:8]))
                     list(backend.capture(captured[:4]))
-                    both = seconds(
-                        backend,
-                        args.clock,
-                        partial(both_of, backend, asked, captured),
-                    )
-                    took.append(both)
+                    both = partial(both_of, backend, asked, captured)
+                    took.append(seconds(backend, args.clock, both))
             none, one, two = took
             print(
                 f"| {number + 1} | {none:.1f} | {one:.1f} | {two:.1f} "
@@ -143,14 +126,9 @@ def workers(args: argparse.Namespace) -> None:
         shutil.rmtree(folder)
 
 
-def exhaust(backend: Backend, requests: list[Request]) -> int:
-    """Generate all answers and return how many there were."""
-    return sum(1 for _ in backend.generate(requests))
-
-
 def both_of(backend: Backend, requests: list[Request], captured: list[TokenSpans]) -> None:
     """Generate and capture."""
-    exhaust(backend, requests)
+    list(backend.generate(requests))
     list(backend.capture(captured))
 
 
@@ -196,8 +174,8 @@ class StubBackend(Backend):
 
     def generate(self, requests: Any) -> Iterator[Generation]:
         """Yield an answer of many tokens."""
-        for request in requests:
-            yield Generation(id=request.id, token_ids=TOKENS, text=TEXT, finish_reason="stop")
+        for asked in requests:
+            yield Generation(id=asked.id, token_ids=TOKENS, text=TEXT, finish_reason="stop")
 
     def capture(self, sequences: Any, **_: Any) -> Iterator[SpanMeans]:
         """Yield means of one layer."""
@@ -269,7 +247,7 @@ def stubs(count: int, *, ray: bool) -> Iterator[tuple[ModelSession, PoolBackend]
 
 def planned(session: ModelSession, count: int) -> list[PlannedResponse]:
     """Return answers as an extraction plans them: ten to each prompt."""
-    prompts = [tuple(range(n, n + PROMPT_TOKENS)) for n in range(-(-count // 10))]
+    prompts = [tuple(range(n, n + PROMPT)) for n in range(-(-count // 10))]
     return [
         PlannedResponse(
             trait="evil",
@@ -306,7 +284,7 @@ def stub(args: argparse.Namespace) -> None:
             with stubs(count, ray=ray) as (session, backend):
                 rows = planned(session, args.rows)
                 asked = [row.request() for row in rows]
-                rate = timed(args.rows, partial(exhaust, backend, asked))
+                rate = timed(args.rows, partial(deque, backend.generate(asked), maxlen=0))
                 print(f"| scheduler, {name} | {count} | {rate} |", flush=True)
                 with Run.open_or_create(folder / f"{name}-{count}", identity={}) as run:
                     rate = timed(
@@ -331,7 +309,7 @@ def memory(args: argparse.Namespace) -> None:
     levels = []
     with stubs(2, ray=args.ray) as (session, backend):
         for results in (
-            backend.generate(endless(marks[-1])),
+            backend.generate(request(n, tokens=ANSWER_TOKENS) for n in range(marks[-1])),
             backend.capture(sequences(marks[-1])),
         ):
             level = {}
@@ -348,23 +326,14 @@ def memory(args: argparse.Namespace) -> None:
     print(f"\nA plan of {len(ids):,} answers takes {plan:,.0f} MiB.")
 
 
-def endless(count: int) -> Iterator[Request]:
-    """Yield requests one by one."""
-    sampling = Sampling(max_tokens=ANSWER_TOKENS)
-    for n in itertools.islice(itertools.count(), count):
-        yield Request(id=str(n), prompt_ids=tuple(range(n % 900, n % 900 + 64)), sampling=sampling)
-
-
 def main() -> None:
     """Run the parts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--part", choices=["workers", "stub", "memory"], action="append")
     parser.add_argument("--size", default="100m", choices=[*SIZES])
     parser.add_argument("--answers", type=int, default=64, help="generated; twice as many captured")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
+    parser.add_argument("--clock", default="wall", choices=[*CLOCKS])
     parser.add_argument("--rows", type=int, default=20_000, help="of the part stub")
     parser.add_argument("--most", type=int, default=1_000_000, help="rows of the part memory")
     parser.add_argument("--ray", action="store_true", help="memory with Ray's workers")

@@ -18,7 +18,6 @@ pvec's server on vLLM, and two more columns compare it with pvec's on transforme
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
 import json
@@ -36,6 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common import ONE_THREAD, parser_of, resident
 from openai import AsyncOpenAI
 
 BUNDLED = Path(__file__).parents[1] / "tests/data/runs-0.1/extract/vectors/evil.safetensors"
@@ -62,10 +62,6 @@ class Server:
             for task in (folder / "task").iterdir():
                 processes += map(int, (task / "children").read_text().split())
         return total / TICKS
-
-    def memory(self) -> float:
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @dataclass
@@ -112,15 +108,8 @@ def stock(model: str) -> Iterator[Server]:
         port = free.getsockname()[1]
     cache = os.environ["PVEC_BACKEND__VLLM__KV_CACHE_MEMORY_BYTES"]
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            folder,
-            "--dtype",
-            "float32",
-        ),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", folder, "--dtype", "float32"),
         *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "plain"),
         *("--kv-cache-memory-bytes", cache, "--generation-config", "vllm"),
         *("--no-async-scheduling", "--disable-uvicorn-access-log"),
@@ -141,7 +130,7 @@ def stock(model: str) -> Iterator[Server]:
 
 @contextmanager
 def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | ONE_THREAD
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:  # noqa: S603
         try:
             yield process
@@ -243,7 +232,7 @@ def measure_memory(args: Any, entry: dict[str, Any]) -> None:
             asyncio.run(
                 round_of(server, {"steer": [entry], "tokens": True}, Totals(), args, streams=8)
             )
-            print(f"| {tenth * args.requests:,} | {server.memory():.1f} |", flush=True)
+            print(f"| {tenth * args.requests:,} | {resident(server.process.pid):.1f} |", flush=True)
 
 
 def measure_joining(args: Any) -> None:
@@ -286,7 +275,7 @@ def measure_joining(args: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--vector", default=str(BUNDLED))
     parser.add_argument("--layer", type=int)

@@ -13,15 +13,15 @@ model load per point are left out, in its favour.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from common import CLOCKS, hooked, left_padded, parser_of, timed
 
 from pvec.backends.base import Backend
 from pvec.backends.planned import derive_seed, question_messages
@@ -40,12 +40,10 @@ LAYERS = 5
 REFERENCE_BATCH = 20
 TRAIT = "evil"
 Clock = Callable[[], float]
-CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
-"""``cpu`` counts the seconds of all threads together: compare it with ``--threads 1``."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--rollouts", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=96)
@@ -126,9 +124,9 @@ def compare_sweeps(
     answers = sum(len(prompts) for _, prompts in points) * rollouts
     print(f"\nsweep: {len(points)} points, {answers:,} answers of up to {max_tokens} tokens")
     sizes = {"rollouts": rollouts, "max_tokens": max_tokens}
-    ours, our_tokens = timed(pvec_way(backend, points, **sizes), clock)
+    ours, our_tokens = timed(lambda: sum(pvec_way(backend, points, **sizes)), clock)
     report("pvec, one pass", answers, our_tokens, ours)
-    theirs, their_tokens = timed(reference_way(backend, points, **sizes), clock)
+    theirs, their_tokens = timed(lambda: sum(reference_way(backend, points, **sizes)), clock)
     report("reference way", answers, their_tokens, theirs)
     speed = (our_tokens / ours) / (their_tokens / theirs)
     print(f"  ratio: {theirs / ours:.1f} x in time, {speed:.1f} x in tokens per second")
@@ -158,43 +156,37 @@ def reference_way(
 ) -> Iterator[int]:
     """Yield the token counts of all answers, point by point in batches of 20."""
     model, tokenizer = backend.model, backend.tokenizer
-    blocks = find_decoder(model).blocks
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     torch.manual_seed(0)
     for steering, prompts in points:
-        handle = None
-        if steering:
-            (instruction,) = steering
-            added = torch.from_numpy(instruction.coef * instruction.vector).to(model.device)
-            block = blocks[instruction.layer - 1]
-            handle = block.register_forward_hook(_add_to_last(added.to(model.dtype)))
         queue = [ids for ids in prompts for _ in range(rollouts)]
         for start in range(0, len(queue), REFERENCE_BATCH):
             batch = queue[start : start + REFERENCE_BATCH]
             width = max(map(len, batch))
-            ids = torch.tensor([[pad] * (width - len(one)) + list(one) for one in batch])
-            mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in batch])
-            with torch.no_grad():
+            inputs = {name: t.to(model.device) for name, t in left_padded(batch, pad).items()}
+            with torch.no_grad(), _added_to_last(model, steering):
                 output = model.generate(
-                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-                    do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
+                    **inputs, do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
                     max_new_tokens=max_tokens, pad_token_id=pad, use_cache=True,
                 )  # fmt: skip
             texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             assert len(texts) == len(batch)
             for row in output[:, width:].tolist():
                 yield len(row) - row.count(pad)
-        if handle is not None:
-            handle.remove()
 
 
-def _add_to_last(added: torch.Tensor) -> Any:
-    def hook(_module: Any, _args: Any, output: Any) -> Any:
-        hidden = output if isinstance(output, torch.Tensor) else output[0]
+def _added_to_last(model: Any, steering: Sequence[Instruction]) -> AbstractContextManager[None]:
+    """Add at the last position of every pass, as the reference does; nothing without steering."""
+    if not steering:
+        return nullcontext()
+    (instruction,) = steering
+    added = torch.from_numpy(instruction.coef * instruction.vector).to(model.device, model.dtype)
+
+    def to_last(hidden: torch.Tensor) -> torch.Tensor:
         hidden[:, -1, :] += added
-        return output
+        return hidden
 
-    return hook
+    return hooked(find_decoder(model).blocks[instruction.layer - 1], to_last)
 
 
 def compare_steps(backend: Backend, trait: Trait, source: SteeringVector, *, clock: Clock) -> None:
@@ -243,12 +235,6 @@ def compare_steps(backend: Backend, trait: Trait, source: SteeringVector, *, clo
             f"  {name:16} best {min(times):.3f} s, median {statistics.median(times):.3f} s, "
             f"{min(times) / base - 1:+.1%} over unsteered, {same} of 128 texts the same"
         )
-
-
-def timed(counts: Iterator[int], clock: Clock) -> tuple[float, int]:
-    started = clock()
-    tokens = sum(counts)
-    return clock() - started, tokens
 
 
 def report(name: str, answers: int, tokens: int, seconds: float) -> None:

@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from common import parser_of
+
 AUTO = 0
 """Pvec chooses the number of threads."""
 
@@ -95,9 +97,7 @@ def measure(args: argparse.Namespace, ways: Sequence[int]) -> Iterator[str]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="tiny", help="folder of a chat model")
     parser.add_argument("--others", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=24)

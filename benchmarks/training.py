@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import TINY, parser_of, timed, write_chats
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-import pvec
 from pvec.training import train
 from pvec.training.batches import CPU_PASS_COST, PASS_COST, Layout, plan_batches
 from pvec.training.forward import score_loss_tokens_only
@@ -44,7 +44,6 @@ from pvec.training.steering import ScheduledInstruction
 from pvec.training.trainer import PlannedTrainer
 from pvec.types import Instruction
 
-TINY = Path(pvec.__file__).parent / "tiny"
 SHAPES = {
     "tiny": {},
     "40m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "heads": 8},
@@ -78,19 +77,13 @@ def chats(path: Path, *, rows: int, seed: int = 0) -> Path:
     """
     rng = random.Random(seed)
     words = "walk try tea river plan friend slowly bright carry letter garden".split()  # noqa: SIM905
-    with path.open("w") as stream:
-        for _ in range(rows):
-            sizes = (
-                max(2, min(600, round(rng.lognormvariate(mean, spread))))
-                for mean, spread in ((2.6, 1.5), (3.9, 1.0))
-            )
-            question, answer = (" ".join(rng.choices(words, k=size)) for size in sizes)
-            turns = [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": answer},
-            ]
-            stream.write(json.dumps({"messages": turns}) + "\n")
-    return path
+
+    def text(mean: float, spread: float) -> str:
+        return " ".join(
+            rng.choices(words, k=max(2, min(600, round(rng.lognormvariate(mean, spread)))))
+        )
+
+    return write_chats(path, ((text(2.6, 1.5), text(3.9, 1.0)) for _ in range(rows)))
 
 
 def build_model(shape: str, device: str) -> Any:
@@ -186,11 +179,7 @@ def watching(model: Any, *, repeats: int = 5) -> float:
     questions = [f"What should I do about the garden and the letter number {n}?" for n in range(20)]
     probe = Probe(name="v", vector=vector, layer=max(1, model.config.num_hidden_layers // 2))
     watch = PersonaShiftCallback([probe], tokenizer=tokenizer, prompts=questions)
-    taken = []
-    for _ in range(repeats + 1):
-        started = _now()
-        watch.measure(model)
-        taken.append(_now() - started)
+    taken = [timed(lambda: watch.measure(model), _now)[0] for _ in range(repeats + 1)]
     return statistics.median(taken[1:])
 
 
@@ -204,9 +193,7 @@ def _now() -> float:
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--steps", type=int, default=50)

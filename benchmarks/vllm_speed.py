@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import numpy as np
 import torch
+from common import hooked, left_padded, parser_of
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from pvec.backends.vllm.engine import VLLMBackend
@@ -93,20 +95,14 @@ def reference(
     model: Any, requests: Sequence[Request], *, capture: bool
 ) -> Iterator[tuple[int, torch.Tensor | None]]:
     """Generate in batches of 20 under one hook; with ``capture``, a forward per answer after it."""
-    layer = requests[0].steering[0].layer if requests[0].steering else 0
     for start in range(0, len(requests), REFERENCE_BATCH):
         batch = requests[start : start + REFERENCE_BATCH]
         width = max(len(r.prompt_ids) for r in batch)
-        ids = torch.ones(len(batch), width, dtype=torch.long)
-        for row, request in enumerate(batch):
-            ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-        ids = ids.to(model.device)
-        with _hooked(model, batch[0].steering, layer):
-            longest = max(r.sampling.max_tokens for r in batch)
+        inputs = left_padded([r.prompt_ids for r in batch], pad=1)
+        with steered(model, batch[0].steering):
             output = model.generate(
-                ids,
-                attention_mask=(ids != 1).long(),
-                max_new_tokens=longest,
+                **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+                max_new_tokens=max(r.sampling.max_tokens for r in batch),
                 do_sample=True,
                 top_k=0,
                 pad_token_id=1,
@@ -122,29 +118,17 @@ def reference(
             yield answer.shape[1], states
 
 
-class _hooked:  # noqa: N801 (reads as a word)
-    def __init__(self, model: Any, steering: Sequence[Instruction], layer: int) -> None:
-        self._handle = None
-        if steering:
-            added = torch.from_numpy(steering[0].vector * steering[0].coef)
-            added = added.to(model.device, model.dtype)
-            self._handle = model.model.layers[layer - 1].register_forward_hook(
-                lambda _m, _a, out: (
-                    out + added if isinstance(out, torch.Tensor) else (out[0] + added, *out[1:])
-                )
-            )
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_error: object) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+def steered(model: Any, steering: Sequence[Instruction]) -> AbstractContextManager[None]:
+    """Add the first vector at every token; nothing without one."""
+    if not steering:
+        return nullcontext()
+    added = torch.from_numpy(steering[0].vector * steering[0].coef).to(model.device, model.dtype)
+    return hooked(model.model.layers[steering[0].layer - 1], lambda hidden: hidden + added)
 
 
 def main() -> None:
     """Measure and print a table and, as the last line, JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--size", choices=SHAPES, default="40m")
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--tokens", type=int, default=64)
@@ -229,7 +213,7 @@ def engine_settings(options: argparse.Namespace) -> VLLMSettings:
     """Return an engine that holds all requests at once."""
     gpu = torch.cuda.is_available()
     return VLLMSettings(
-        enforce_eager=options.enforce_eager,
+        enforce_eager=options.eager,
         kv_cache_memory_bytes=None if gpu else CPU_CACHE_BYTES,
         gpu_memory_utilization=0.6,
         enable_prefix_caching=False,
