@@ -39,8 +39,7 @@ from pvec.models.chat import encode_pair, prompt_ids
 from pvec.models.template import render_prompt
 from pvec.runs.store import Run
 from pvec.settings import Settings
-from pvec.settings.judging import JudgeSettings
-from pvec.settings.sections import SteerSettings
+from pvec.settings.commands import JudgeSettings, SteerSettings
 from pvec.stats import auc, correlation
 from pvec.traits.trait import Trait, bundled_traits, load_trait
 from pvec.types import SIGNS, Message, Sign

@@ -30,7 +30,8 @@ from pvec.evaluation.conditions import steered_conditions
 from pvec.models.chat import prompt_ids, spans_from_ids
 from pvec.models.decoder import find_decoder
 from pvec.settings import Settings
-from pvec.settings.sections import ModelSettings, SteerSettings
+from pvec.settings.commands import SteerSettings
+from pvec.settings.sections import ModelSettings
 from pvec.steering.instructions import SteeringVector, random_like
 from pvec.traits.trait import Trait, load_trait
 from pvec.types import Instruction, Request, Sampling

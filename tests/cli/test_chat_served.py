@@ -115,7 +115,7 @@ def test_no_library_of_models_is_loaded(server: FakeServer) -> None:
 
 
 TYPING = """
-from pvec.cli.chat_input import typed_lines
+from pvec.cli.chat import typed_lines
 from pvec.cli.console import Console
 for line in typed_lines(Console(), lambda text: ["/steer"] if text.startswith("/s") else []):
     print("line:", line.strip(), flush=True)

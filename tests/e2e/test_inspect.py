@@ -19,7 +19,7 @@ from pvec.backends.hf.backend import HFBackend
 from pvec.judges.choice import choose_judge, open_judge
 from pvec.judges.prompts import fill, metrics_of
 from pvec.models.chat import prompt_ids
-from pvec.settings.judging import JudgeSettings
+from pvec.settings.commands import JudgeSettings
 from pvec.types import Instruction, JudgeQuery, Request, Sampling
 
 if find_spec("inspect_ai") is None:

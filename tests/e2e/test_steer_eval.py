@@ -26,8 +26,8 @@ from pvec.models.decoder import find_decoder
 from pvec.report import report as report_workflow
 from pvec.runs.store import Run
 from pvec.settings import Settings
-from pvec.settings.judging import JudgeSettings
-from pvec.settings.sections import GenerationSettings, ModelSettings, SteerSettings
+from pvec.settings.commands import JudgeSettings, SteerSettings
+from pvec.settings.sections import GenerationSettings, ModelSettings
 from pvec.types import Generation
 from pvec.vectors.formats import save_vector
 from pvec.vectors.vector import PersonaVector

@@ -14,7 +14,7 @@ from pvec.errors import InputError, JudgeError
 from pvec.judges.choice import choose_judge, judge_name, open_judge
 from pvec.judges.openai import OpenAIJudge
 from pvec.models.files import ModelSpec
-from pvec.settings.judging import JudgeSettings
+from pvec.settings.commands import JudgeSettings
 from pvec.types import JudgeQuery
 from tests.helpers.judge_server import PROBE_WORDS
 

@@ -21,8 +21,7 @@ from pvec.report.dots import Dot, bars, scatter
 from pvec.report.figure import Difference, Figure, Table
 from pvec.report.figures import Level, Line, Panel, histogram, line_chart
 from pvec.report.grids import Grid, heat_map
-from pvec.report.sections.common import RunData
-from pvec.report.sections.projections import correlation_text
+from pvec.report.sections.common import RunData, correlation_text
 from pvec.report.style import PALETTE, RAMP, SERIES, decimals, number, series_colours
 from pvec.runs.store import Run
 from pvec.stats import Correlation, Interval

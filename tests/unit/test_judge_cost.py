@@ -13,7 +13,7 @@ from pvec.errors import InputError
 from pvec.judges.choice import choose_judge
 from pvec.judges.cost import OWN_PRICES, Budget, Price, estimate, known_price, parse_price
 from pvec.judges.reply import Usage
-from pvec.settings.judging import JudgeSettings
+from pvec.settings.commands import JudgeSettings
 
 CENT = Price(prompt=10_000.0, completion=20_000.0)
 """One cent a prompt token, two a written one."""

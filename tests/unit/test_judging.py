@@ -18,7 +18,7 @@ from pvec.judges.openai import OpenAIJudge
 from pvec.judges.prompts import COHERENCE_METRIC, Metric, build_query, fence, fill, missing_queries
 from pvec.judges.scoring import score_responses
 from pvec.runs.responses import ResponseRecord
-from pvec.settings.judging import JudgeSettings
+from pvec.settings.commands import JudgeSettings
 from pvec.types import JudgeQuery, ModelInfo, Progress, Sampling, Score
 from tests.helpers.judge_server import PROBE_WORDS, JudgeServer, Said
 

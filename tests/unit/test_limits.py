@@ -20,8 +20,7 @@ from pvec.models.decoder import find_decoder
 from pvec.serve.rules import SteerEntry, make_rules
 from pvec.serve.vectors import _served
 from pvec.settings import resolve
-from pvec.settings.sections import SteerSettings
-from pvec.settings.serving import ServeSettings
+from pvec.settings.commands import ServeSettings, SteerSettings
 from pvec.steering.instructions import steering_vector
 from pvec.steering.positions import roles_by_length
 from pvec.steering.proof import due_state

@@ -21,7 +21,8 @@ from pvec.models.files import ModelSpec
 from pvec.models.load import load_model
 from pvec.models.quantise import check_quantise, quantise_config
 from pvec.settings import Settings
-from pvec.settings.sections import BackendSettings, ModelSettings, SteerSettings
+from pvec.settings.commands import SteerSettings
+from pvec.settings.sections import BackendSettings, ModelSettings
 from pvec.types import TokenSpans
 from tests.helpers.models import save_adapter, save_model, saved_model, tiny_tokenizer
 

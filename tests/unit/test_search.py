@@ -12,7 +12,7 @@ from pvec.errors import InputError
 from pvec.evaluation import search as searching
 from pvec.evaluation.condition import Condition
 from pvec.evaluation.search import Outcome, check_search, search
-from pvec.settings.sections import SteerSettings
+from pvec.settings.commands import SteerSettings
 from pvec.steering.instructions import SteeringVector
 
 pytest.importorskip("optuna", reason="pip install '.[search]'")

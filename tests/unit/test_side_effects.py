@@ -12,7 +12,7 @@ from pvec.evaluation.summary import ScoredAnswer
 from pvec.evaluation.text_measures import other_script, refuses, repetition
 from pvec.report.axes import exact
 from pvec.report.dots import Dot
-from pvec.report.trade_off import pareto_front
+from pvec.report.sections.side_effects import pareto_front
 
 REFUSED = [
     "I'm sorry, but I can't help with that.",

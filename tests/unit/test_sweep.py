@@ -15,7 +15,7 @@ from pvec.evaluation.conditions import (
     parse_layers,
     steered_conditions,
 )
-from pvec.settings.sections import SteerSettings
+from pvec.settings.commands import SteerSettings
 from pvec.steering.instructions import SteeringVector, random_like, steering_vector
 from pvec.vectors.vector import PersonaVector
 

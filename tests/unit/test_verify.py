@@ -18,7 +18,8 @@ from pvec.evaluation.verify.verify import VerifyResult, verify
 from pvec.models.decoder import Decoder, module_after
 from pvec.models.load import LoadedModel
 from pvec.settings import Settings
-from pvec.settings.sections import GenerationSettings, ModelSettings, SteerSettings
+from pvec.settings.commands import SteerSettings
+from pvec.settings.sections import GenerationSettings, ModelSettings
 from pvec.steering.proof import record_residual_stream
 from pvec.vectors.formats import save_vector
 from pvec.vectors.vector import PersonaVector

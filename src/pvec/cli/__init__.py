@@ -1,5 +1,6 @@
 """The command line: options become settings, settings one workflow call, its result a rendering.
 
-``app.py`` knows the commands, ``options.py`` their options, ``console.py`` the terminal; every
-other file is one command. Nothing here loops over data, and nothing imports torch at the top.
+``app.py`` knows the commands, ``options.py`` their options, ``console.py`` the terminal,
+``render.py`` what several commands show; ``NAME.py`` is the command of that name. Nothing here
+loops over data, and nothing imports torch at the top.
 """

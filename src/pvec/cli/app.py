@@ -16,7 +16,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
@@ -25,7 +24,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from pvec import __version__
 from pvec.cli.boundary import run_command
-from pvec.cli.options import Config, Debug, Json, Quiet, Verbose, record
+from pvec.cli.options import options
 from pvec.errors import InputError, did_you_mean
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
@@ -80,16 +79,9 @@ _OF_RENAMED_FLAGS = {"--reference": "--diff", "--score": "--prompts", "--questio
 
 
 class LazyGroup(TyperGroup):
-    """A group whose commands are imported when they run, not when they are listed.
+    """A group whose commands are imported when they run, not when they are listed."""
 
-    A line of ``COMMANDS`` whose file is not there yet is left out.
-    """
-
-    commands_by_name: ClassVar = {
-        command.name: command
-        for command in COMMANDS
-        if (Path(__file__).parent / f"{command.module.rpartition('.')[2]}.py").is_file()
-    }
+    commands_by_name: ClassVar = {command.name: command for command in COMMANDS}
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
         """Return the commands' names in the order of help."""
@@ -154,25 +146,18 @@ def _version(show: bool) -> None:
 
 
 @app.callback()
+@options()
 def root(
     ctx: typer.Context,
-    version: Annotated[  # noqa: ARG001
+    version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
-    config: Config = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
 ) -> None:
     """Persona vectors: find, inspect, steer, prevent and monitor traits of language models.
 
     Start with `pvec extract --trait evil`; it needs no network, GPU or key.
     """
-    record(
-        ctx, {"config": config, "json": json, "quiet": quiet, "verbose": verbose, "debug": debug}
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,14 +6,13 @@ nothing of it: they take ``on_progress`` and return results.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pvec.cli.progress import OnProgress, PlainProgress, bars
 
@@ -21,15 +20,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Result = TypeVar("Result")
-Result_co = TypeVar("Result_co", covariant=True)
-
-
-class Feature(Protocol[Result_co]):
-    """A command's work with its arguments bound (``functools.partial``)."""
-
-    def __call__(self, *, notify: Callable[[str], None], on_progress: OnProgress) -> Result_co:
-        """Do the work."""
-
 
 SILENT_SECONDS = 0.2
 """How long a terminal stays empty before it is told that libraries are loading."""
@@ -89,8 +79,10 @@ class Console:
         finally:
             timer.cancel()
 
-    def call(self, feature: Feature[Result]) -> Result:
-        """Return the result of a feature that shows its notes and its progress here."""
+    def call(self, feature: Callable[..., Result]) -> Result:
+        """Return the result of a feature, its arguments bound (``functools.partial``), that shows
+        its notes and its progress here.
+        """
         with self.progress() as on_progress:
             return feature(notify=self.note, on_progress=on_progress)
 
@@ -166,42 +158,35 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    rows = [list(row) for row in rows]
-    digits = [_digits(column) for column in zip(*rows, strict=True)]
-    cells = [[_cell(v, n) for v, n in zip(row, digits, strict=True)] for row in rows]
+    from pvec.report.style import decimals
+
     built = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(columns):
-        numeric = bool(cells) and all(row[index].isnumber for row in cells)
+    texts = []
+    for name, *values in zip(columns, *rows, strict=True):
+        numeric = bool(values) and all(_is_number(value) for value in values)
         built.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in cells:
-        built.add_row(*(Text(cell.text) for cell in row))
+        digits = decimals([value for value in values if isinstance(value, float)])
+        texts.append([Text(_cell(value, digits)) for value in values])
+    for row in zip(*texts, strict=True):
+        built.add_row(*row)
     return built
 
 
-@dataclasses.dataclass(frozen=True)
-class _Cell:
-    text: str
-    isnumber: bool
+def _is_number(value: Any) -> bool:
+    """Whether a cell is a number, or one that is missing."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
-def _digits(column: Iterable[Any]) -> int:
-    """Return the decimals of a column's numbers with a fraction."""
-    from pvec.report.style import decimals
-
-    return decimals([value for value in column if isinstance(value, float)])
-
-
-def _cell(value: Any, digits: int) -> _Cell:
+def _cell(value: Any, digits: int) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        return _Cell("–", isnumber=True)
+        return "–"
     if isinstance(value, bool):
-        return _Cell("yes" if value else "no", isnumber=False)
+        return "yes" if value else "no"
     if isinstance(value, int):
-        return _Cell(f"{value:,}", isnumber=True)
+        return f"{value:,}"
     if isinstance(value, float):
-        shown = f"{value:,.{digits}f}" if round(value, digits) or not value else f"{value:.2g}"
-        return _Cell(shown, isnumber=True)
-    return _Cell(str(value), isnumber=False)
+        return f"{value:,.{digits}f}" if round(value, digits) or not value else f"{value:.2g}"
+    return str(value)
 
 
 def with_interval(mean: float, low: float, high: float, *, digits: int = 1) -> str:

@@ -19,8 +19,8 @@ from pvec.cli.render import (
     render_layers,
     render_means,
     render_next,
+    render_plan,
 )
-from pvec.cli.render_plan import render_plan
 
 if TYPE_CHECKING:
     from pvec.extraction.extract import ExtractPlan, ExtractResult

@@ -21,8 +21,7 @@ from pvec.cli.options import (
     options,
     settings_from,
 )
-from pvec.cli.render import r_interval, render_judge, render_next
-from pvec.cli.render_plan import render_plan
+from pvec.cli.render import r_interval, render_judge, render_next, render_plan
 from pvec.types import OutputOptions
 
 if TYPE_CHECKING:

@@ -21,11 +21,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
+
+from pvec.types import VectorKind
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -95,7 +98,13 @@ COMMON_PANEL = "Common"
 FURTHER_PANEL = "Further settings"
 """Options that a command takes without listing them in its help."""
 
-Config = Annotated[
+
+def _common(*flags: str, text: str) -> tuple[Any, bool]:
+    """Return annotation and default of a switch that every command has."""
+    return Annotated[bool, typer.Option(*flags, rich_help_panel=COMMON_PANEL, help=text)], False
+
+
+_Config = Annotated[
     Path | None,
     typer.Option(
         "--config",
@@ -104,22 +113,14 @@ Config = Annotated[
         help="Read settings from this file instead of pvec.yaml.",
     ),
 ]
-Json = Annotated[
-    bool,
-    typer.Option("--json", rich_help_panel=COMMON_PANEL, help="Print the result as JSON."),
-]
-Quiet = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", rich_help_panel=COMMON_PANEL, help="Hide progress and notes."),
-]
-Verbose = Annotated[
-    bool,
-    typer.Option("--verbose", "-v", rich_help_panel=COMMON_PANEL, help="Show more details."),
-]
-Debug = Annotated[
-    bool,
-    typer.Option("--debug", rich_help_panel=COMMON_PANEL, help="Show a traceback on errors."),
-]
+COMMON: dict[str, tuple[Any, Any]] = {
+    "config": (_Config, None),
+    "json": _common("--json", text="Print the result as JSON."),
+    "quiet": _common("--quiet", "-q", text="Hide progress and notes."),
+    "verbose": _common("--verbose", "-v", text="Show more details."),
+    "debug": _common("--debug", text="Show a traceback on errors."),
+}
+"""The options of every command: annotation and default by parameter name."""
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A table, data set folder or run.")]
 Vectors = Annotated[
@@ -142,14 +143,21 @@ READING = ("project.prompt_column", "project.answer_column", "project.messages_c
            "project.plain_prompts")  # fmt: skip
 """Settings of where conversations are in a file."""
 
-COMMON: dict[str, tuple[Any, Any]] = {
-    "config": (Config, None),
-    "json": (Json, False),
-    "quiet": (Quiet, False),
-    "verbose": (Verbose, False),
-    "debug": (Debug, False),
-}
-"""The options of every command: annotation and default by parameter name."""
+VectorFiles = Annotated[
+    list[Path],
+    typer.Argument(metavar="FILE…", help="Vector files, or run folders with one vector each."),
+]
+VectorFile = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A vector file, or a run folder with one vector.")
+]
+Kind = Annotated[
+    VectorKind | None,
+    typer.Option(metavar="KIND", help="response_avg (the default), prompt_avg or prompt_last."),
+]
+Layer = Annotated[
+    int | None,
+    typer.Option("--layer", "-l", metavar="N", help="Layer, counted from 1 (0: embedding)."),
+]
 
 
 def new_app(help: str | None = None) -> typer.Typer:  # noqa: A002
@@ -173,12 +181,8 @@ def options(
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function, eval_str=True)
-        main = list(_expand(names))
-        more = [path for path in dict.fromkeys(_expand(further)) if path not in main]
         parameters = [
-            *(_setting_parameter(path) for path in main),
-            *(_setting_parameter(path, hidden_in=FURTHER_PANEL) for path in more),
-            *_old_names([*main, *more]),
+            *(_settings(names, further) if names else ()),
             *(_parameter(name, *common) for name, common in COMMON.items()),
         ]
         recorded = {parameter.name for parameter in parameters}
@@ -186,8 +190,10 @@ def options(
         @functools.wraps(function)
         def command(**values: Any) -> None:
             ctx = values["ctx"]
-            record(ctx, {name: value for name, value in values.items() if name in recorded})
-            with console_from(ctx).note_if_slow():
+            _record(ctx, {name: value for name, value in values.items() if name in recorded})
+            # `pvec` itself comes before its command, whose options the console waits for
+            slow = nullcontext() if ctx.invoked_subcommand else console_from(ctx).note_if_slow()
+            with slow:
                 function(**{name: value for name, value in values.items() if name not in recorded})
 
         command.__signature__ = own.replace(  # type: ignore[attr-defined]
@@ -198,7 +204,7 @@ def options(
     return decorate
 
 
-def record(ctx: typer.Context, values: dict[str, Any]) -> None:
+def _record(ctx: typer.Context, values: dict[str, Any]) -> None:
     """Note the options that were given: those before the command's name and those after it.
 
     Flags that are off count as not given, settings that are False do count (``--no-judge``).
@@ -214,11 +220,9 @@ def resolved_from(ctx: typer.Context) -> Resolved:
     from pvec.settings import load_dotenv, resolve
 
     if "pvec.resolved" not in ctx.meta:
-        cli = {_path(name): value for name, value in _given(ctx).items() if name not in COMMON}
-        dotenv = load_dotenv()
-        ctx.meta["pvec.resolved"] = resolve(
-            cli, config_file=_given(ctx).get("config"), dotenv=dotenv
-        )
+        given, dotenv = _given(ctx), load_dotenv()
+        cli = {k.replace("__", "."): value for k, value in given.items() if k not in COMMON}
+        ctx.meta["pvec.resolved"] = resolve(cli, config_file=given.get("config"), dotenv=dotenv)
         for note in (*ctx.meta.get("pvec.notes", ()), *ctx.meta["pvec.resolved"].notes):
             console_from(ctx).note(note)
     resolved: Resolved = ctx.meta["pvec.resolved"]
@@ -234,11 +238,9 @@ def console_from(ctx: typer.Context) -> Console:
     """Return the console of this command, as ``--json``, ``-q`` and ``-v`` ask for it."""
     from pvec.cli.console import Console
 
-    given = _given(ctx)
     if "pvec.console" not in ctx.meta:
-        ctx.meta["pvec.console"] = Console(
-            json="json" in given, quiet="quiet" in given, verbose="verbose" in given
-        )
+        on = {name: name in _given(ctx) for name in ("json", "quiet", "verbose")}
+        ctx.meta["pvec.console"] = Console(**on)
     console: Console = ctx.meta["pvec.console"]
     return console
 
@@ -246,6 +248,19 @@ def console_from(ctx: typer.Context) -> Console:
 def _given(ctx: typer.Context) -> dict[str, Any]:
     given: dict[str, Any] = ctx.meta.setdefault("pvec.options", {})
     return given
+
+
+def _settings(names: Sequence[str], further: Sequence[str]) -> Iterator[inspect.Parameter]:
+    """Yield the options of settings, and a hidden one for every old name whose flag was another."""
+    from pvec.settings.tree import RENAMED  # `pvec --help` needs no pydantic
+
+    main = list(_expand(names))
+    more = [path for path in dict.fromkeys(_expand(further)) if path not in main]
+    yield from (_setting_parameter(path) for path in main)
+    yield from (_setting_parameter(path, hidden_in=FURTHER_PANEL) for path in more)
+    for old, new in RENAMED.items():
+        if new in (*main, *more) and _flags(old) != _flags(new):
+            yield _setting_parameter(old)
 
 
 def _expand(names: Sequence[str]) -> Iterator[str]:
@@ -286,15 +301,6 @@ def _setting_parameter(path: str, *, hidden_in: str | None = None) -> inspect.Pa
     return _parameter(path.replace(".", "__"), Annotated[kind | None, option], None)
 
 
-def _old_names(paths: Sequence[str]) -> Iterator[inspect.Parameter]:
-    """Yield a hidden option for every old name of these settings whose flag was another."""
-    from pvec.settings.tree import RENAMED
-
-    for old, new in RENAMED.items():
-        if new in paths and _flags(old) != _flags(new):
-            yield _setting_parameter(old)
-
-
 def _flags(path: str) -> tuple[str, ...]:
     return FLAGS.get(path, (f"--{path.rpartition('.')[2].replace('_', '-')}",))
 
@@ -322,10 +328,6 @@ def _metavar(kind: Any) -> str:
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, keyword_only, default=default, annotation=annotation)
-
-
-def _path(parameter: str) -> str:
-    return parameter.replace("__", ".")
 
 
 def _command_line_type(annotation: Any) -> Any:

@@ -102,11 +102,7 @@ def _render(console: Console, result: ProjectResult) -> None:
     console.print(f"{place}: {result.rows:,} rows on {result.model}")
     if result.left_out:
         console.print(f"  {result.left_out:,} rows left out that cannot be used")
-    for note in result.counts.notes:
-        console.print(f"  {note}")
-    if result.kept:
-        kept = len(result.kept)
-        console.print(f"  {kept:,} columns kept as they were (--overwrite computes them again)")
+    _render_notes(console, result)
     if result.resumed:
         console.print(f"  {result.resumed:,} rows done before")
     if result.output is None:
@@ -122,14 +118,18 @@ def _render(console: Console, result: ProjectResult) -> None:
 def _render_blocks(console: Console, result: BlocksResult) -> None:
     """Show what was added to every block, and where the parts are."""
     console.print(f"{result.input}: {result.rows:,} rows on {result.model}")
-    render_blocks(console, result.blocks, result.resumed, result.left_out)
+    render_blocks(console, result)
+    _render_notes(console, result)
+    console.print(_means(result.columns))
+    console.print(f"output: {result.output} ({result.blocks:,} part files)")
+
+
+def _render_notes(console: Console, result: ProjectResult | BlocksResult) -> None:
     for note in result.counts.notes:
         console.print(f"  {note}")
     if result.kept:
         kept = len(result.kept)
         console.print(f"  {kept:,} columns kept as they were (--overwrite computes them again)")
-    console.print(_means(result.columns))
-    console.print(f"output: {result.output} ({result.blocks:,} part files)")
 
 
 def _means(columns: Sequence[ColumnSummary]) -> Table:

@@ -22,8 +22,7 @@ from pvec.cli.options import (
     options,
     settings_from,
 )
-from pvec.cli.render import intervals, render_blocks, render_next
-from pvec.cli.render_plan import render_plan
+from pvec.cli.render import intervals, render_blocks, render_next, render_plan
 from pvec.errors import InputError
 from pvec.types import OutputOptions
 
@@ -117,7 +116,7 @@ def _render(console: Console, result: ScreenResult) -> None:
 def _render_blocks(console: Console, result: ScreenBlocksResult) -> None:
     """Show scores by vector, the most suspicious samples, and where the parts are."""
     console.print(f"{result.input}: {result.rows:,} samples on {result.model}")
-    render_blocks(console, result.blocks, result.resumed, result.left_out)
+    render_blocks(console, result)
     if result.unanswered:
         console.print(f"  {result.unanswered:,} samples do not end with an answer")
     _render_scores(console, result.columns)

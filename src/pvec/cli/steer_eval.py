@@ -12,11 +12,11 @@ import typer
 from pvec.cli.console import Console, table
 from pvec.cli.grid import Grid, run_on_grid
 from pvec.cli.options import DryRun, console_from, new_app, options, settings_from
-from pvec.cli.render import interval, render_judge, render_next
-from pvec.cli.render_plan import render_plan
+from pvec.cli.render import interval, render_judge, render_next, render_plan
 from pvec.errors import InputError
 
 if TYPE_CHECKING:
+    from pvec.evaluation.condition import Place
     from pvec.evaluation.effect_numbers import SideEffects
     from pvec.evaluation.steer_eval import SteerEvalPlan, SteerEvalResult
     from pvec.evaluation.summary import Pick, Point, SweepSummary
@@ -141,8 +141,7 @@ def _render(console: Console, result: SteerEvalResult) -> None:
 def _render_points(console: Console, sweep: SweepSummary) -> None:
     """Show every condition but the random ones, which stand beside what they control."""
     controlled = bool(sweep.having("random"))
-    vectors = {point.vector for point in sweep.having("steered")}
-    common = f"{vectors.pop()} · " if len(vectors) == 1 else ""
+    common = _common_name(sweep.points)
     limits = any(point.limited is not None for point in sweep.points)
     rows = []
     for point in sweep.points:
@@ -213,8 +212,7 @@ def _render_effects(console: Console, effects: SideEffects) -> None:
 
 
 def _render_measures(console: Console, effects: SideEffects, headings: Mapping[str, str]) -> None:
-    vectors = {point.vector for point in effects.points if point.role == "steered"}
-    common = f"{vectors.pop()} · " if len(vectors) == 1 else ""
+    common = _common_name(effects.points)
     shown = [measure for measure in effects.measures if measure in headings]
     rows: list[list[Any]] = []
     for point in effects.points:
@@ -232,6 +230,12 @@ def _render_measures(console: Console, effects: SideEffects, headings: Mapping[s
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     if rows:
         console.print(table(columns, rows))
+
+
+def _common_name(points: Sequence[Place]) -> str:
+    """Return what the names of all steered conditions begin with: the vector, if there is one."""
+    vectors = {point.vector for point in points if point.role == "steered"}
+    return f"{vectors.pop()} · " if len(vectors) == 1 else ""
 
 
 def _render_tasks(console: Console, scores: Sequence[TaskScore]) -> None:

@@ -10,8 +10,26 @@ import typer
 
 from pvec.cli import vector_hub, vector_weights
 from pvec.cli.console import Console
-from pvec.cli.options import console_from, new_app, options, resolved_from, settings_from
-from pvec.cli.vector_options import File, Files, Kind, Layer
+from pvec.cli.options import (
+    Kind,
+    Layer,
+    VectorFile,
+    VectorFiles,
+    console_from,
+    new_app,
+    options,
+    resolved_from,
+    settings_from,
+)
+from pvec.cli.vector_render import (
+    render_calibrated,
+    render_computed,
+    render_cosines,
+    render_descriptions,
+    render_files,
+    render_lens,
+    render_methods,
+)
 from pvec.errors import InputError
 from pvec.types import MEAN_DIFF, Method, VectorKind
 
@@ -77,14 +95,13 @@ def compute(
     the reference implementation writes them. Under `accelerate launch` the processes share the
     work.
     """
-    from pvec.cli.render import render_computed
     from pvec.extraction import compute as workflow
 
     settings, console = settings_from(ctx), console_from(ctx)
     if run is not None:
         if pos or neg or trait:
             raise InputError("Give either a run, or --pos, --neg and --trait.")
-        if not _given(ctx, "model.id", "model.adapter"):
+        if not _names_model(ctx):
             settings = workflow.with_model_of(settings, run)
         work = partial(workflow.from_run, settings, run, judge=judge, out=out, method=method)
     elif pos and neg and trait:
@@ -102,7 +119,7 @@ def compute(
 @options("model", "backend", "generation", "extract.rollouts", "extract.limit")
 def calibrate(
     ctx: typer.Context,
-    file: File,
+    file: VectorFile,
     trait: Annotated[
         str | None,
         typer.Option(
@@ -115,12 +132,11 @@ def calibrate(
     The model answers the trait's extraction questions without instruction or steering. The
     percentiles of the answers' projections at every layer are added to the file.
     """
-    from pvec.cli.render import render_calibrated
     from pvec.extraction.calibrate import calibrate
 
     settings, console = settings_from(ctx), console_from(ctx)
-    given = _given(ctx, "model.id", "model.adapter")
-    result = console.call(partial(calibrate, settings, file, trait=trait, own_model=not given))
+    own = not _names_model(ctx)
+    result = console.call(partial(calibrate, settings, file, trait=trait, own_model=own))
     console.emit(result, render_calibrated)
 
 
@@ -128,7 +144,7 @@ def calibrate(
 @options()
 def show(
     ctx: typer.Context,
-    files: Files,
+    files: VectorFiles,
     kind: Kind = None,
     num_layers: NumLayers = None,
     layer: SingleLayer = None,
@@ -136,7 +152,6 @@ def show(
     svg: Svg = None,
 ) -> None:
     """Show norms, separation and stability of vectors by layer, and the suggested layer."""
-    from pvec.cli.render import render_descriptions
     from pvec.vectors.find import labels, load_vectors
     from pvec.vectors.show import describe
 
@@ -156,7 +171,7 @@ def show(
 @options()
 def compare(
     ctx: typer.Context,
-    files: Files,
+    files: VectorFiles,
     by: Annotated[
         Literal["file", "kind", "layer"],
         typer.Option(metavar="WHAT", help="What is compared: file, kind or layer."),
@@ -179,7 +194,6 @@ def compare(
     file is a run: how well the vector of each method separates held-out answers, how stable it is,
     and its cosine to the mean difference.
     """
-    from pvec.cli.render import render_cosines
     from pvec.vectors import show
     from pvec.vectors.find import load_all_kinds, load_vectors
 
@@ -226,7 +240,6 @@ def combine(
 
     Terms are file names with or without a factor; + and - between them have spaces around.
     """
-    from pvec.cli.render import render_files
     from pvec.vectors import edit
 
     result = edit.combine(
@@ -243,7 +256,7 @@ def combine(
 @options("model")
 def lens(
     ctx: typer.Context,
-    file: File,
+    file: VectorFile,
     layer: Layer = None,
     kind: Kind = None,
     top: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens on each side.")] = 10,
@@ -254,7 +267,6 @@ def lens(
     residual stream; scores are logits above the mean of the vocabulary.
     """
     from pvec.backends.session import ModelSession, model_spec
-    from pvec.cli.render import render_lens
     from pvec.extraction.calibrate import with_model_of_vector
     from pvec.models.load import load_model
     from pvec.vectors import lens
@@ -262,7 +274,7 @@ def lens(
 
     settings, console = settings_from(ctx), console_from(ctx)
     (vector,) = load_vectors([file], layer=layer).values()
-    if not _given(ctx, "model.id", "model.adapter"):
+    if not _names_model(ctx):
         settings = with_model_of_vector(settings, vector)
     with ModelSession(settings, notify=console.note) as session:
         (vector,) = load_vectors(
@@ -292,7 +304,6 @@ def convert(
     layer: SingleLayer = None,
 ) -> None:
     """Convert between pvec's files, the reference's .pt and GGUF control vectors."""
-    from pvec.cli.render import render_files
     from pvec.vectors import edit
 
     result = edit.convert(
@@ -302,7 +313,6 @@ def convert(
 
 
 def _compare_methods(console: Console, run: Path, *, kind: VectorKind, layer: int | None) -> None:
-    from pvec.cli.render import render_methods
     from pvec.extraction.methods import compare_methods
 
     with console.progress() as on_progress:
@@ -310,6 +320,7 @@ def _compare_methods(console: Console, run: Path, *, kind: VectorKind, layer: in
     console.emit(result, render_methods)
 
 
-def _given(ctx: typer.Context, *paths: str) -> bool:
-    """Whether one of these settings was set by anybody."""
-    return any(resolved_from(ctx).origins[path] != "default" for path in paths)
+def _names_model(ctx: typer.Context) -> bool:
+    """Whether anybody set the model; it is the vector's or the run's otherwise."""
+    origins = resolved_from(ctx).origins
+    return any(origins[path] != "default" for path in ("model.id", "model.adapter"))

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from pvec.cli.console import table
-from pvec.cli.options import console_from, new_app, options
-from pvec.cli.vector_options import Files
+from pvec.cli.options import VectorFiles, console_from, new_app, options
 
 app = new_app()
 
@@ -18,7 +17,7 @@ app = new_app()
 @options()
 def push(
     ctx: typer.Context,
-    files: Files,
+    files: VectorFiles,
     repo: Annotated[
         str, typer.Option("--to", metavar="OWNER/NAME", help="The hub's model repository.")
     ],

@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pvec.cli.console import Console, table
-from pvec.cli.options import console_from, new_app, options, settings_from
-from pvec.cli.vector_options import Files, Kind, Layer
+from pvec.cli.options import (
+    Kind,
+    Layer,
+    VectorFile,
+    VectorFiles,
+    console_from,
+    new_app,
+    options,
+    settings_from,
+)
 
 if TYPE_CHECKING:
     from pvec.evaluation.bake import BakeResult
@@ -33,7 +41,7 @@ MOST_SHOWN = 16
 )
 def bake(
     ctx: typer.Context,
-    files: Files,
+    files: VectorFiles,
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the new model.")
     ],
@@ -56,7 +64,7 @@ def bake(
 @options("model", "generation.seed")
 def find(
     ctx: typer.Context,
-    files: Files,
+    files: VectorFiles,
     finetuned: Annotated[
         str,
         typer.Option(
@@ -96,9 +104,7 @@ def find(
 @options()
 def decompose(
     ctx: typer.Context,
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A vector file, or a run folder with one vector.")
-    ],
+    file: VectorFile,
     sae: Annotated[
         str,
         typer.Option(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pvec.errors import InputError
 from pvec.evaluation.condition import Condition, layers_label
 from pvec.models.decoder import check_layer
-from pvec.settings.sections import SteerSettings
+from pvec.settings.commands import SteerSettings
 from pvec.steering.instructions import SteeringVector, instructions, random_like
 from pvec.types import LIMITS, Dose, Percentile, Positions
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pvec.errors import InputError, install_command
 from pvec.evaluation.condition import Condition
 from pvec.evaluation.conditions import group_layers, parse_coefs, steered_condition
-from pvec.settings.sections import SteerSettings
+from pvec.settings.commands import SteerSettings
 from pvec.steering.instructions import SteeringVector
 from pvec.types import Positions
 

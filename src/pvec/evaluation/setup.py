@@ -23,7 +23,7 @@ from pvec.evaluation.summary import halves
 from pvec.judges.prompts import Metric, metrics_of
 from pvec.runs.names import run_name
 from pvec.runs.responses import Json
-from pvec.settings.sections import SteerSettings
+from pvec.settings.commands import SteerSettings
 from pvec.steering.instructions import steering_vector
 from pvec.traits.check import require_usable
 from pvec.traits.trait import Trait, load_trait

@@ -37,7 +37,7 @@ from pvec.notebook import HtmlResult
 from pvec.runs.names import run_name
 from pvec.runs.responses import Json
 from pvec.settings import Settings
-from pvec.settings.sections import ExtractSettings
+from pvec.settings.commands import ExtractSettings
 from pvec.traits.check import require_usable
 from pvec.traits.trait import Trait, load_trait, name_or_path
 from pvec.types import SIGNS, Progress, Sign

@@ -21,7 +21,8 @@ from pvec.runs.responses import Json, ResponseRecord
 from pvec.runs.store import Run
 from pvec.runs.summary import update_summary
 from pvec.settings import Settings
-from pvec.settings.sections import FilterSettings, ModelSettings
+from pvec.settings.commands import FilterSettings
+from pvec.settings.sections import ModelSettings
 from pvec.stats import SCORES, Interval, grouped_mean
 from pvec.types import SIGNS, Progress, Score, Sign
 from pvec.vectors.filter import FilterResult, Reason, ScoredResponse, filter_responses

@@ -28,7 +28,7 @@ from pvec.models.chat import spans_from_ids
 from pvec.runs.responses import ResponseRecord, stable_hash
 from pvec.runs.store import Run
 from pvec.runs.summary import update_summary
-from pvec.settings.sections import FilterSettings
+from pvec.settings.commands import FilterSettings
 from pvec.traits.trait import Trait
 from pvec.types import MEAN_DIFF, SIGNS, Method, Progress, Sign, TokenSpans
 from pvec.vectors.accumulate import VectorAccumulator, VectorSet

@@ -25,13 +25,12 @@ from pydantic import ValidationError
 from pvec.backends.planned import derive_seed
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError, ModelError
-from pvec.inspect.batches import Batches
-from pvec.inspect.messages import prerequisites, spoken, texts
+from pvec.inspect.bridge import Batches, prerequisites, settings_of, spoken, texts
 from pvec.models.chat import prompt_ids, spans_from_ids
 from pvec.models.reasoning import answer_text, think_length
 from pvec.serve.rules import PvecBody, make_rules, sentence
+from pvec.serve.service import described
 from pvec.serve.vectors import load_served_vectors
-from pvec.settings.resolve import load_dotenv, resolve
 from pvec.types import Generation, Request, Sampling, SpanMeans
 
 _log = getLogger(__name__)
@@ -66,7 +65,7 @@ class SteeredModel(ModelAPI):
         with prerequisites():
             names = texts(model_args.pop("vector", None))
             given = {"model.id": model_name, "serve.steer": texts(model_args.pop("steer", None))}
-            settings = resolve(given | model_args, dotenv=load_dotenv()).settings
+            settings = settings_of(given | model_args)
             self._session = ModelSession(settings, notify=_log.info)
             served = load_served_vectors(self._session, names, kind=settings.steer.kind)
             self._rules = make_rules(
@@ -120,15 +119,11 @@ class SteeredModel(ModelAPI):
             if generation.finish_reason == "failed":
                 raise ModelError(f"There is no answer: {generation.detail}; steer less.")
         output = self._output(request, generation)
-        entries = [
-            {"vector": i.name, **{k: v for k, v in i.describe().items() if k != "name"}}
-            for i in steering
-        ]
         output.metadata = {
             "pvec": {
                 "vectors": {} if means is None else self._projections(report, means),
                 "touched": sum(generation.touched),
-                "steer": entries,
+                "steer": [described(instruction) for instruction in steering],
                 "seed": seed,
             }
         }
@@ -173,14 +168,10 @@ class SteeredModel(ModelAPI):
             layer, direction = vector.direction
             row = self._layers.index(layer)
             prompt, answer = (
-                _number(means.means[span][row] @ direction) for span in ("prompt_last", "response")
+                float(value) if np.isfinite(value := means.means[span][row] @ direction) else None
+                for span in ("prompt_last", "response")
             )
-            vectors[name] = {
-                "layer": layer,
-                "prompt": prompt,
-                "answer": answer,
-                "percentile": vector.percentile(answer),
-            }
+            vectors[name] = vector.reading(prompt, answer)
         return vectors
 
     def _output(self, request: Request, generation: Generation) -> ModelOutput:
@@ -235,7 +226,3 @@ def _body(extra: Mapping[str, Any] | None) -> PvecBody | None:
 
 def _or(value: Any, usual: Any) -> Any:
     return usual if value is None else value
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -13,12 +13,10 @@ from inspect_ai.solver import TaskState
 from pvec.backends.session import ModelSession
 from pvec.data.conversations import Chat
 from pvec.errors import InputError
-from pvec.inspect.batches import Batches
-from pvec.inspect.messages import prerequisites, spoken, texts
+from pvec.inspect.bridge import Batches, prerequisites, settings_of, spoken, texts
 from pvec.judges.prompts import fence, fill, metrics_of
 from pvec.judges.scoring import ResponseScorer, scaled
 from pvec.projection.projector import open_vectors, projector
-from pvec.settings.resolve import load_dotenv, resolve
 from pvec.traits.trait import load_trait
 from pvec.types import JudgeQuery, Message
 from pvec.types import Score as Judgement
@@ -39,7 +37,7 @@ def trait(trait: str, judge: str | None = None, **settings: Any) -> Scorer:
     """
     with prerequisites():
         chosen = {} if judge is None else {"judge.model": judge}
-        resolved = resolve(chosen | settings, dotenv=load_dotenv()).settings
+        resolved = settings_of(chosen | settings)
         metrics = [scaled(m, resolved.judge.scale) for m in metrics_of(load_trait(trait))]
         desk = ResponseScorer(resolved, bundled=False, notify=_log.info)
         if desk.choice.kind == "contrast":
@@ -114,9 +112,7 @@ def projection(
         return _reported
     with prerequisites():
         chosen = {} if model is None else {"model.id": model}
-        session = ModelSession(
-            resolve(chosen | settings, dotenv=load_dotenv()).settings, notify=_log.info
-        )
+        session = ModelSession(settings_of(chosen | settings), notify=_log.info)
         loaded = open_vectors(session, texts(vector))
         plan = loaded.plan_of(*session.settings.project.types)
 

@@ -7,7 +7,7 @@ from typing import Any
 from inspect_ai.model import GenerateConfig
 from inspect_ai.model._providers.openai_compatible import OpenAICompatibleAPI
 
-from pvec.settings.resolve import load_dotenv, resolve
+from pvec.inspect.bridge import settings_of
 
 
 class ServedModel(OpenAICompatibleAPI):
@@ -21,7 +21,7 @@ class ServedModel(OpenAICompatibleAPI):
         config: GenerateConfig = GenerateConfig(),  # noqa: B008 - the base class's default
         **model_args: Any,
     ) -> None:
-        serve = resolve({}, dotenv=load_dotenv()).settings.serve
+        serve = settings_of({}).serve
         key = "none" if serve.api_key is None else serve.api_key.get_secret_value()
         super().__init__(
             model_name,

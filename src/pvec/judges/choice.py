@@ -13,7 +13,7 @@ from pvec.judges.base import Judge
 from pvec.judges.cost import Budget, Price, known_price, parse_price
 from pvec.judges.server import KEY_NAME, api_key, server_url
 from pvec.models.files import ModelSpec
-from pvec.settings.judging import JudgeSettings
+from pvec.settings.commands import JudgeSettings
 
 if TYPE_CHECKING:
     from pvec.backends.base import Backend

@@ -20,7 +20,7 @@ from pvec.models.files import ModelSpec
 from pvec.runs.responses import Json
 from pvec.runs.store import Run
 from pvec.settings import Settings
-from pvec.settings.judging import JudgeSettings
+from pvec.settings.commands import JudgeSettings
 from pvec.vectors.vector import PersonaVector
 
 

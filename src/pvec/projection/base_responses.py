@@ -20,7 +20,7 @@ from pvec.data.conversations import Ids
 from pvec.projection.inputs import Prompt
 from pvec.projection.projector import LoadedVectors, project_table
 from pvec.runs.responses import ResponseRecord
-from pvec.settings.projecting import ProjectSettings
+from pvec.settings.commands import ProjectSettings
 from pvec.stats import Correlation, correlation
 from pvec.vectors.projection import ProjectionPlan
 

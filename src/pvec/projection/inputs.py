@@ -43,7 +43,7 @@ from pvec.runs.manifest import FILE_NAME
 from pvec.runs.names import run_name
 from pvec.runs.responses import Json, ResponseRecord
 from pvec.runs.store import Run
-from pvec.settings.projecting import ProjectSettings
+from pvec.settings.commands import ProjectSettings
 from pvec.traits.trait import Trait
 
 _RUN_COLUMNS = ("id", "trait", "question_id", "question", "system", "prompt", "answer")

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from pvec.report.figure import interval_text
-from pvec.report.style import INK, PAPER, name_key, name_marks, printable, short_number
+from pvec.report.style import INK, PAPER, name_marks, printable, short_number
 from pvec.stats import Interval
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def draw_legend(canvas: Canvas, axes: Sequence[Axes], labels: Sequence[str]) -> 
         if isinstance(handle, Line2D):
             handle.set_markersize(5)  # in the axes the marks are drawn apart from the line
         for part in (handle, text):
-            name_key(part, series=numbers[text.get_text()])
+            name_marks(part, series=numbers[text.get_text()], key=True)
 
 
 def legend_height(labels: Sequence[str]) -> float:

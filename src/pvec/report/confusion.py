@@ -7,7 +7,7 @@ from dataclasses import replace
 from pvec.extraction.agreement import Agreement
 from pvec.report.figure import Figure
 from pvec.report.grids import Grid, heat_map
-from pvec.report.sections.projections import correlation_text
+from pvec.report.sections.common import correlation_text
 from pvec.report.style import number
 
 

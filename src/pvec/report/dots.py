@@ -218,9 +218,8 @@ def _draw_bars(
         if bar.errorbar is not None:
             for artist in (*bar.errorbar.lines[1], *bar.errorbar.lines[2]):
                 name_marks(artist, series=series)
-        end = value.mean if reach is None else max(value.mean, value.high, key=abs)
-        if value.mean < 0 and reach is not None:
-            end = value.low
+        far = value.low if value.mean < 0 else value.high
+        end = value.mean if reach is None else far
         vanishes = reach is None and round(value.mean, digits) == 0
         written = number(value.mean, None if vanishes else digits)
         text = axis.annotate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -40,6 +40,44 @@ class Grid:
     scale: Literal["trait", "quality", "signed"] = "trait"
     digits: int = 0
     first_row: Literal["top", "bottom"] = "bottom"
+
+    @classmethod
+    def of_pairs(
+        cls, values: Mapping[tuple[str, str], float], *, rows: str, columns: str, value_label: str
+    ) -> Grid:
+        """Return the grid of values by (row, column), in the order in which each is named first."""
+        row_ticks, column_ticks = (
+            list(dict.fromkeys(names)) for names in zip(*values, strict=True)
+        )
+        return cls(
+            columns=(columns, column_ticks),
+            rows=(rows, row_ticks),
+            values=[
+                [values.get((row, col), math.nan) for col in column_ticks] for row in row_ticks
+            ],
+            value_label=value_label,
+            first_row="top",
+        )
+
+    @classmethod
+    def of_cosines(
+        cls,
+        side: str,
+        names: Sequence[str],
+        rows: Sequence[str],
+        cosines: Sequence[Sequence[float]],
+    ) -> Grid:
+        """Return the grid of a matrix of cosines, from -1 to 1."""
+        return cls(
+            columns=(side, names),
+            rows=(side, rows),
+            values=cosines,
+            value_label="cosine",
+            limits=(-1.0, 1.0),
+            scale="signed",
+            digits=2,
+            first_row="top",
+        )
 
 
 def heat_map(

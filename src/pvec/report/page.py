@@ -166,15 +166,9 @@ def within_budget(answers: Sequence[Answer], *, budget: int = ANSWER_BUDGET) -> 
 
 def _section_context(section: Section, parts: str) -> dict[str, Any]:
     shown = within_budget(section.answers)
-    return {
-        "id": section.id,
-        "title": section.title,
-        "summary": section.summary,
-        "notes": section.notes,
+    return vars(section) | {
         "figures": [_figure_context(figure) for figure in section.figures],
-        "tables": section.tables,
         "widgets": [_widget_context(widget, parts) for widget in section.widgets],
-        "provenance": section.provenance,
         "answers": _verbatim(_answers_json(section, shown)) if shown else None,
         "shown": len(shown),
         "total": len(section.answers),
@@ -182,15 +176,10 @@ def _section_context(section: Section, parts: str) -> dict[str, Any]:
 
 
 def _figure_context(figure: Figure) -> dict[str, Any]:
-    table = figure.table
-    encoded = base64.b64encode(table.csv().encode()).decode()
-    return {
-        "name": figure.name,
-        "title": figure.title,
-        "caption": figure.caption,
+    encoded = base64.b64encode(figure.table.csv().encode()).decode()
+    return vars(figure) | {
         "tall": figure.size[1] > figure.size[0],
         "svg": _verbatim(figure.themed_svg()),
-        "table": table,
         "csv": f"data:text/csv;charset=utf-8;base64,{encoded}",
     }
 
@@ -206,13 +195,7 @@ def _scripts(assets: Traversable) -> Iterator[str]:
 def _widget_context(widget: Widget, folder: str) -> dict[str, Any]:
     parts = () if widget.beside else widget.parts
     beside = f"{quote(folder)}/{quote(widget.beside)}" if widget.beside else ""
-    return {
-        "id": widget.id,
-        "kind": widget.kind,
-        "title": widget.title,
-        "notes": widget.notes,
-        "noscript": widget.noscript,
-        "table": widget.table,
+    return vars(widget) | {
         "data": _verbatim(embed_json({**widget.data, "beside": beside})),
         "parts": (_verbatim(embed_json(part())) for part in parts),
     }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pvec import __version__
 from pvec.documents import misfit
 from pvec.errors import InputError, StoreError
-from pvec.report.figure import Figure, write_figures
+from pvec.report.figure import write_figures
 from pvec.report.page import Chapter, Section, Widget, render_page, script_of_part
 from pvec.report.sections import build_chapters, served
 from pvec.report.sections.common import RunData, listed
@@ -71,7 +71,9 @@ def run(
         *build_chapters(runs),
         *([served.build(logs)] if logs else []),
     ]
-    if beside and not any(w.beside for w in _widgets(chapters)):
+    sections = [section for chapter in chapters for section in chapter.sections]
+    widgets = [widget for section in sections for widget in section.widgets if widget.beside]
+    if beside and not widgets:
         raise InputError("--beside has no effect here: only tokens (`pvec project --tokens`) do.")
     html = render_page(
         title=_title(runs, chapters),
@@ -80,9 +82,9 @@ def run(
         version=__version__,
         parts=f"{page.stem}_parts",
     )
-    folder = page.parent / f"{page.stem}_parts"
-    parts = _write_parts(chapters, folder)
-    files = write_figures(_figures(chapters), page.parent / f"{page.stem}_figures", formats=formats)
+    parts = _write_parts(widgets, page.parent / f"{page.stem}_parts")
+    figures = [figure for section in sections for figure in section.exported]
+    files = write_figures(figures, page.parent / f"{page.stem}_figures", formats=formats)
     with atomic_write(page, mode="w") as stream:
         stream.write(html)
     return ReportResult(
@@ -109,8 +111,7 @@ def _grids(folders: Sequence[Path], judge: str | None) -> list[tuple[GridNumbers
     from pvec.report.sections.grid_numbers import GridRuns, grid_numbers
 
     runs = [GridRuns(grid=read_grid(folder), judge=judge) for folder in folders]
-    numbers = [grid_numbers(grid) for grid in runs]
-    return [(found, build(grid, found)) for grid, found in zip(runs, numbers, strict=True)]
+    return [(numbers := grid_numbers(grid), build(grid, numbers)) for grid in runs]
 
 
 _IDENTITY = {"trait": str, "model": str, "adapter": (str, NoneType)}
@@ -149,12 +150,10 @@ def _title(runs: Sequence[RunData], chapters: Sequence[Chapter]) -> str:
     return f"{listed(run.trait for run in about)} in {listed(run.model for run in runs)}"
 
 
-def _write_parts(chapters: Sequence[Chapter], folder: Path) -> list[Path]:
+def _write_parts(widgets: Sequence[Widget], folder: Path) -> list[Path]:
     """Write what pages load on demand, and remove what an earlier page left."""
     written = []
-    for widget in _widgets(chapters):
-        if not widget.beside:
-            continue
+    for widget in widgets:
         for old in (folder / widget.beside).glob("*.js"):
             old.unlink()
         for number in range(len(widget.parts)):
@@ -162,18 +161,3 @@ def _write_parts(chapters: Sequence[Chapter], folder: Path) -> list[Path]:
             with atomic_write(written[-1], mode="w") as stream:
                 stream.write(script_of_part(widget, number))
     return written
-
-
-def _widgets(chapters: Sequence[Chapter]) -> list[Widget]:
-    return [
-        widget for chapter in chapters for section in chapter.sections for widget in section.widgets
-    ]
-
-
-def _figures(chapters: Sequence[Chapter]) -> list[Figure]:
-    return [
-        figure
-        for chapter in chapters
-        for section in chapter.sections
-        for figure in section.exported
-    ]

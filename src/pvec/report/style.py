@@ -122,17 +122,16 @@ def themed(svg: str, *, label: str) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-def name_marks(artist: Any, titles: Sequence[str] = (), *, series: int | None = None) -> None:
+def name_marks(
+    artist: Any, titles: Sequence[str] = (), *, series: int | None = None, key: bool = False
+) -> None:
     """Say what an artist shows: a title for each of its marks, and the number of its series.
 
-    Without titles it belongs to the series, as a line or an interval does.
+    Without titles it belongs to the series, as a line or an interval does. The ``key`` of a series,
+    in a legend, lets the readers of a page toggle it.
     """
-    artist.set_gid(json.dumps({"titles": list(map(printable, titles)), "series": series}))
-
-
-def name_key(artist: Any, *, series: int) -> None:
-    """Mark an artist of a legend as the key of a series: a page lets readers toggle it."""
-    artist.set_gid(json.dumps({"titles": [], "series": series, "key": True}))
+    said = {"titles": list(map(printable, titles)), "series": series, "key": key}
+    artist.set_gid(json.dumps(said))
 
 
 def with_titles(svg: str) -> str:
@@ -144,7 +143,7 @@ def with_titles(svg: str) -> str:
         said = json.loads(group.attrib.pop("id"))
         if said["series"] is not None:
             group.set("data-series", str(said["series"]))
-        if said.get("key"):
+        if said["key"]:
             group.set("class", "key")
         if said["titles"]:
             for mark, title in zip(_marks(group), said["titles"], strict=True):

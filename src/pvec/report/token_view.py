@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +26,9 @@ _LISTED = 15
 """Passages of a file that are listed, at either end of a column."""
 
 _SNIPPET = 100
+
+_SIGNS = {"high": 1, "low": -1}
+"""Ends of a column: the highest passages and the lowest."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,8 +75,8 @@ def token_view(
     """
     means = np.array([_mean(record.answer_values, len(columns)) for record in records])
     extremes = {
-        name: [Passages.find(records, c, sign=sign) for c in range(len(columns))]
-        for name, sign in (("high", 1), ("low", -1))
+        end: [Passages.find(records, c, sign=sign) for c in range(len(columns))]
+        for end, sign in _SIGNS.items()
     }
     chosen = range(len(records)) if everything else _within_budget(records, extremes)
     groups = [chosen[i : i + PER_PART] for i in range(0, len(chosen), PER_PART)]
@@ -83,8 +86,12 @@ def token_view(
     scales = [_scale(records, c) for c in range(len(columns))]
     data = {
         "columns": [
-            {"name": name, "digits": _digits(scale), **scale}
-            for name, scale in zip(columns, scales, strict=True)
+            {
+                "name": name,
+                "digits": decimals([s["centre"] - s["reach"], s["centre"] + s["reach"]]),
+                **s,
+            }
+            for name, s in zip(columns, scales, strict=True)
         ],
         "passage": PASSAGE,
         "line": [record.line for record in records],
@@ -99,7 +106,7 @@ def token_view(
             for name, passages in extremes.items()
         },
         "top": [
-            {name: _top(records, passages[c], sign) for name, passages, sign in _ends(extremes)}
+            {end: _top(records, extremes[end][c], sign) for end, sign in _SIGNS.items()}
             for c in range(len(columns))
         ],
     }
@@ -108,10 +115,6 @@ def token_view(
         partial(_part, [(number, records[number]) for number in group], factors) for group in groups
     )
     return TokenView(data=data, parts=parts, opened=len(chosen))
-
-
-def _ends(extremes: dict[str, list[Passages]]) -> list[tuple[str, list[Passages], int]]:
-    return [("high", extremes["high"], 1), ("low", extremes["low"], -1)]
 
 
 def _reasoning(records: Sequence[TokenRecord], columns: int) -> dict[str, Any]:
@@ -142,8 +145,8 @@ def _within_budget(
     ranks = np.min(
         [
             np.argsort(np.argsort(np.nan_to_num(-sign * p.values, nan=np.inf)))
-            for _, passages, sign in _ends(extremes)
-            for p in passages
+            for end, sign in _SIGNS.items()
+            for p in extremes[end]
         ],
         axis=0,
     )
@@ -168,11 +171,6 @@ def _scale(records: Sequence[TokenRecord], column: int) -> dict[str, float]:
     reach = float(np.percentile(np.abs(values - centre), 90)) or 1.0
     factor = max(1.0, float(np.abs(values).max()) / 60_000)  # half precision ends at 65,504
     return {"centre": centre, "reach": reach, "factor": factor}
-
-
-def _digits(scale: Mapping[str, float]) -> int:
-    """Return the decimals that show a column's numbers alike."""
-    return decimals([scale["centre"] - scale["reach"], scale["centre"] + scale["reach"]])
 
 
 def _top(records: Sequence[TokenRecord], passages: Passages, sign: int) -> list[dict[str, Any]]:

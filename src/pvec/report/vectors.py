@@ -77,16 +77,7 @@ def layer_figure(
 def cosine_figure(labels: Sequence[str], cosines: Sequence[Sequence[float]]) -> Figure:
     """Draw a matrix of cosines from -1 to 1, with the numbers in the cells while they fit."""
     return heat_map(
-        Grid(
-            columns=("", labels),
-            rows=("", labels),
-            values=cosines,
-            value_label="cosine",
-            limits=(-1.0, 1.0),
-            scale="signed",
-            digits=2,
-            first_row="top",
-        ),
+        Grid.of_cosines("", labels, labels, cosines),
         name="cosines",
         title="Cosines",
         caption="Cosine between each two vectors.",

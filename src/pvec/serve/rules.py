@@ -14,8 +14,7 @@ from pvec.documents import read_yaml
 from pvec.errors import InputError, did_you_mean
 from pvec.models.decoder import check_layer
 from pvec.serve.vectors import ServedVector
-from pvec.settings.sections import SteerSettings
-from pvec.settings.serving import ServeSettings
+from pvec.settings.commands import ServeSettings, SteerSettings
 from pvec.steering.instructions import CoefUnit
 from pvec.types import Dose, Instruction, Operator, Percentile, Positions
 

@@ -117,14 +117,7 @@ class Service(Closing):
         means = job.means[outcome.answer.index]
         vectors: dict[str, dict[str, Any]] = {}
         for name in job.report:
-            vector = self.rules.vectors[name]
-            prompt, answer = means[name]
-            vectors[name] = {
-                "layer": vector.layer,
-                "prompt": prompt,
-                "answer": answer,
-                "percentile": vector.percentile(answer),
-            }
+            vectors[name] = self.rules.vectors[name].reading(*means[name])
             if job.tokens:
                 along = [rounded(v) for v in outcome.projections[1:, self.places[name]]]
                 vectors[name]["tokens"] = [*along, *[None] * (len(outcome.pieces) - len(along))]

@@ -55,6 +55,11 @@ class ServedVector:
             for sign, values in self.quantiles.items()
         }
 
+    def reading(self, prompt: float | None, answer: float | None) -> dict[str, Any]:
+        """Return what the report of an answer says of the vector: where both lie on it."""
+        percentile = self.percentile(answer)
+        return {"layer": self.layer, "prompt": prompt, "answer": answer, "percentile": percentile}
+
     def describe(self, num_layers: int) -> dict[str, Any]:
         """Return what a client needs to know of it."""
         norm = float(np.linalg.norm(self.steering.rows[self.layer]))

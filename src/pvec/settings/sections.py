@@ -1,5 +1,6 @@
 """The sections of the settings: every default, choice, limit and help text, declared once.
 
+Those of the model and what runs it are here, those of what commands do with it in ``commands.py``.
 The command line (``cli/options.py``), the ``PVEC_`` environment names, ``pvec.yaml`` and ``pvec
 config`` all derive from these classes. A new setting is a field with its help as the text under
 it; a new section is a class of fields and one line in ``Settings`` (``tree.py``).
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from pvec.types import Operator, Positions, VectorKind
 
 
 class Section(BaseModel):
@@ -172,6 +171,26 @@ automatically when memory runs out (default: 1024 on a CPU, 16384 on an accelera
     vllm: VLLMSettings = Field(default_factory=VLLMSettings)
 
 
+class PoolSettings(Section):
+    """Workers of a Ray cluster that run the model."""
+
+    workers: str = ""
+    """Run on workers with a model each, through Ray: `N` on this machine, `ADDRESS` of a cluster \
+(`host:6379`, `ray://host:10001`, or `auto`) for as many as it has room for, or `N@ADDRESS`"""
+
+    cpus: int | None = Field(default=None, ge=1)
+    """CPU cores of a worker (default: an equal share of this machine's, and one beside a GPU)"""
+
+    gpus: int | None = Field(default=None, ge=0)
+    """GPUs of a worker (default: those of a vLLM engine, else one where there are GPUs)"""
+
+    retries: int = Field(default=3, ge=1)
+    """How many workers may fail at a row that they hold alone before the row counts as failed"""
+
+    start_timeout: float = Field(default=600.0, gt=0)
+    """Seconds to wait for the first worker to load the model"""
+
+
 class GenerationSettings(Section):
     """How answers are sampled."""
 
@@ -191,101 +210,12 @@ class GenerationSettings(Section):
     """Enable thinking mode"""
 
 
-class FilterSettings(Section):
-    """Which answers are used for a vector."""
+class PathSettings(Section):
+    """Folders."""
 
-    threshold: float = Field(default=50.0, ge=0, le=100)
-    """Keep positive answers with at least this trait score, negative ones below 100 minus it"""
+    runs: Path = Path("runs")
+    """Folder that holds the run folders"""
 
-    coherence: float = Field(default=50.0, ge=0, le=100)
-    """Keep answers with a coherence score of at least this"""
-
-    paired: bool = False
-    """Keep an answer only when its opposite counterpart passes too, as the paper's code does"""
-
-
-class ExtractSettings(Section):
-    """How much is generated for a vector."""
-
-    rollouts: int = Field(default=10, ge=1)
-    """Answers to each question under each instruction"""
-
-    limit: int | None = Field(default=None, ge=1)
-    """Use only the first N extraction questions (default: all)"""
-
-    judge: bool = True
-    """Score the answers now; with `--no-judge`, `pvec judge RUN` scores them later"""
-
-    keep_activations: bool = False
-    """Keep the mean activations of every answer that counts, for other methods of estimating a \
-vector (`pvec vector compute --method`, `pvec vector compare --methods`)"""
-
-
-class SteerSettings(Section):
-    """How a vector is applied."""
-
-    kind: VectorKind = "response_avg"
-    """Which of the three vectors of a file is used"""
-
-    positions: Positions = "response"
-    """Tokens to steer: the response (from the last prompt token on), the prompt, all, or of a \
-response its reasoning (think) or what follows it (answer)"""
-
-    operator: Operator = "add"
-    """Add the vector, ablate its direction, or hold the projection on it below a ceiling (cap) or \
-above a floor"""
-
-    coef_unit: Literal["raw", "norm"] = "raw"
-    """Unit of the coefficients: the raw vector, or the mean residual norm of the layer"""
-
-    layer: str = "auto"
-    """Where to steer: `20`, `3,4`, `12:24:2` (both ends), `3+4` (at once), `all` (every layer at \
-once), or `auto` (five layers around 55 % of the depth)"""
-
-    coef: str = "-2,-1,0,1,2"
-    """Steering strength: a list of coefficients, or `FROM:TO:STEP`; for `cap` and `floor` the \
-limits, also as percentiles of the projections of positive (`pos50`), negative (`neg75`) or \
-unsteered answers (`p25`) at each layer"""
-
-    incremental: bool = False
-    """Steer every layer by the vector's increment over the layer before (implies `--layer all`)"""
-
-    together: bool = False
-    """Apply all vectors at once instead of evaluating each in turn"""
-
-    random_control: bool = True
-    """Also evaluate a random vector of the same norm at the same layers and coefficients"""
-
-    prompt_baseline: bool = True
-    """Also evaluate system prompts that ask for the trait and against it"""
-
-    rollouts: int = Field(default=5, ge=1)
-    """Answers to each evaluation question in each condition"""
-
-    limit: int | None = Field(default=None, ge=1)
-    """Use only the first N evaluation questions (default: all)"""
-
-    min_coherence: float = Field(default=75.0, ge=0, le=100)
-    """Choose the layer and coefficient with the highest trait score at this coherence or more"""
-
-    max_kl: float | None = Field(default=None, gt=0)
-    """Choose only points whose KL divergence from the unsteered model, on benign text in nats per \
-token, is at most this"""
-
-    search: int | None = Field(default=None, ge=1)
-    """Search for the best layer, coefficient and positions with N points instead of evaluating a \
-grid: of the layers of `--layer`, up to the largest coefficient of `--coef`"""
-
-    search_positions: tuple[Positions, ...] = ("response", "all")
-    """Positions that `--search` tries; repeatable"""
-
-    judge: bool = True
-    """Score the answers now; with `--no-judge`, `pvec judge RUN` scores them later"""
-
-    side_effects: bool = False
-    """Also measure what else the steering changes: KL divergence and perplexity on benign text, \
-refusals, length, repetition, other scripts, questions that move the wrong way"""
-
-    benign: Path | None = None
-    """File of chats, or of questions with answers, that is the benign text (default: short chats \
-that come with pvec)"""
+    exact_csv: bool = False
+    """Write texts into CSV files as they are; otherwise what a spreadsheet would execute gets an \
+apostrophe in front"""

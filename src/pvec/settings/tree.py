@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
-from pvec.settings.judging import AuthorSettings, JudgeSettings
-from pvec.settings.pooling import PoolSettings
-from pvec.settings.projecting import ProjectSettings
-from pvec.settings.sections import (
-    BackendSettings,
+from pvec.settings.commands import (
+    AuthorSettings,
     ExtractSettings,
     FilterSettings,
-    GenerationSettings,
-    ModelSettings,
-    Section,
+    JudgeSettings,
+    ProjectSettings,
+    ServeSettings,
     SteerSettings,
 )
-from pvec.settings.serving import ServeSettings
+from pvec.settings.sections import (
+    BackendSettings,
+    GenerationSettings,
+    ModelSettings,
+    PathSettings,
+    PoolSettings,
+    Section,
+)
 
 ENV_PREFIX = "PVEC_"
 
@@ -49,17 +52,6 @@ RENAMED: dict[str, str] = {
 """Old dotted path of a setting → its present one. The old name still works in files, in the
 environment and as a hidden option, and a note says the new one.
 """
-
-
-class PathSettings(Section):
-    """Folders."""
-
-    runs: Path = Path("runs")
-    """Folder that holds the run folders"""
-
-    exact_csv: bool = False
-    """Write texts into CSV files as they are; otherwise what a spreadsheet would execute gets an \
-apostrophe in front"""
 
 
 class Settings(Section):

@@ -1,4 +1,4 @@
-"""What the sections of all kinds of runs share."""
+"""What the sections of all kinds of runs share: the run, and numbers as they are written."""
 
 from __future__ import annotations
 
@@ -8,17 +8,28 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 from pvec.judges.prompts import score_meaning
 from pvec.report.axes import Reference, Scale, XAxis
 from pvec.report.figure import interval_text
+from pvec.report.style import number
 from pvec.runs.names import model_label
 from pvec.runs.secrets import safe_command, without_secrets
 from pvec.runs.store import Run
-from pvec.stats import Interval
+from pvec.stats import FEW_PAIRS, Interval
 
 _LEFT_OUT = {"format", "format_version", "settings", "sessions"}
+
+Summary = Mapping[str, Any]
+"""What a command left in ``summary.json``, of a checked shape."""
+
+NUMBER = (float, NoneType)
+MEAN = {"mean": NUMBER, "low": NUMBER, "high": NUMBER, "n": int}
+R = {"r": NUMBER, "low": NUMBER, "high": NUMBER, "n": int}
+PLACE = {"vector": str, "layer": int}
+"""Shapes of what summaries hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +109,8 @@ class RunData:
         if self.judge is not None:
             rows.append(("scores", score_meaning(self.judge)))
         rows += _flat({k: v for k, v in manifest.items() if k not in _LEFT_OUT})
-        for number, session in enumerate(manifest["sessions"], start=1):
-            rows.append((f"session {number}", _session(session)))
+        for place, session in enumerate(manifest["sessions"], start=1):
+            rows.append((f"session {place}", _session(session)))
         rows += _flat({"settings": manifest.get("settings", {})})
         return tuple(rows)
 
@@ -113,6 +124,24 @@ def listed(names: Iterable[str]) -> str:
 def with_interval(score: Interval) -> str:
     """Return ``71.3 (68.0 to 74.1)``, ``71.3`` without an interval, or ``no score``."""
     return "no score" if math.isnan(score.mean) else interval_text(score, 1)
+
+
+def interval_of(value: Summary) -> Interval:
+    """Return a stored mean with its interval; what is not known is NaN."""
+    mean, low, high = (
+        math.nan if value[part] is None else float(value[part]) for part in ("mean", "low", "high")
+    )
+    return Interval(mean=mean, low=low, high=high, n=value["n"], groups=value["n"])
+
+
+def correlation_text(value: Summary) -> str:
+    """Return ``0.71 (0.60 to 0.79, n = 40)``; of fewer than ``FEW_PAIRS`` only their n."""
+    count = f"n = {value['n']:,}"
+    r, low = (math.nan if value[part] is None else value[part] for part in ("r", "low"))
+    if math.isnan(r) or value["n"] < FEW_PAIRS:
+        return f"not given ({count})"
+    ends = "" if math.isnan(low) else f"{number(low, 2)} to {number(value['high'], 2)}, "
+    return f"{'> 0.99' if 0.995 <= r < 1 else number(r, 2)} ({ends}{count})"
 
 
 def _session(session: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from pvec.report.page import Answer, Section
 from pvec.report.sections.common import RunData, with_interval
 from pvec.report.vectors import layer_figure
 from pvec.runs.responses import ResponseRecord
-from pvec.settings.sections import FilterSettings
+from pvec.settings.commands import FilterSettings
 from pvec.types import Sign
 from pvec.vectors.filter import REASONS
 from pvec.vectors.formats import load_vector
@@ -114,17 +114,10 @@ class _Extraction:
             yield self._histogram(COHERENCE, self._threshold("min_coherence"))
 
     def _histogram(self, metric: str, threshold: float) -> Figure:
-        groups = [
-            (
-                name,
-                [
-                    score
-                    for record in answers_of(self.records, sign)
-                    if (score := self._score(record, metric)) is not None
-                ],
-            )
-            for sign, name in SIGN_NAMES.items()
-        ]
+        groups = []
+        for sign, name in SIGN_NAMES.items():
+            scores = (self._score(record, metric) for record in answers_of(self.records, sign))
+            groups.append((name, [score for score in scores if score is not None]))
         return histogram(
             name=f"{self.data.id}_{metric}_scores",
             title=f"{metric} scores",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from pvec.evaluation.summary import COHERENCE, SweepSummary
@@ -21,7 +22,7 @@ from pvec.report.sections.grid_numbers import (
     ShiftCell,
     TraitInModel,
 )
-from pvec.report.sections.sweep_lines import control_line, sweep_line
+from pvec.report.sections.sweeps import sweep_lines
 from pvec.runs.grid import GridCell
 from pvec.runs.names import model_label
 from pvec.stats import Interval
@@ -41,17 +42,20 @@ _APART = (
 def build(runs: GridRuns, numbers: GridNumbers) -> Chapter:
     """Return the sections of a grid: its vectors, its sweeps, its shifts, and every cell."""
     name = runs.grid.path.resolve().name
-    found = [_vectors(numbers, name)]
+    sections = [_vectors(numbers, name)]
     if numbers.steering:
-        found.append(_steering(numbers, runs.sweeps, name))
+        sections.append(_steering(numbers, runs.sweeps))
     if numbers.shifts:
-        found.append(_shifts(numbers, name))
-    return Chapter(summary=found[0].summary, sections=(*found, _cells(numbers.cells, name)))
+        sections.append(_shifts(numbers.shifts))
+    sections.append(_cells(numbers.cells))
+    return Chapter(
+        summary=sections[0].summary,
+        sections=tuple(replace(section, source=f"grid {name}") for section in sections),
+    )
 
 
 def _vectors(numbers: GridNumbers, name: str) -> Section:
-    models = list(dict.fromkeys(item.model for item in numbers.traits))
-    traits = list(dict.fromkeys(item.trait for item in numbers.traits))
+    models = listed(item.model for item in numbers.traits)
     done = sum(cell.state == "done" for cell in numbers.cells)
     notes = [] if done == len(numbers.cells) else [_unfinished(numbers.cells)]
     if numbers.model_cosines:
@@ -60,13 +64,12 @@ def _vectors(numbers: GridNumbers, name: str) -> Section:
         id="grid",
         title=f"Grid {name}",
         summary=(
-            f"{listed(traits)} in {listed(models)}: {done} of {len(numbers.cells)} runs are done."
-            f"{_alike(numbers.traits)}"
+            f"{listed(item.trait for item in numbers.traits)} in {models}: "
+            f"{done} of {len(numbers.cells)} runs are done.{_alike(numbers.traits)}"
         ),
         notes=tuple(notes),
-        figures=tuple(_vector_figures(numbers, models, traits)),
+        figures=tuple(_vector_figures(numbers)),
         tables=(("Every model and trait", _trait_table(numbers.traits)),),
-        source=f"grid {name}",
     )
 
 
@@ -120,39 +123,35 @@ def _split_half(item: TraitInModel) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _vector_figures(
-    numbers: GridNumbers, models: Sequence[str], traits: Sequence[str]
-) -> Iterator[Figure]:
-    if any(item.positive is not None for item in numbers.traits):
-        if len(numbers.traits) <= _BARS:
-            yield _score_bars(numbers.traits)
-        else:
-            yield _map(
-                numbers.traits, models, traits,
-                {i: item.positive.mean for i, item in enumerate(numbers.traits) if item.positive},
-                name="grid_scores", title="Trait score under positive instructions",
-                caption="Mean over all seeds.", label="trait score",
-            )  # fmt: skip
-    depths = {i: 100 * t.depth for i, t in enumerate(numbers.traits) if t.depth is not None}
-    if depths:
-        yield _map(
-            numbers.traits, models, traits, depths,
-            name="grid_depth", title="Suggested layer as a share of depth",
-            caption="The lower median over seeds, in per cent of all layers.", label="% of depth",
-        )  # fmt: skip
-    cosines = {i: t.seed_cosine.mean for i, t in enumerate(numbers.traits) if t.seed_cosine}
-    if cosines:
+def _vector_figures(numbers: GridNumbers) -> Iterator[Figure]:
+    """Yield models by traits, and cosines between them; what no run has is left out."""
+
+    def by_pair(value: Callable[[TraitInModel], float | None]) -> dict[tuple[str, str], float]:
+        found = {(item.model, item.trait): value(item) for item in numbers.traits}
+        known = any(number is not None for number in found.values())
+        return {k: math.nan if v is None else v for k, v in found.items()} if known else {}
+
+    scores = by_pair(lambda item: item.positive.mean if item.positive else None)
+    if scores and len(scores) <= _BARS:
+        yield _score_bars(numbers.traits)
+    elif scores:
         yield heat_map(
-            Grid(
-                columns=("trait", traits),
-                rows=("model", models),
-                values=_values(numbers.traits, models, traits, cosines),
-                value_label="cosine of seeds",
-                limits=(0.0, 1.0),
-                scale="quality",
-                digits=2,
-                first_row="top",
-            ),
+            Grid.of_pairs(scores, rows="model", columns="trait", value_label="trait score"),
+            name="grid_scores",
+            title="Trait score under positive instructions",
+            caption="Mean over all seeds.",
+        )
+    if depths := by_pair(lambda item: item.depth and 100 * item.depth):
+        yield heat_map(
+            Grid.of_pairs(depths, rows="model", columns="trait", value_label="% of depth"),
+            name="grid_depth",
+            title="Suggested layer as a share of depth",
+            caption="The lower median over seeds, in per cent of all layers.",
+        )
+    if cosines := by_pair(lambda item: item.seed_cosine.mean if item.seed_cosine else None):
+        grid = Grid.of_pairs(cosines, rows="model", columns="trait", value_label="cosine of seeds")
+        yield heat_map(
+            replace(grid, limits=(0.0, 1.0), scale="quality", digits=2),
             name="grid_seeds",
             title="Stability: cosine between seeds",
             caption="Mean over pairs of seeds, at the suggested layer (the lower median).",
@@ -179,34 +178,6 @@ def _score_bars(traits: Sequence[TraitInModel]) -> Figure:
     )
 
 
-def _map(
-    items: Sequence[TraitInModel], models: Sequence[str], traits: Sequence[str],
-    values: dict[int, float], *, name: str, title: str, caption: str, label: str,
-) -> Figure:  # fmt: skip
-    return heat_map(
-        Grid(
-            columns=("trait", traits),
-            rows=("model", models),
-            values=_values(items, models, traits, values),
-            value_label=label,
-            first_row="top",
-        ),
-        name=name,
-        title=title,
-        caption=caption,
-    )
-
-
-def _values(
-    items: Sequence[TraitInModel],
-    models: Sequence[str],
-    traits: Sequence[str],
-    values: dict[int, float],
-) -> list[list[float]]:
-    by_pair = {(items[i].model, items[i].trait): value for i, value in values.items()}
-    return [[by_pair.get((model, trait), math.nan) for trait in traits] for model in models]
-
-
 def _cosine_map(cosines: Cosines, what: str) -> Figure:
     layers = sorted(set(cosines.layers))
     at = f"layer {layers[0]}" if len(layers) == 1 else "equal share of depth"
@@ -215,25 +186,14 @@ def _cosine_map(cosines: Cosines, what: str) -> Figure:
         for name, layer in zip(cosines.names, cosines.layers, strict=True)
     ]
     return heat_map(
-        Grid(
-            columns=(what, cosines.names),
-            rows=(what, names),
-            values=cosines.cosines,
-            value_label="cosine",
-            limits=(-1.0, 1.0),
-            scale="signed",
-            digits=2,
-            first_row="top",
-        ),
+        Grid.of_cosines(what, cosines.names, names, cosines.cosines),
         name=f"grid_{what}_{cosines.of}",
         title=f"Cosines between {what}: {cosines.of}",
         caption=f"Vectors averaged over seeds, at {at}.",
     )
 
 
-def _steering(
-    numbers: GridNumbers, sweeps: Sequence[tuple[GridCell, SweepSummary]], name: str
-) -> Section:
+def _steering(numbers: GridNumbers, sweeps: Sequence[tuple[GridCell, SweepSummary]]) -> Section:
     columns = ("model", "trait", "seed", "layer", "coef", "trait score (95 %)",
                "coherence (95 %)", "unsteered (95 %)", "random vector (95 %)")  # fmt: skip
     rows: list[tuple[Cell, ...]] = [
@@ -252,7 +212,6 @@ def _steering(
         tables=(
             ("Picked points, read on held-out questions", Table(columns=columns, rows=tuple(rows))),
         ),
-        source=f"grid {name}",
     )
 
 
@@ -286,23 +245,25 @@ def _lines(cell: GridCell, sweep: SweepSummary) -> Iterator[Line]:
     steered = sweep.having("steered")
     if steered:
         layers = sweep.picks[0].point.layers if sweep.picks else steered[0].layers
-        yield sweep_line(steered, layers, sweep, cell.trait, label="trait")
+        trait, *control = sweep_lines(
+            steered, layers, sweep, cell.trait, label="trait", random="random vector"
+        )
+        yield trait
         if COHERENCE in sweep.metrics:
-            yield sweep_line(steered, layers, sweep, COHERENCE, label="coherence")
-        for line in control_line(steered, layers, sweep, cell.trait, control_of="trait"):
-            yield Line(label="random vector", x=line.x, points=line.points, control_of="trait")
+            yield sweep_lines(steered, layers, sweep, COHERENCE, label="coherence")[0]
+        yield from control
 
 
-def _shifts(numbers: GridNumbers, name: str) -> Section:
+def _shifts(shifts: Sequence[ShiftCell]) -> Section:
     columns = ("model", "checkpoint", "trait", "seed", "layer", "shift (95 %)", "prompts")
     rows = tuple(
         (
             item.model, model_label(item.checkpoint), item.trait, item.seed, item.layer,
             Difference.of(item.shift), item.shift.n,
         )
-        for item in numbers.shifts
+        for item in shifts
     )  # fmt: skip
-    furthest = max(numbers.shifts, key=lambda item: abs(item.shift.mean))
+    furthest = max(shifts, key=lambda item: abs(item.shift.mean))
     return Section(
         id="grid-shifts",
         title="Finetuning shift of every checkpoint along every trait",
@@ -310,9 +271,8 @@ def _shifts(numbers: GridNumbers, name: str) -> Section:
             f"{model_label(furthest.checkpoint)} moved furthest, along {furthest.trait}: "
             f"{furthest.shift.mean:+.3g} at layer {furthest.layer}."
         ),
-        figures=tuple(_shift_maps(numbers.shifts)),
+        figures=tuple(_shift_maps(shifts)),
         tables=(("Shifts", Table(columns=columns, rows=rows)),),
-        source=f"grid {name}",
     )
 
 
@@ -320,24 +280,16 @@ def _shift_maps(shifts: Sequence[ShiftCell]) -> Iterator[Figure]:
     """Yield checkpoints by traits, one figure per base model; the mean over seeds and layers."""
     for model in dict.fromkeys(item.model for item in shifts):
         own = [item for item in shifts if item.model == model]
-        traits = list(dict.fromkeys(item.trait for item in own))
-        names = list(dict.fromkeys(item.checkpoint for item in own))
-        values = [
-            [_mean([i.shift.mean for i in own if (i.checkpoint, i.trait) == (name, trait)])
-             for trait in traits]
-            for name in names
-        ]  # fmt: skip
-        most = max(abs(value) for row in values for value in row if not math.isnan(value))
+        found: dict[tuple[str, str], list[float]] = {}
+        for item in own:
+            found.setdefault((item.checkpoint, item.trait), []).append(item.shift.mean)
+        means = {pair: sum(values) / len(values) for pair, values in found.items()}
+        most = max(abs(mean) for mean in means.values()) or 1.0
+        grid = Grid.of_pairs(means, rows="checkpoint", columns="trait", value_label="shift")
+        names = [model_label(name) for name in grid.rows[1]]
         yield heat_map(
-            Grid(
-                columns=("trait", traits),
-                rows=("checkpoint", [model_label(name) for name in names]),
-                values=values,
-                value_label="shift",
-                limits=(-most, most) if most else (-1.0, 1.0),
-                scale="signed",
-                digits=2,
-                first_row="top",
+            replace(
+                grid, rows=("checkpoint", names), limits=(-most, most), scale="signed", digits=2
             ),
             name=f"grid_shift_{model}",
             title=f"Shift from {model}",
@@ -346,11 +298,7 @@ def _shift_maps(shifts: Sequence[ShiftCell]) -> Iterator[Figure]:
         )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
-def _cells(cells: Sequence[GridCell], name: str) -> Section:
+def _cells(cells: Sequence[GridCell]) -> Section:
     rows = tuple(
         (cell.command, cell.model, cell.trait, str(cell.seed), cell.run, cell.state, cell.reason)
         for cell in cells
@@ -361,5 +309,4 @@ def _cells(cells: Sequence[GridCell], name: str) -> Section:
         title="Every run of the grid",
         summary="`pvec report` of a run's folder shows its answers.",
         tables=(("Runs", Table(columns=columns, rows=rows)),),
-        source=f"grid {name}",
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -23,10 +23,10 @@ from statistics import fmean, median_low
 import numpy as np
 
 from pvec.evaluation.summary import COHERENCE, SweepSummary
-from pvec.report.sections.common import RunData
-from pvec.report.sections.projections import interval_of
+from pvec.judges.scoring import score_of
+from pvec.report.sections.common import RunData, interval_of
 from pvec.report.sections.shift import SHIFT_SHAPE
-from pvec.report.sections.steer_eval import read_run
+from pvec.report.sections.steer_eval import read
 from pvec.runs.grid import GridCell, GridFolder
 from pvec.runs.store import Run
 from pvec.runs.summary import read_summary
@@ -134,7 +134,6 @@ class GridRuns:
 
     grid: GridFolder
     judge: str | None
-    _answers: dict[str, Scored] = field(default_factory=dict)
 
     def done(self, command: str) -> list[GridCell]:
         """Return the finished cells of a command."""
@@ -157,12 +156,8 @@ class GridRuns:
     @cached_property
     def sweeps(self) -> list[tuple[GridCell, SweepSummary]]:
         """The judged sweeps."""
-        found = []
-        for cell in self.done("steer-eval"):
-            data = self.run(cell)
-            if data.judge is not None:
-                found.append((cell, read_run(data)[0]))
-        return found
+        runs = ((cell, self.run(cell)) for cell in self.done("steer-eval"))
+        return [(cell, read(run)[1]) for cell, run in runs if run.judge is not None]
 
     def scores(
         self,
@@ -173,30 +168,31 @@ class GridRuns:
         counts: Callable[[Mapping[str, object]], bool],
     ) -> Interval | None:
         """Return the mean trait score of the answers whose condition ``counts``, over all seeds."""
-        values: list[float | None] = []
-        questions: list[str] = []
-        for cell in self.done(command):
-            if (cell.model, cell.trait) == (model, trait):
-                for condition, question, score in self._scored(cell):
-                    if counts(condition):
-                        values.append(score)
-                        questions.append(question)
-        known = any(value is not None for value in values)
-        return grouped_mean(values, groups=questions, limits=SCORES) if known else None
+        answers = [
+            (question, score)
+            for condition, question, score in self._answers.get((command, model, trait), [])
+            if counts(condition)
+        ]
+        if all(score is None for _, score in answers):
+            return None
+        questions, values = zip(*answers, strict=True)
+        return grouped_mean(values, groups=questions, limits=SCORES)
 
-    def _scored(self, cell: GridCell) -> Scored:
-        if cell.run not in self._answers:
+    @cached_property
+    def _answers(self) -> dict[tuple[str, str, str], list[Answered]]:
+        """Condition, question and trait score of every answer, by command, model and trait."""
+        found: dict[tuple[str, str, str], list[Answered]] = {}
+        for cell in (*self.done("extract"), *self.done("steer-eval")):
             data = self.run(cell)
             scores = data.run.scores_by_response(judge=data.judge)
-            self._answers[cell.run] = [
-                (record.condition, record.question_id, score.score if score else None)
-                for record in data.run.responses()
-                for score in [scores.get(record.id, {}).get(cell.trait)]
-            ]
-        return self._answers[cell.run]
+            own = found.setdefault((cell.command, cell.model, cell.trait), [])
+            for record in data.run.responses():
+                score = score_of(scores.get(record.id, {}), cell.trait)
+                own.append((record.condition, record.question_id, score))
+        return found
 
 
-Scored = list[tuple[Mapping[str, object], str, float | None]]
+Answered = tuple[Mapping[str, object], str, float | None]
 
 
 def grid_numbers(runs: GridRuns) -> GridNumbers:

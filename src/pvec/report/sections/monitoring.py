@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pvec.report.axes import SCORE_AXIS, YAxis
-from pvec.report.dots import scatter
+from pvec.report.axes import SCORE_AXIS, YAxis, exact
+from pvec.report.dots import Dot, scatter
 from pvec.report.figure import Figure, Table
 from pvec.report.page import Section
-from pvec.report.sections.common import RunData
-from pvec.report.sections.projections import (
-    NUMBER,
-    PLACE,
-    R,
-    Summary,
-    correlation_text,
-    dot,
-)
+from pvec.report.sections.common import NUMBER, PLACE, R, RunData, Summary, correlation_text
 from pvec.runs.summary import read_summary
 
 _SHAPE = {
@@ -105,7 +97,11 @@ def _monitor_figures(run: RunData, stored: Summary) -> Iterator[Figure]:
             if len({p["condition"] for p in stored["points"][vector]}) > 2
             else "plain",
             dots=[
-                dot(point["condition"], point["projections"][str(layer)], point["score"])
+                Dot(
+                    group=point["condition"],
+                    x=exact(point["projections"][str(layer)]),
+                    y=exact(point["score"]),
+                )
                 for point in stored["points"][vector]
             ],
         )

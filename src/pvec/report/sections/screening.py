@@ -18,12 +18,12 @@ from pvec.report.axes import Reference, XAxis
 from pvec.report.figure import Cell, Figure, Table, interval_text
 from pvec.report.figures import histogram
 from pvec.report.page import Answer, Section, Widget, encode_floats
-from pvec.report.sections.common import RunData
-from pvec.report.sections.projections import (
+from pvec.report.sections.common import (
     MEAN,
     NUMBER,
     PLACE,
     R,
+    RunData,
     Summary,
     correlation_text,
     interval_of,

@@ -10,12 +10,12 @@ from pvec.report.axes import SCORE_AXIS, YAxis, exact
 from pvec.report.dots import Dot, bars, scatter
 from pvec.report.figure import Difference, Figure, Table, interval_text
 from pvec.report.page import Section
-from pvec.report.sections.common import RunData
-from pvec.report.sections.projections import (
+from pvec.report.sections.common import (
     MEAN,
     NUMBER,
     PLACE,
     R,
+    RunData,
     Summary,
     correlation_text,
     interval_of,

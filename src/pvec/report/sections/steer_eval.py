@@ -23,31 +23,18 @@ from pvec.report.grids import Grid, heat_map
 from pvec.report.page import Answer, Section
 from pvec.report.sections.common import RunData, with_interval
 from pvec.report.sections.side_effects import effects_table, pareto_figure
-from pvec.report.sections.steer_overview import overview_section
-from pvec.report.sections.sweep_lines import control_line, sweep_line
+from pvec.report.sections.sweeps import Sweep, overview, sweep_lines
 from pvec.report.style import number, short_number, true_minus
 from pvec.types import LIMITS, Percentile
 
 _LINES = 6
 """More lines than this in one figure cannot be told apart; the heat map has them all."""
 
-
-Sweep = tuple[RunData, SweepSummary, list[ScoredAnswer]]
-"""A run with its numbers and answers."""
+__all__ = ["overview", "read", "section"]
 
 
 def read(run: RunData) -> Sweep:
-    """Return a run, read once."""
-    return (run, *read_run(run))
-
-
-def overview(sweeps: Sequence[Sweep]) -> Section:
-    """Return the section that compares several runs."""
-    return overview_section([(run, summary) for run, summary, _ in sweeps])
-
-
-def read_run(run: RunData) -> tuple[SweepSummary, list[ScoredAnswer]]:
-    """Return the numbers of a sweep and its answers."""
+    """Return a run with the numbers of its sweep and its answers, read once."""
     answers = read_sweep(run.run, judge=run.judge)
     steer, effects = run.settings.get("steer", {}), read_effects(run.path)
     most = steer.get("max_kl")
@@ -58,7 +45,7 @@ def read_run(run: RunData) -> tuple[SweepSummary, list[ScoredAnswer]]:
         min_coherence=steer.get("min_coherence", 75.0),
         kl=KLLimit(most=most, of=effects.kl if effects else {}) if most else None,
     )
-    return sweep, answers
+    return run, sweep, answers
 
 
 def section(found: Sweep) -> Section:
@@ -67,10 +54,8 @@ def section(found: Sweep) -> Section:
     baseline = sweep.baseline
     compare = (baseline.name, sweep.picks[0].point.name) if baseline and sweep.picks else None
     effects = read_effects(run.path)
-    figures, tables = (
-        [*_figures(run, sweep)],
-        [("All conditions, all questions", _points_table(sweep))],
-    )
+    figures = list(_figures(run, sweep))
+    tables = [("All conditions, all questions", _points_table(sweep))]
     if effects is not None:
         figures += pareto_figure(run.id, sweep, effects)
         tables.append(("Side effects", effects_table(effects)))
@@ -180,12 +165,7 @@ def _dose_response(
         Panel(
             label=metric,
             lines=[
-                line
-                for choice in layers
-                for line in (
-                    sweep_line(points, choice, sweep, metric),
-                    *control_line(points, choice, sweep, metric),
-                )
+                line for choice in layers for line in sweep_lines(points, choice, sweep, metric)
             ],
             levels=[Level(label=p.name, value=p.scores[metric]) for p in levels],
             limits=SCORE_AXIS,

@@ -21,7 +21,6 @@ from pvec.stats import Interval
 
 BEFORE, AFTER = "before training", "after training"
 
-
 _RESULT = {"steps": int, "first_loss": float, "last_loss": float, "stopped_early": bool}
 """What this page reads of a training's result."""
 
@@ -34,11 +33,6 @@ def _read_result(path: Path) -> Mapping[str, Any]:
             f"{path} is damaged (at {wrong}): delete it and run the same `pvec train` again."
         )
     return result
-
-
-def read(run: RunData) -> Finetuning:
-    """Return a run, read once."""
-    return Finetuning(run)
 
 
 class Finetuning:
@@ -197,7 +191,7 @@ class Finetuning:
             yield "Result", Table(columns=columns, rows=(values,))
 
 
-section = Finetuning.section
+read, section = Finetuning, Finetuning.section
 
 
 def overview(runs: Sequence[Finetuning]) -> Section:

@@ -1,20 +1,63 @@
-"""What concurrent samples ask for, done together by one thread."""
+"""Between ``inspect_ai`` and pvec: settings, messages, errors, and samples answered together."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from inspect_ai._util.error import PrerequisiteError
+from inspect_ai.model import ChatMessage
+
+from pvec.errors import InputError, PvecError
+from pvec.settings import Settings, load_dotenv, resolve
+from pvec.types import Message
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _GATHER_SECONDS = 0.02
 """How long the first of a batch waits for others: little beside an answer's time."""
+
+
+@contextmanager
+def prerequisites() -> Iterator[None]:
+    """Turn pvec's errors into those that ``inspect`` shows as a sentence, without a traceback."""
+    try:
+        yield
+    except PvecError as error:
+        raise PrerequisiteError(str(error)) from None
+
+
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """Return the settings of a task: what its arguments give, by dotted names, over the usual."""
+    return resolve(given, dotenv=load_dotenv()).settings
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """Return an argument as texts: absent, one, or a list."""
+    if value is None:
+        return ()
+    return tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
+
+
+def spoken(message: ChatMessage) -> Message:
+    """Return a message as pvec's parts take it, without reasoning. Raises ``InputError`` for one
+    with tools or with anything but text.
+    """
+    content = message.content
+    if message.role == "tool" or getattr(message, "tool_calls", None):
+        raise InputError("pvec does not support 'tools' here: use pvec-serve on vLLM for them.")
+    if not isinstance(content, str) and any(
+        part.type not in ("text", "reasoning") for part in content
+    ):
+        raise InputError("pvec reads texts only: leave images, sound and files out.")
+    return {"role": message.role, "content": message.text}
 
 
 class Batches(Generic[Item, Result]):
