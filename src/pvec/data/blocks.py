@@ -150,8 +150,7 @@ def list_blocks(source: str | Path, *, size: int) -> Blocks:
             f"{has}: give others, or use --engine local."
         )
     kind = kinds.pop()
-    divided = _of_lines(known, size) if kind == "lines" else _of_parquet(known, size)
-    blocks, columns = divided
+    blocks, columns = (_of_lines if kind == "lines" else _of_parquet)(known, size)
     if not blocks:
         raise InputError(f"{source} has no rows to project.")
     return Blocks(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -74,9 +74,8 @@ def read_files(locations: Sequence[str]) -> dict[str, bytes]:
             return {name: Path(name).read_bytes() for name in locations}
         system, _ = _system(locations[0])
         inner = {system._strip_protocol(name): name for name in locations}  # noqa: SLF001 (fsspec's own use)
-        read: Mapping[str, bytes] = system.cat(list(inner)) if len(inner) > 1 else {}
-        if len(inner) == 1:
-            read = {name: system.cat_file(name) for name in inner}
+        several = len(inner) > 1  # of one location fsspec returns the content alone
+        read = system.cat(list(inner)) if several else {n: system.cat_file(n) for n in inner}
         return {inner[name]: content for name, content in read.items()}
 
 

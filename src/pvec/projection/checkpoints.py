@@ -123,7 +123,9 @@ def measure_all(
     of = partial(Checkpoint, plan=plan, prompts=prompts, limit=limit)
     adapted_ones = [of(name=name, adapter=files) for name, files in adapters.items() if files]
     whole_ones = [
-        of(name=name, whole=(w.spec, _of_backend(w.settings))) for name, w in wholes.items()
+        # with what a backend is loaded with; keys of judges and other secrets stay here
+        of(name=name, whole=(whole.spec, Settings(backend=whole.settings.backend)))
+        for name, whole in wholes.items()
     ]
 
     def report() -> None:
@@ -137,11 +139,6 @@ def measure_all(
             kept.keep(due[number].name, values)
             report()
     return {name: kept.values[name] - kept.values[_BASE] for name in adapters}
-
-
-def _of_backend(settings: Settings) -> Settings:
-    """Return what a backend is loaded with; keys of judges and other secrets stay here."""
-    return Settings(backend=settings.backend)
 
 
 def _measured(

@@ -204,7 +204,14 @@ def run(
     )
     with ModelSession(worker_settings(settings), notify=notify) as session:
         loaded = open_vectors(session, vectors)
-        job = _job(settings, loaded, BlockFolder(place=place, suffix=blocks.suffix), output)
+        job = ScreenJob(
+            settings=worker_settings(settings),
+            folder=BlockFolder(place=place, suffix=blocks.suffix),
+            skip_bad=output.skip_bad,
+            plan=loaded.plan_of(*sample_kinds(settings.project.natural)),
+            base_plan=loaded.plan_of("proj"),
+            columns=tuple(loaded.columns),
+        )
         _check_columns(job, blocks, source, output, clean=clean is not None)
         job.folder.begin(_identity(job, blocks, clean, session, loaded, output))
         clean_differences: np.ndarray | None = None
@@ -243,19 +250,6 @@ def run(
         )
     job.folder.finish(dataclasses.asdict(result))
     return result
-
-
-def _job(
-    settings: Settings, loaded: LoadedVectors, folder: BlockFolder, output: OutputOptions
-) -> ScreenJob:
-    return ScreenJob(
-        settings=worker_settings(settings),
-        folder=folder,
-        skip_bad=output.skip_bad,
-        plan=loaded.plan_of(*sample_kinds(settings.project.natural)),
-        base_plan=loaded.plan_of("proj"),
-        columns=tuple(loaded.columns),
-    )
 
 
 def _check_columns(

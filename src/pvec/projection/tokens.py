@@ -17,7 +17,7 @@ from pvec.data.spans import Turns
 from pvec.errors import InputError
 from pvec.models.chat import prompt_ids
 from pvec.models.decoder import find_decoder
-from pvec.projection.projector import Projector, suggested_layer
+from pvec.projection.projector import LoadedVectors, Projector, suggested_layer
 from pvec.types import Message, ProjectionKind, Request, Sampling, VectorKind
 from pvec.vectors.find import check_fits, find_vector, vector_name
 from pvec.vectors.formats import load_vector
@@ -165,8 +165,7 @@ def _plan(
     for vector in at_depth.values():
         for layer in layers:
             vector.row(layer, kind=kind)
-    rows = {name: vector.kind(kind) for name, vector in at_depth.items()}
-    return ProjectionPlan.make(rows, layers=layers, kinds=types)
+    return LoadedVectors(vectors=at_depth, kind=kind, layers=tuple(layers)).plan_of(*types)
 
 
 def _context(model: PreTrainedModel) -> int | None:
