@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from helpers.entry_point import run_pvec
 
+from pvec.report.sections import served
+
 VALUES = np.random.default_rng(0).normal(size=90).round(4).tolist()
 
 
@@ -51,6 +53,17 @@ def test_a_log_is_reported_with_its_older_parts(
         float(row["mean"]) for row in csv.DictReader(over_time.read_text("utf-8").splitlines())
     ]
     assert means == pytest.approx([np.mean(part) for part in np.array_split(VALUES, 9)], abs=1e-3)
+
+
+def test_additions_ceilings_and_floors_of_one_coefficient_are_told_apart(tmp_path: Path) -> None:
+    entry = {"vector": "evil", "layer": 3, "coef": 0.5}
+    operators = ("add", "cap", "floor", "ablate")
+    lines = [line(n, steering=[{**entry, "operator": op}]) for n, op in enumerate(operators)]
+    (tmp_path / "log.jsonl").write_text("".join(lines))
+    (section,) = served.build([tmp_path / "log.jsonl"]).sections
+    ((_, table),) = section.tables
+    names = ("evil@3 +0.5", "evil@3 cap +0.5", "evil@3 floor +0.5", "evil@3 ablated")
+    assert [row[:2] for row in table.rows] == [(name, 1) for name in names]
 
 
 @pytest.mark.parametrize(

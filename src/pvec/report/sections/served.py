@@ -22,6 +22,7 @@ from pvec.report.sections.common import listed
 from pvec.report.style import number
 from pvec.runs.jsonl import read_jsonl
 from pvec.stats import grouped_mean
+from pvec.types import LIMITS
 
 _LINE = {
     "id": str, "time": float, "model": str, "finish_reason": str, "capped": [str],
@@ -104,8 +105,8 @@ def _steering(record: Mapping[str, Any]) -> str:
     entries = []
     for entry in record["steering"]:
         how = "ablated" if entry["operator"] == "ablate" else f"{entry['coef']:+g}"
-        cap = "cap " if entry["operator"] == "cap" else ""
-        entries.append(f"{entry['vector']}@{entry['layer']} {cap}{how}")
+        limit = f"{entry['operator']} " if entry["operator"] in LIMITS else ""
+        entries.append(f"{entry['vector']}@{entry['layer']} {limit}{how}")
     return ", ".join(entries) or "unsteered"
 
 
@@ -119,15 +120,8 @@ def _by_steering(records: Records, vectors: Sequence[str]) -> Table:
             mean = float(np.mean(values)) if values else None
             capped = sum(vector in record["capped"] for record in own)
             rows.append((steering, count, vector, mean, *spread, capped))
-    columns = (
-        "steering",
-        "answers",
-        "vector",
-        "mean",
-        "5th percentile",
-        "95th percentile",
-        "capped",
-    )
+    ends = ("5th percentile", "95th percentile")
+    columns = ("steering", "answers", "vector", "mean", *ends, "capped")
     return Table(columns=columns, rows=tuple(rows))
 
 
