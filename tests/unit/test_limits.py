@@ -12,8 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from pvec.errors import InputError
-from pvec.evaluation.condition import stored_condition
-from pvec.evaluation.conditions import evaluation_conditions, parse_doses
+from pvec.evaluation.conditions import evaluation_conditions, parse_doses, stored_condition
 from pvec.evaluation.summary import ScoredAnswer, summarise
 from pvec.extraction.calibrate import calibrate
 from pvec.models.decoder import find_decoder

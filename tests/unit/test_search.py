@@ -10,7 +10,7 @@ import pytest
 
 from pvec.errors import InputError
 from pvec.evaluation import search as searching
-from pvec.evaluation.condition import Condition
+from pvec.evaluation.conditions import Condition
 from pvec.evaluation.search import Outcome, check_search, search
 from pvec.settings.commands import SteerSettings
 from pvec.steering.instructions import SteeringVector

@@ -6,10 +6,15 @@ import random
 
 import pytest
 
-from pvec.evaluation.condition import Condition
-from pvec.evaluation.effect_numbers import TextReading, summarise_effects
+from pvec.evaluation.conditions import Condition
+from pvec.evaluation.effect_numbers import (
+    TextReading,
+    other_script,
+    refuses,
+    repetition,
+    summarise_effects,
+)
 from pvec.evaluation.summary import ScoredAnswer
-from pvec.evaluation.text_measures import other_script, refuses, repetition
 from pvec.report.axes import exact
 from pvec.report.dots import Dot
 from pvec.report.sections.side_effects import pareto_front

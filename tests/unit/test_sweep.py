@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from pvec.errors import InputError, ModelError
-from pvec.evaluation.condition import Condition, layers_label, stored_condition
 from pvec.evaluation.conditions import (
+    Condition,
     evaluation_conditions,
+    layers_label,
     parse_coefs,
     parse_layers,
     steered_conditions,
+    stored_condition,
 )
 from pvec.settings.commands import SteerSettings
 from pvec.steering.instructions import SteeringVector, random_like, steering_vector

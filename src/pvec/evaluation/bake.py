@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pvec.backends.session import ModelSession, Notify, ignore, model_spec, require_this_process
+from pvec.backends.session import (
+    ModelSession,
+    Notify,
+    ignore,
+    model_spec,
+    on_backend,
+    require_this_process,
+)
 from pvec.errors import InputError, ModelError
 from pvec.evaluation.chat import load_steering_vectors
 from pvec.evaluation.conditions import steered_conditions
@@ -91,7 +98,7 @@ def run(
     if out.exists():
         raise InputError(f"{out} exists already: give another --out.")
     require_this_process(settings, "Baking a vector into a model")
-    session = ModelSession(_on_transformers(settings), notify=notify)
+    session = ModelSession(on_backend(settings, "hf"), notify=notify)
     steering = _single_addition(settings, session, vectors)
     spec = replace(model_spec(settings), merge_adapter=True)
     loaded = load_model(spec, metadata=session.metadata)
@@ -331,8 +338,3 @@ def _save(
     with quiet_transformers():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _on_transformers(settings: Settings) -> Settings:
-    backend = settings.backend.model_copy(update={"name": "hf"})
-    return settings.model_copy(update={"backend": backend})

@@ -6,21 +6,104 @@ that differences between conditions are paired. Nothing here needs a model.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from pvec.errors import InputError
-from pvec.evaluation.condition import Condition, layers_label
 from pvec.models.decoder import check_layer
 from pvec.settings.commands import SteerSettings
 from pvec.steering.instructions import SteeringVector, instructions, random_like
-from pvec.types import LIMITS, Dose, Percentile, Positions
+from pvec.types import Dose, Instruction, Operator, Percentile, Positions
 
 AUTO_DEPTHS = (0.35, 0.45, 0.55, 0.65, 0.75)
 """Where ``--layer auto`` looks, as shares of the depth: a handful around 55 %, where the paper's
 two models (layers 20 of 28 and 16 of 32) and the bundled one steer best."""
 
-BASELINE = "unsteered"
+Role = Literal["baseline", "prompt_pos", "prompt_neg", "steered", "random"]
+"""What a condition can be, in the order of tables."""
+
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Place:
+    """Where a condition lies in the sweep; what is measured of it is kept beside these fields.
+
+    ``name`` is unique in a run and for people; nothing else is read out of it. ``control_of`` is
+    the ``vector`` of the steered conditions whose control a random condition is. ``operator`` is
+    None where nothing is steered, ``positions`` where they are the run's. Where the limits of a cap
+    or floor are a percentile, ``percentile`` is its name (``pos50``) and ``coef`` its number.
+    """
+
+    name: str
+    role: Role
+    vector: str = ""
+    layers: tuple[int, ...] = ()
+    coef: float = 0.0
+    operator: Operator | None = None
+    control_of: str = ""
+    percentile: str = ""
+    positions: Positions | None = None
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """The fields above by name, of a condition and of all that is measured of it."""
+        return {field.name: getattr(self, field.name) for field in fields(Place)}
+
+    @property
+    def where(self) -> str:
+        """The layers as ``layers_label`` writes them, and positions that are not the run's."""
+        return layers_label(self.layers) + (f", {self.positions}" if self.positions else "")
+
+    def controls(self, other: Place) -> bool:
+        """Whether this is the random vector at the very point where ``other`` steers."""
+        return (
+            self.role == "random"
+            and other.role == "steered"
+            and (self.control_of, self.layers, self.coef, self.operator, self.positions)
+            == (other.vector, other.layers, other.coef, other.operator, other.positions)
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Condition(Place):
+    """One point of the sweep, a control, or a baseline, with what steers it."""
+
+    steering: tuple[Instruction, ...] = ()
+
+    def identity(self) -> dict[str, Any]:
+        """Return the JSON form that a response's id covers."""
+        covered = ("name", "role", "vector", "layers", "coef")
+        return {**{name: self.place[name] for name in covered}, "layers": list(self.layers)}
+
+    def labels(self) -> dict[str, Any]:
+        """Return what is stored beside ``identity`` and follows from it and the steering."""
+        labels: dict[str, Any] = {"operator": self.operator, "control_of": self.control_of}
+        own = {"percentile": self.percentile, "positions": self.positions}
+        return {**labels, **{name: value for name, value in own.items() if value}}
+
+
+def stored_condition(stored: Mapping[str, Any]) -> Condition:
+    """Return the condition of a stored response, without its instructions.
+
+    Runs of pvec 0.1 stored neither operator nor ``control_of``; their labels had one fixed form,
+    from which both follow.
+    """
+    steered = stored["role"] in {"steered", "random"}
+    if steered and "operator" not in stored:
+        first = str(stored["name"]).rpartition(" · ")[2].partition(" ")[0]
+        vectors = str(stored["vector"]).split(" + ")
+        control_of = " + ".join(vector.removeprefix("random like ") for vector in vectors)
+        stored = {
+            **stored,
+            "operator": first if first in {"cap", "ablate"} else "add",
+            "control_of": control_of if stored["role"] == "random" else "",
+        }
+    known = {field.name: stored[field.name] for field in fields(Place) if field.name in stored}
+    return Condition(**{**known, "layers": tuple(stored["layers"]), "coef": float(stored["coef"])})
 
 
 def parse_coefs(text: str) -> tuple[float, ...]:
@@ -63,9 +146,8 @@ def parse_layers(text: str, *, num_layers: int) -> tuple[tuple[int, ...], ...]:
     if text.strip() == "all":
         return (tuple(range(1, num_layers + 1)),)
     choices = [choice for part in _parts(text, "--layer") for choice in _layer_part(part, text)]
-    for choice in choices:
-        for layer in choice:
-            check_layer(layer, num_layers)
+    for layer in itertools.chain(*choices):
+        check_layer(layer, num_layers)
     return tuple(dict.fromkeys(choices))
 
 
@@ -82,7 +164,7 @@ def evaluation_conditions(
     ``prompts`` says whether there are system prompts that ask for the trait. ``seed`` is that of
     the first random control. Raises what ``steered_conditions`` raises.
     """
-    conditions = [Condition(name=BASELINE, role="baseline")]
+    conditions = [Condition(name="unsteered", role="baseline")]
     if vectors:
         conditions += steered_conditions(vectors, steer, num_layers=num_layers)
     if vectors and steer.random_control:
@@ -135,21 +217,18 @@ def steers_everywhere(steer: SteerSettings) -> bool:
 def group_layers(
     group: Sequence[SteeringVector], steer: SteerSettings, *, num_layers: int
 ) -> list[tuple[int, ...]]:
-    """Return the choices of layers; "all" are those at which every vector has a direction."""
-    choices = steered_layers(steer, num_layers=num_layers)
-    if not steers_everywhere(steer):
-        return list(choices)
-    return [tuple(n for n in layers if all(v.has(n) for v in group)) for layers in choices]
-
-
-def steered_layers(steer: SteerSettings, *, num_layers: int) -> tuple[tuple[int, ...], ...]:
-    """Return the choices of layers that the settings ask for (see ``parse_layers``)."""
+    """Return the choices of layers that the settings ask for (see ``parse_layers``); "all" are
+    those at which every vector has a direction.
+    """
     if steer.incremental and steer.layer not in {"auto", "all"}:
         raise InputError(
             f"--incremental steers every layer and cannot be combined with --layer {steer.layer}: "
             f"omit one of them."
         )
-    return parse_layers("all" if steer.incremental else steer.layer, num_layers=num_layers)
+    choices = parse_layers("all" if steer.incremental else steer.layer, num_layers=num_layers)
+    if not steers_everywhere(steer):
+        return list(choices)
+    return [tuple(n for n in layers if all(v.has(n) for v in group)) for layers in choices]
 
 
 def steered_condition(
@@ -166,14 +245,9 @@ def steered_condition(
     label = group_label(group)
     operator = f"{steer.operator} " if steer.operator != "add" else ""
     unit = " norms" if steer.coef_unit == "norm" else ""
-    percentile, number = "", 0.0
-    if isinstance(coef, Percentile):
-        percentile, number = str(coef), coef.percent
-    else:
-        number = coef
-    amount = percentile or f"coef {number:g}{unit}"
-    if steer.operator == "ablate":
-        amount = ""
+    percentile = str(coef) if isinstance(coef, Percentile) else ""
+    number = coef.percent if isinstance(coef, Percentile) else coef
+    amount = "" if steer.operator == "ablate" else percentile or f"coef {number:g}{unit}"
     return Condition(
         name=f"{label} · {layers_label(layers)} · {operator}{amount}".strip()
         + (f" · {positions}" if positions else ""),
@@ -201,10 +275,13 @@ def group_label(group: Sequence[SteeringVector]) -> str:
     return " + ".join(vector.label for vector in group)
 
 
-def percentile_class(steer: SteerSettings) -> str:
-    """Return whose percentiles the limits of the settings are, or an empty text."""
-    first = Percentile.parse(steer.coef.split(",")[0])
-    return first.of if first and steer.operator in LIMITS else ""
+def layers_label(layers: Sequence[int]) -> str:
+    """Return how a choice of layers is written: ``layer 20``, ``layers 3+4``, ``layers 1-28``."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]}-{layers[-1]}"
+    return "layers " + "+".join(str(layer) for layer in layers)
 
 
 def _coefs(steer: SteerSettings) -> tuple[Dose, ...]:
@@ -221,11 +298,10 @@ def _parts(text: str, option: str) -> list[str]:
     return parts
 
 
-def _coef_part(part: str, text: str) -> Iterator[float]:
+def _coef_part(part: str, text: str) -> list[float]:
     numbers = [_number(chunk, part, text) for chunk in part.split(":")]
     if len(numbers) == 1:
-        yield numbers[0]
-        return
+        return numbers
     if len(numbers) != 3 or numbers[2] <= 0 or numbers[1] < numbers[0]:
         raise InputError(
             f"--coef {text!r} does not parse at {part!r}: a range is FROM:TO:STEP with a step "
@@ -233,8 +309,8 @@ def _coef_part(part: str, text: str) -> Iterator[float]:
         )
     first, last, step = numbers
     # A little slack, so that 0:0.3:0.1 reaches 0.3 although 3 x 0.1 is above it in binary.
-    for i in range(math.floor((last - first) / step + 1e-9) + 1):
-        yield round(first + i * step, 10)
+    count = math.floor((last - first) / step + 1e-9) + 1
+    return [round(first + i * step, 10) for i in range(count)]
 
 
 def _number(chunk: str, part: str, text: str) -> float:
@@ -251,18 +327,17 @@ def _number(chunk: str, part: str, text: str) -> float:
     return value
 
 
-def _layer_part(part: str, text: str) -> Iterator[tuple[int, ...]]:
-    if ":" in part:
-        numbers = [_whole(chunk, text) for chunk in part.split(":")]
-        step = numbers[2] if len(numbers) == 3 else 1
-        if len(numbers) not in (2, 3) or step < 1 or numbers[1] < numbers[0]:
-            raise InputError(
-                f"--layer {text!r} does not parse at {part!r}: a range is FROM:TO or FROM:TO:STEP "
-                f"with both ends included, for example 12:24:2."
-            )
-        yield from ((layer,) for layer in range(numbers[0], numbers[1] + 1, step))
-    else:
-        yield tuple(sorted({_whole(chunk, text) for chunk in part.split("+")}))
+def _layer_part(part: str, text: str) -> list[tuple[int, ...]]:
+    if ":" not in part:
+        return [tuple(sorted({_whole(chunk, text) for chunk in part.split("+")}))]
+    numbers = [_whole(chunk, text) for chunk in part.split(":")]
+    step = numbers[2] if len(numbers) == 3 else 1
+    if len(numbers) not in (2, 3) or step < 1 or numbers[1] < numbers[0]:
+        raise InputError(
+            f"--layer {text!r} does not parse at {part!r}: a range is FROM:TO or FROM:TO:STEP "
+            f"with both ends included, for example 12:24:2."
+        )
+    return [(layer,) for layer in range(numbers[0], numbers[1] + 1, step)]
 
 
 def _whole(chunk: str, text: str) -> int:

@@ -6,8 +6,11 @@ They are made once and kept in the run, so that ``steer-eval`` and the report sa
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,9 @@ from pydantic import TypeAdapter
 from pvec.data.csv_table import write_csv
 from pvec.documents import read_json
 from pvec.errors import StoreError
-from pvec.evaluation.condition import Condition, Place
+from pvec.evaluation.conditions import Condition, Place
 from pvec.evaluation.summary import ScoredAnswer
-from pvec.evaluation.text_measures import other_script, refuses, repetition
+from pvec.judges.contrast import REPEATED, repeated_share
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.summary import SUMMARY, not_known_as_nan, write_summary
 from pvec.stats import SCORES, Interval, grouped_mean
@@ -39,6 +42,16 @@ MEASURES: Mapping[str, str] = {
     "wrong_way": "questions moved the wrong way, %",
 }
 """What is measured, in the order of tables, and its name for people."""
+
+_REFUSALS = re.compile(
+    r"\b(i(?:'m| am) (?:really |very |so )?sorry|sorry, (?:but )?i|i apologi[sz]e"
+    r"|i (?:can(?:no|')t|can not|could not|couldn't|won't|will not|must decline|refuse to)\b"
+    r"|i(?:'m| am) (?:not able|unable|not comfortable|not going) "
+    r"|as an ai\b|as a (?:large )?language model)",
+    re.IGNORECASE,
+)
+_OPENING = 120
+"""Characters of an answer in which a refusal is looked for: it comes first, if at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +267,46 @@ def _rows(effects: SideEffects) -> Iterator[list[Any]]:
             value = point.measures.get(measure)
             row += [value.mean, value.low, value.high, value.n] if value else [None] * 4
         yield row
+
+
+# -- what can be read off an answer without a judge ------------------------------------------------
+
+
+def refuses(answer: str) -> bool:
+    """Whether an answer begins as refusals do: "I'm sorry", "I can't", "As an AI", …
+
+    >>> refuses("I’m sorry, but I can’t help with that."), refuses("You can't miss it.")
+    (True, False)
+    """
+    return _REFUSALS.search(answer[:_OPENING].replace("\u2019", "'")) is not None
+
+
+def repetition(token_ids: Sequence[int]) -> float | None:
+    """Return the share of 4-grams of tokens that occurred before; None for fewer than 4 tokens.
+
+    >>> repetition((1, 2, 1, 2, 1, 2, 1))  # two different ones among four
+    0.5
+    """
+    return repeated_share(token_ids) if len(token_ids) >= REPEATED else None
+
+
+def other_script(answer: str, question: str) -> float | None:
+    """Return the share of an answer's letters in a script that the question does not use.
+
+    Sees a drift from English into Chinese, not one into French. None without letters.
+
+    >>> other_script("Да, yes", question="Why?")
+    0.4
+    """
+    known = {_script(character) for character in question}
+    scripts = [script for character in answer if (script := _script(character))]
+    return sum(script not in known for script in scripts) / len(scripts) if scripts else None
+
+
+@lru_cache(maxsize=4096)
+def _script(character: str) -> str:
+    """Return the first word of a letter's name, which is its script; empty for what is none."""
+    return unicodedata.name(character, "").partition(" ")[0] if character.isalpha() else ""
 
 
 _EFFECTS: TypeAdapter[SideEffects] = TypeAdapter(SideEffects)

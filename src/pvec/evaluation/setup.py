@@ -11,10 +11,9 @@ from pvec.backends.planned import PlannedResponse, PromptCache, derive_seed, que
 from pvec.backends.run_session import RunSession, run_identity, use_run_date
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError
-from pvec.evaluation.condition import Condition
 from pvec.evaluation.conditions import (
+    Condition,
     evaluation_conditions,
-    percentile_class,
     single_layer,
     steers_everywhere,
 )
@@ -27,7 +26,7 @@ from pvec.settings.commands import SteerSettings
 from pvec.steering.instructions import steering_vector
 from pvec.traits.check import require_usable
 from pvec.traits.trait import Trait, load_trait
-from pvec.types import Sign
+from pvec.types import LIMITS, Percentile, Sign
 from pvec.vectors.find import labels, load_vectors
 
 KIND = "steer-eval"
@@ -113,8 +112,9 @@ class SteerSetup:
         """What tells the run from another: layers, coefficients and rollouts may grow in it."""
         meaning = ("kind", "positions", "operator", "coef_unit", "incremental", "together")
         steering = {name: getattr(self.steer, name) for name in meaning} if self.loaded else {}
-        if percentiles := percentile_class(self.steer):
-            steering["percentiles_of"] = percentiles
+        percentile = Percentile.parse(self.steer.coef.split(",")[0])
+        if percentile and self.steer.operator in LIMITS:
+            steering["percentiles_of"] = percentile.of
         subject = {"trait": self.trait.name, "trait_hash": self.trait.hash}
         return {
             **run_identity(self.session, subject=subject),

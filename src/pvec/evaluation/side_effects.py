@@ -21,7 +21,7 @@ from pvec.data.conversations import Chat, Columns, conversation_of
 from pvec.data.tables import open_table
 from pvec.documents import read_record
 from pvec.errors import InputError
-from pvec.evaluation.condition import Condition
+from pvec.evaluation.conditions import Condition
 from pvec.evaluation.effect_numbers import (
     FOLDER,
     SideEffects,

@@ -12,12 +12,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pvec.backends.run_session import RunSession
 from pvec.backends.session import ModelSession, Notify, ignore, open_session
-from pvec.data.judged_csv import write_judged_csv
 from pvec.errors import InputError, JudgeError
 from pvec.evaluation.effect_numbers import SideEffects
-from pvec.evaluation.searched import Searched
+from pvec.evaluation.search import Searched
 from pvec.evaluation.setup import KIND, SteerSetup
 from pvec.evaluation.side_effects import SideEffectSetup
 from pvec.evaluation.summary import (
@@ -29,7 +27,7 @@ from pvec.evaluation.summary import (
 )
 from pvec.evaluation.tasks import TaskScore, check_tasks, evaluate_tasks
 from pvec.judges.plan import RunPlan, plan_run
-from pvec.judges.scoring import JudgeReport, ResponseScorer, judged_answer
+from pvec.judges.scoring import JudgeReport, ResponseScorer, export_answers
 from pvec.notebook import HtmlResult
 from pvec.runs.names import slug
 from pvec.runs.responses import ResponseRecord
@@ -152,7 +150,11 @@ def run(  # noqa: PLR0913 (what to evaluate: each is an option)
             notify(note)
         if effects is not None:
             stack.enter_context(effects.open())
-        generated = _search(setup, run, scorer, effects) if setup.steer.search and scorer else 0
+        generated = 0
+        if setup.steer.search and scorer is not None:
+            limited = effects is not None and setup.steer.max_kl is not None
+            mean_kl = effects.mean_kl if effects and limited else None
+            generated = Searched(setup, run, scorer, mean_kl=mean_kl).run()
         generated += run.generate(setup.planned)
         records = run.responses(setup.planned)
         limit = effects.measure() if effects else None
@@ -190,21 +192,6 @@ def _side_effects(setup: SteerSetup) -> SideEffectSetup | None:
     return None
 
 
-def _search(
-    setup: SteerSetup,
-    run: RunSession,
-    scorer: ResponseScorer,
-    effects: SideEffectSetup | None,
-) -> int:
-    """Search for the best point of each vector and return the number of new answers."""
-    limited = effects is not None and setup.steer.max_kl is not None
-    searched = Searched(
-        setup, run, scorer, mean_kl=effects.mean_kl if effects and limited else None
-    )
-    searched.run()
-    return searched.generated
-
-
 def _judged(
     result: SteerEvalResult,
     setup: SteerSetup,
@@ -222,32 +209,20 @@ def _judged(
             f"The judge {report.judge} scored none of {len(answers)} answers; they are kept in "
             f"{store.path}: try another judge with `pvec judge {store.path}`."
         )
-    _export(setup, store, records, judge=report.judge)
+    trait, scores = setup.trait.name, store.scores_by_response(judge=report.judge)
+    for condition in setup.every_condition:
+        own = [record for record in records if record.condition["name"] == condition.name]
+        name = f"answers/{trait}_{slug(condition.name)}"
+        export_answers(store, name, own, trait=trait, scores=scores)
     numbers = keep_summary(
         store,
         answers,
-        trait=setup.trait.name,
+        trait=trait,
         min_coherence=setup.steer.min_coherence,
         kl=limit,
     )
     result = replace(result, judge=report, numbers=numbers, next=(f"pvec report {store.path}",))
     return result, answers
-
-
-def _export(
-    setup: SteerSetup, store: Run, records: Sequence[ResponseRecord], *, judge: str
-) -> None:
-    """Write one CSV per condition, in the reference's columns."""
-    trait = setup.trait.name
-    scores = store.scores_by_response(judge=judge)
-    for condition in setup.every_condition:
-        rows = [
-            judged_answer(record, scores.get(record.id, {}), trait)
-            for record in records
-            if record.condition["name"] == condition.name
-        ]
-        path = store.csv_path(f"answers/{trait}_{slug(condition.name)}")
-        write_judged_csv(path, rows, trait=trait)
 
 
 def _capability(

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from pvec.documents import read_json
-from pvec.evaluation.condition import ROLES, Condition, Place, Role, stored_condition
+from pvec.evaluation.conditions import ROLES, Condition, Place, Role, stored_condition
 from pvec.runs.responses import Json, stable_hash
 from pvec.runs.store import Run
 from pvec.runs.summary import SUMMARY, not_known_as_nan, write_summary

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from pvec.activations.answers import KeptAnswer
 from pvec.backends.processes import Processes
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.data.judged_csv import JudgedAnswer, read_judged_csv
@@ -162,7 +163,7 @@ def from_csv(
     keep = target.with_name(f"{target.stem}-activations")
     with _session(settings, notify=notify, on_progress=on_progress) as session:
         tokenised = _tokenised(answers, session)
-        kept = [response for response in tokenised if filtered.kept(response.spans.id)]
+        kept = [response for response in tokenised if filtered.kept(response.answer.id)]
         provenance = {
             **filter_provenance(settings.filter, filtered),
             "source": f"{pos.name}, {neg.name}",
@@ -279,25 +280,27 @@ def _tokenised(
     rows = [(sign, number, row) for sign in answers for number, row in enumerate(answers[sign])]
     paired = len(answers["pos"]) == len(answers["neg"])
     for done, (sign, number, row) in enumerate(rows, start=1):
-        response = _tokenise(f"{sign}-{number}", row, sign=sign, session=session)
-        yield replace(response, pair=str(number) if paired else "")
+        answer = KeptAnswer(
+            id=f"{sign}-{number}",
+            sign=sign,
+            question=row.question_id or row.question or row.prompt,
+            pair=str(number) if paired else "",
+        )
+        yield _tokenise(answer, row, session)
         session.on_progress(
             Progress(stage="tokenising", done=done, total=len(rows), unit="answers")
         )
 
 
-def _tokenise(
-    identity: str, row: JudgedAnswer, *, sign: Sign, session: ModelSession
-) -> Contribution:
+def _tokenise(answer: KeptAnswer, row: JudgedAnswer, session: ModelSession) -> Contribution:
     tokenizer = session.metadata.tokenizer
     pair = encode_pair(tokenizer, prompt=row.prompt, answer=row.answer)
     head, tail = pair.token_ids[: pair.prompt_length], pair.token_ids[pair.prompt_length :]
     thinking = think_length(tokenizer, tail, prompt_ids=head)
     return Contribution(
-        sign=sign,
-        question=row.question_id or row.question or row.prompt,
+        answer=answer,
         spans=spans_from_ids(
-            identity, prompt_ids=head, answer_ids=tail, skip=0 if session.thinking else thinking
+            answer.id, prompt_ids=head, answer_ids=tail, skip=0 if session.thinking else thinking
         ),
         tokens=len(tail),
         think_tokens=thinking,

@@ -12,10 +12,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pvec.backends.session import Notify, ignore
-from pvec.data.judged_csv import write_judged_csv
 from pvec.errors import StoreError
 from pvec.judges.prompts import COHERENCE, metrics_of
-from pvec.judges.scoring import JudgeReport, ResponseScorer, judged_answer, score_of
+from pvec.judges.scoring import JudgeReport, ResponseScorer, export_answers, score_of
 from pvec.runs.manifest import FILE_NAME
 from pvec.runs.responses import Json, ResponseRecord
 from pvec.runs.store import Run
@@ -149,25 +148,14 @@ def conclude(
     with their scores into ``TRAIT_pos.csv`` and ``TRAIT_neg.csv`` (the reference's columns).
     """
     scores = store.scores_by_response(judge=judge)
-    outcome = JudgedExtraction(
-        filtered=filter_answers(records, scores, trait, settings),
-        means=tuple(
-            mean
-            for sign in SIGNS
-            for mean in metric_means(
-                answers_of(records, sign),
-                scores,
-                [trait, COHERENCE],
-                group=sign,
-            )
-        ),
-    )
+    means: list[MetricMean] = []
     for sign in SIGNS:
-        rows = [
-            judged_answer(record, scores.get(record.id, {}), trait)
-            for record in answers_of(records, sign)
-        ]
-        write_judged_csv(store.csv_path(f"{trait}_{sign}"), rows, trait=trait)
+        answers = answers_of(records, sign)
+        means += metric_means(answers, scores, [trait, COHERENCE], group=sign)
+        export_answers(store, f"{trait}_{sign}", answers, trait=trait, scores=scores)
+    outcome = JudgedExtraction(
+        filtered=filter_answers(records, scores, trait, settings), means=tuple(means)
+    )
     judged = {
         "filter": settings.model_dump(mode="json"),
         "filtered": outcome.filtered.counts,

@@ -48,15 +48,12 @@ ENOUGH = 10
 class Contribution:
     """One response as tokens: what is averaged of it, its length and how much of it is thinking."""
 
-    sign: Sign
-    question: str
+    answer: KeptAnswer
     spans: TokenSpans
     tokens: int
     think_tokens: int
     merged: bool = False
     """Whether its first token holds the prompt's last characters."""
-    pair: str = ""
-    """What it has in common with its opposite number, where that is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +149,12 @@ def _if_current(path: Path, inputs: str, method: Method) -> PersonaVector | None
 def contribution_of(record: ResponseRecord) -> Contribution:
     """Return a response of a run: its answer span, without what it thought before."""
     return Contribution(
-        sign=sign_of(record),
-        question=record.question_id,
+        answer=KeptAnswer(
+            id=record.id,
+            sign=sign_of(record),
+            question=record.question_id,
+            pair="/".join(map(str, pair_of(record))),
+        ),
         spans=spans_from_ids(
             record.id,
             prompt_ids=record.prompt_ids,
@@ -162,7 +163,6 @@ def contribution_of(record: ResponseRecord) -> Contribution:
         ),
         tokens=len(record.token_ids),
         think_tokens=record.think_tokens,
-        pair="/".join(map(str, pair_of(record))),
     )
 
 
@@ -230,28 +230,24 @@ def _captured_vector(
     writer: ActivationWriter | None,
 ) -> PersonaVector:
     """Capture the responses into ``writer`` and return their mean difference."""
-    accumulator = VectorAccumulator(questions=[response.question for response in contributions])
+    accumulator = VectorAccumulator(
+        questions=[r.answer.question for r in contributions]
+    )
     share = session.processes.share(
         contributions, cost=lambda response: len(response.spans.token_ids)
     )
-    by_id = {response.spans.id: response for response in share}
+    answers = {response.answer.id: response.answer for response in share}
     stage, on_progress = f"{trait}: activations", session.on_progress
     on_progress(Progress(stage=stage, done=0, total=len(share), unit="responses"))
     rows = captured(session, (response.spans for response in share))
     for done, row in enumerate(rows, start=1):
-        response = by_id[row.id]
-        accumulator.add(row, sign=response.sign, question=response.question)
+        answer = answers[row.id]
+        accumulator.add(row, sign=answer.sign, question=answer.question)
         if writer is not None:
-            writer.add(row, _kept_answer(response))
+            writer.add(row, answer)
         on_progress(Progress(stage=stage, done=done, total=len(share), unit="responses"))
     parts = session.processes.gather(accumulator)
     return session.processes.on_main(lambda: _finish(session, trait, parts, provenance))
-
-
-def _kept_answer(response: Contribution) -> KeptAnswer:
-    return KeptAnswer(
-        id=response.spans.id, sign=response.sign, question=response.question, pair=response.pair
-    )
 
 
 def _finish(
@@ -282,7 +278,7 @@ def _finish(
 def _require_enough(
     trait: str, contributions: Sequence[Contribution], filtered: FilterResult
 ) -> None:
-    counts = Counter(response.sign for response in contributions)
+    counts = Counter(response.answer.sign for response in contributions)
     if min(counts[sign] for sign in SIGNS) >= ENOUGH:
         return
     raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from pvec.settings import Settings
 from pvec.settings.resolve import override
 from pvec.traits.check import require_usable
 from pvec.traits.trait import QuestionSet, Trait, load_trait, name_or_path
-from pvec.types import OutputOptions, Progress
+from pvec.types import OutputOptions
 from pvec.vectors.formats import load_vector
 
 _NO_EFFECT = {"paths", "pool"}
@@ -36,14 +36,6 @@ class Job:
     trait: Trait
     settings: Settings
     run: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reports:
-    """Where notes and progress go."""
-
-    notify: Callable[[str], None]
-    on_progress: Callable[[Progress], None]
 
 
 class GridCommand(ABC):
@@ -108,8 +100,8 @@ class GridCommand(ABC):
         """Say what a cell lacks. Raises what the run would raise for wrong input."""
 
     @abstractmethod
-    def run(self, job: Job, lender: ModelSession, reports: Reports) -> None:
-        """Do the work of a cell with the model of ``lender``."""
+    def run(self, job: Job, lender: ModelSession) -> None:
+        """Do the work of a cell with the model of ``lender``, and say what ``lender`` would."""
 
     def result(self, job: Job) -> Path:
         """Return the file that a finished run has."""
@@ -190,11 +182,11 @@ class ExtractGrid(GridCommand):
         (plan,) = extract.plan(job.settings, [_typed(job)], out=job.run, lender=lender)
         return plan
 
-    def run(self, job: Job, lender: ModelSession, reports: Reports) -> None:
+    def run(self, job: Job, lender: ModelSession) -> None:
         """Extract the vector of a cell."""
         from pvec.extraction import extract
 
-        extract.run(job.settings, [_typed(job)], out=job.run, lender=lender, **vars(reports))
+        extract.run(job.settings, [_typed(job)], out=job.run, lender=lender, **_reports(lender))
 
     def result(self, job: Job) -> Path:
         """Return the vector, or the answers where nothing is judged."""
@@ -225,14 +217,14 @@ class SteerEvalGrid(GridCommand):
             **self.arguments,
         )  # fmt: skip
 
-    def run(self, job: Job, lender: ModelSession, reports: Reports) -> None:
+    def run(self, job: Job, lender: ModelSession) -> None:
         """Evaluate the vector of a cell."""
         from pvec.evaluation import steer_eval
 
         vectors = [self.vector(job)]
         steer_eval.run(
             job.settings, _typed(job), vectors=vectors, out=job.run, lender=lender,
-            **self.arguments, **vars(reports),
+            **self.arguments, **_reports(lender),
         )  # fmt: skip
 
     def result(self, job: Job) -> Path:
@@ -290,7 +282,7 @@ class ShiftGrid(GridCommand):
             run=job.run, answers=0, missing=0, most_tokens=0, judge="none", judging=judging
         )
 
-    def run(self, job: Job, lender: ModelSession, reports: Reports) -> None:
+    def run(self, job: Job, lender: ModelSession) -> None:
         """Measure the shifts of a cell."""
         from pvec.projection import shift
 
@@ -302,13 +294,18 @@ class ShiftGrid(GridCommand):
             output=OutputOptions(out=job.run, skip_bad=self.arguments.get("skip_bad", False)),
             questions=self.arguments.get("questions"),
             lender=lender,
-            **vars(reports),
+            **_reports(lender),
         )
 
 
 def _typed(job: Job) -> str:
     """Return the trait of a job as the command takes it."""
     return name_or_path(job.trait)
+
+
+def _reports(lender: ModelSession) -> dict[str, Any]:
+    """Return where notes and progress of a cell go: where those of its model do."""
+    return {"notify": lender.notify, "on_progress": lender.on_progress}
 
 
 COMMANDS: dict[str, type[GridCommand]] = {

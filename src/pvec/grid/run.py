@@ -12,7 +12,7 @@ from typing import Any
 from pvec.backends.base import Backend
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError, PvecError
-from pvec.grid.commands import COMMANDS, GridCommand, Job, Reports
+from pvec.grid.commands import COMMANDS, GridCommand, Job
 from pvec.grid.file import read_grid_file
 from pvec.judges.plan import RunPlan
 from pvec.judges.scoring import ResponseScorer
@@ -205,8 +205,7 @@ def run(
         cells = {job.cell.run: grid.known(job) for job in grid.command.jobs}
         grid.keep(*cells.values())
         left = [job for job in grid.command.jobs if cells[job.cell.run].state != "done"]
-        reports = Reports(notify=notify, on_progress=on_progress)
-        _run_jobs(grid, left, already=len(cells) - len(left), reports=reports)
+        _run_jobs(grid, left, on_progress=on_progress)
         return GridResult(
             folder=grid.folder.path,
             command=command,
@@ -216,21 +215,28 @@ def run(
         )
 
 
-def _run_jobs(grid: _Grid, left: list[Job], *, already: int, reports: Reports) -> None:
+def _run_jobs(grid: _Grid, left: list[Job], *, on_progress: Callable[[Progress], None]) -> None:
     """Run the jobs, those of one model after one another."""
-    total, done = already + len(left), already
+    total = len(grid.command.jobs)
+    done = total - len(left)
+
+    def show(detail: str) -> None:
+        on_progress(
+            Progress(stage="grid", done=done, total=total, unit="cells", detail=detail, outer=True)
+        )
+
     last: ModelSession | None = None
     for label, jobs in groupby(left, key=lambda job: job.model.label):
         session = grid.sessions[label]
         if last is not None and _workers_of(last) != _workers_of(session):
             last.close()  # its workers make room
         for job in jobs:
-            _show(reports, done, total, f"now {job.cell.label}")
-            grid.keep(_attempt(grid.command, job, session, reports))
+            show(f"now {job.cell.label}")
+            grid.keep(_attempt(grid.command, job, session))
             done += 1
         session.free()
         last = session
-    _show(reports, done, total, "")
+    show("")
 
 
 def _workers_of(session: ModelSession) -> tuple[str, str]:
@@ -238,22 +244,16 @@ def _workers_of(session: ModelSession) -> tuple[str, str]:
     return session.choice.name, session.settings.model.device
 
 
-def _show(reports: Reports, done: int, total: int, detail: str) -> None:
-    reports.on_progress(
-        Progress(stage="grid", done=done, total=total, unit="cells", detail=detail, outer=True)
-    )
-
-
-def _attempt(command: GridCommand, job: Job, session: ModelSession, reports: Reports) -> GridCell:
+def _attempt(command: GridCommand, job: Job, session: ModelSession) -> GridCell:
     """Run a job and return its cell, done or failed."""
     try:
         inputs = command.inputs(job, session)
-        command.run(job, session, reports)
+        command.run(job, session)
     except _FORESEEN as error:
         if isinstance(error, BrokenPipeError) or _is_interruption(error):
             raise
         reason = os_error_sentence(error) if isinstance(error, OSError) else str(error)
-        reports.notify(f"failed: {job.cell.label}: {reason}")
+        session.notify(f"failed: {job.cell.label}: {reason}")
         return replace(job.cell, state="failed", reason=reason or type(error).__name__)
     return replace(job.cell, state="done", inputs=inputs)
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 CHUNK = 32
 """Queries measured together: a kill loses no more than these."""
 
-_REPEATED = 4
+REPEATED = 4
 """Tokens of a sequence that counts as repeated when it occurred before."""
 
 _FEWEST_WORDS = 8
@@ -194,7 +194,7 @@ class _Task:
 
 def repeated_share(ids: Sequence[int]) -> float:
     """Return the share of a text's sequences of four tokens that occurred in it before."""
-    seen = [tuple(ids[n : n + _REPEATED]) for n in range(len(ids) - _REPEATED + 1)]
+    seen = [tuple(ids[n : n + REPEATED]) for n in range(len(ids) - REPEATED + 1)]
     return 1.0 - len(set(seen)) / len(seen) if seen else 0.0
 
 

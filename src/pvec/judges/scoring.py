@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from pvec.backends.session import ModelSession, Notify, ignore, judge_spec, load_judge_model
 from pvec.closing import Closing
-from pvec.data.judged_csv import JudgedAnswer
+from pvec.data.judged_csv import JudgedAnswer, write_judged_csv
 from pvec.errors import InputError, JudgeError
 from pvec.judges.base import Judge
 from pvec.judges.calibration import Calibration
@@ -316,16 +316,27 @@ def score_of(scores: Mapping[str, Score], metric: str) -> float | None:
     return score.score if score else None
 
 
-def judged_answer(record: ResponseRecord, scores: Mapping[str, Score], trait: str) -> JudgedAnswer:
-    """Return an answer with its scores as a row of a table in the reference's columns."""
-    return JudgedAnswer(
-        question=record.question,
-        prompt=record.prompt,
-        answer=record.answer,
-        question_id=record.question_id,
-        trait_score=score_of(scores, trait),
-        coherence=score_of(scores, COHERENCE),
-    )
+def export_answers(
+    run: Run,
+    name: str,
+    records: Iterable[ResponseRecord],
+    *,
+    trait: str,
+    scores: Mapping[str, Mapping[str, Score]],
+) -> None:
+    """Write answers with their scores to the run's CSV ``name``, in the reference's columns."""
+    rows = [
+        JudgedAnswer(
+            question=record.question,
+            prompt=record.prompt,
+            answer=record.answer,
+            question_id=record.question_id,
+            trait_score=score_of(scores.get(record.id, {}), trait),
+            coherence=score_of(scores.get(record.id, {}), COHERENCE),
+        )
+        for record in records
+    ]
+    write_judged_csv(run.csv_path(name), rows, trait=trait)
 
 
 def scaled(metric: Metric, scale: JudgeScale) -> Metric:

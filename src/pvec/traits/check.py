@@ -129,8 +129,7 @@ def _counts(trait: Trait) -> Iterator[TraitIssue]:
             "instruction",
             f"{len(trait.instructions)} pairs instead of the usual {INSTRUCTION_PAIRS}",
         )
-    sets = (("extract", trait.extract_questions), ("eval", trait.eval_questions))
-    for name, questions in sets:
+    for name, questions in trait.question_sets.items():
         if not questions:
             yield _warning(f"questions.{name}", "there are no questions in this set")
         elif len(questions) != QUESTIONS_PER_SET:
@@ -147,7 +146,9 @@ def _empty_texts(trait: Trait) -> Iterator[TraitIssue]:
     for index, pair in enumerate(trait.instructions):
         texts.append((f"instruction[{index}].pos", pair.pos))
         texts.append((f"instruction[{index}].neg", pair.neg))
-    for where, text in [*texts, *_numbered_questions(trait)]:
+    for name, questions in trait.question_sets.items():
+        texts += [(f"questions.{name}[{n}]", question) for n, question in enumerate(questions)]
+    for where, text in texts:
         if not text.strip():
             yield _error(where, "the text is empty")
     if not trait.description.strip():
@@ -166,8 +167,7 @@ def _instructions(trait: Trait) -> Iterator[TraitIssue]:
 
 
 def _questions(trait: Trait) -> Iterator[TraitIssue]:
-    sets = (("extract", trait.extract_questions), ("eval", trait.eval_questions))
-    for name, questions in sets:
+    for name, questions in trait.question_sets.items():
         first_seen: dict[str, int] = {}
         for index, question in enumerate(questions):
             earlier = first_seen.setdefault(folded(question), index)
@@ -203,12 +203,6 @@ def _assistants(trait: Trait) -> Iterator[TraitIssue]:
         yield _error(
             "assistant_names", f"pos and neg are both {trait.assistant_pos!r}; they must differ"
         )
-
-
-def _numbered_questions(trait: Trait) -> Iterator[tuple[str, str]]:
-    for name, questions in (("extract", trait.extract_questions), ("eval", trait.eval_questions)):
-        for index, question in enumerate(questions):
-            yield f"questions.{name}[{index}]", question
 
 
 def _unbalanced_brace(text: str) -> int | None:

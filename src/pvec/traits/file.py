@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Never, Self
+from typing import Any, Never, Self, TypeVar
 
 from pvec.documents import parse_json, read_text
 from pvec.errors import InputError, did_you_mean
@@ -15,7 +15,7 @@ from pvec.errors import InputError, did_you_mean
 _TOP_KEYS = frozenset(
     {"name", "description", "assistant_names", "instruction", "questions", "eval_prompt"}
 )
-_MISSING = object()
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,50 +64,44 @@ class TraitFile:
         self, key: str, *, inside: Mapping[str, Any] | None = None, optional: bool = False
     ) -> str:
         """Return the string at ``key``; an absent optional one is the empty string."""
-        value = self._value(key, inside=inside, optional=optional)
-        if value is _MISSING:
-            return ""
-        if not isinstance(value, str):
-            self._wrong_type(key, "a text", value)
-        return value
+        return self._value(key, str, "a text", inside=inside, optional=optional)
 
     def texts(self, key: str, *, inside: Mapping[str, Any] | None = None) -> tuple[str, ...]:
         """Return the list of strings at ``key``."""
-        value = self._value(key, inside=inside)
-        if not isinstance(value, list):
-            self._wrong_type(key, "a list of texts", value)
-        for item in value:
-            if not isinstance(item, str):
-                self._wrong_type(key, "a list of texts", item)
-        return tuple(value)
+        return tuple(self._list(key, str, "a list of texts", inside=inside))
 
     def mapping(self, key: str, *, optional: bool = False) -> Mapping[str, Any]:
         """Return the object at ``key``; an absent optional one is empty."""
-        value = self._value(key, optional=optional)
-        if value is _MISSING:
-            return {}
-        if not isinstance(value, dict):
-            self._wrong_type(key, "an object", value)
-        return value
+        return self._value(key, dict, "an object", optional=optional)
 
-    def mappings(self, key: str) -> list[Mapping[str, Any]]:
+    def mappings(self, key: str) -> list[dict[str, Any]]:
         """Return the list of objects at ``key``."""
-        value = self._value(key)
-        if not isinstance(value, list):
-            self._wrong_type(key, "a list of objects", value)
-        for item in value:
-            if not isinstance(item, dict):
-                self._wrong_type(key, "a list of objects", item)
-        return value
+        return self._list(key, dict, "a list of objects")
+
+    def _list(
+        self, key: str, kind: type[T], expected: str, *, inside: Mapping[str, Any] | None = None
+    ) -> list[T]:
+        items: list[T] = self._value(key, list, expected, inside=inside)
+        for item in items:
+            if not isinstance(item, kind):
+                self._wrong_type(key, expected, item)
+        return items
 
     def _value(
-        self, key: str, *, inside: Mapping[str, Any] | None = None, optional: bool = False
-    ) -> Any:
+        self,
+        key: str,
+        kind: type[T],
+        expected: str,
+        *,
+        inside: Mapping[str, Any] | None = None,
+        optional: bool = False,
+    ) -> T:
         container = self.data if inside is None else inside
         if key in container:
-            return container[key]
+            value = container[key]
+            return value if isinstance(value, kind) else self._wrong_type(key, expected, value)
         if optional:
-            return _MISSING
+            return kind()
         around = "" if inside is None else f" in {_shortened(inside)}"
         raise InputError(
             f"{self.path}:{self._line_of_container(inside)} lacks the key {key!r}{around}."

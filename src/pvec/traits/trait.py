@@ -84,9 +84,14 @@ class Trait:
         )
         return f"You are {indefinite_article(name)} {name} assistant. {instruction}"
 
+    @property
+    def question_sets(self) -> Mapping[QuestionSet, tuple[str, ...]]:
+        """Both question sets, by name."""
+        return {"extract": self.extract_questions, "eval": self.eval_questions}
+
     def questions(self, question_set: QuestionSet) -> tuple[str, ...]:
         """Return one question set. Raises ``InputError`` when the trait's file does not have it."""
-        questions = self.extract_questions if question_set == "extract" else self.eval_questions
+        questions = self.question_sets[question_set]
         if not questions:
             raise InputError(
                 f"trait {self.name!r} has no {_SET_NAMES[question_set]} questions; put "
@@ -126,10 +131,7 @@ class Trait:
             "description": self.description,
             "assistant_names": {"pos": self.assistant_pos, "neg": self.assistant_neg},
             "instruction": [{"pos": pair.pos, "neg": pair.neg} for pair in self.instructions],
-            "questions": {
-                "extract": list(self.extract_questions),
-                "eval": list(self.eval_questions),
-            },
+            "questions": {name: list(texts) for name, texts in self.question_sets.items()},
             "eval_prompt": self.eval_prompt,
         }
 

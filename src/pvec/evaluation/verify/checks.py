@@ -10,12 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pvec.evaluation.verify.inputs import (
-    POSITIONS,
-    WEIGHTS,
-    Check,
-    VerifyInputs,
-)
+from pvec.evaluation.verify.inputs import POSITIONS, WEIGHTS, Check, VerifyInputs, texts_of
 from pvec.models.decoder import block_index, describe_layer
 from pvec.models.stored import compare_weights
 from pvec.types import Instruction, Positions, Request, TokenSpans
@@ -48,7 +43,6 @@ class Bench(VerifyInputs):
 
         super().__init__(backend, steering, thinking=thinking, thorough=thorough)
         assert backend.model is not None
-        self.backend = backend
         self.folder = folder  # of the checkpoint; None: its weights were changed since
         self.model: Any = backend.model
         decoder = find_decoder(self.model)
@@ -111,7 +105,8 @@ def all_checks(bench: Bench) -> Iterator[Check]:
         yield from _change_checks(bench, positions)
     yield _zero_is_identity(bench)
     yield _plain_hook_agrees(bench)
-    yield from _mixed_batch_equals_alone(bench)
+    requests = bench.mixed_requests()
+    yield from bench.alone_checks(requests, texts_of(bench.backend, requests), how="")
     yield _means_in_a_batch(bench)
     yield _nothing_is_left(bench, before)
 
@@ -251,25 +246,6 @@ def _generate_by_hand(bench: Bench, instruction: Instruction) -> tuple[int, ...]
     finally:
         handle.remove()
     return tuple(int(token) for token in output[0, ids.shape[1] :])
-
-
-def _mixed_batch_equals_alone(bench: Bench) -> Iterator[Check]:
-    """In one batch every row carries other steering; each answer must be what it is alone."""
-    requests = bench.mixed_requests()
-    together = {answer.id: answer.token_ids for answer in bench.backend.generate(requests)}
-    for steered in (False, True):
-        chosen = [request for request in requests if bool(request.steering) is steered]
-        different = 0
-        for request in chosen:
-            (alone,) = bench.backend.generate([request])
-            different += alone.token_ids != together[request.id]
-        which = "steered" if steered else "unsteered"
-        yield bench.check_texts(
-            f"{which} rows of a mixed batch answer as they do alone",
-            different=different,
-            total=len(chosen),
-            detail=f"{len(chosen)} answers in a batch of {len(requests)}",
-        )
 
 
 def _means_in_a_batch(bench: Bench) -> Check:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,15 @@ class Check:
     detail: str = ""
 
 
+Texts = dict[str, tuple[int, ...]]
+"""Answers as token ids, by the id of their request."""
+
+
+def texts_of(backend: Backend, requests: Sequence[Request]) -> Texts:
+    """Return the answers to ``requests``, given in one batch."""
+    return {answer.id: answer.token_ids for answer in backend.generate(requests)}
+
+
 class VerifyInputs:
     """Prompts, steering and the allowed error, for any backend.
 
@@ -54,6 +63,7 @@ class VerifyInputs:
         thinking: bool,
         thorough: bool = True,
     ) -> None:
+        self.backend = backend
         self.thorough = thorough
         self.answer_tokens = _THOROUGH_TOKENS if thorough else _ANSWER_TOKENS
         self.dtype = backend.info.dtype
@@ -108,11 +118,32 @@ class VerifyInputs:
             detail=detail,
         )
 
-    def check_texts(self, name: str, *, different: int, total: int, detail: str) -> Check:
-        """Return the check of ``total`` greedy answers of which some are ``different``.
+    def alone_checks(
+        self, requests: Sequence[Request], texts: Texts, *, how: str
+    ) -> Iterator[Check]:
+        """Compare answers of one batch, in which every row carries other steering, with those that
+        the same requests get alone; ``how`` ends the name of the check.
+        """
+        for steered in (False, True):
+            alone: dict[str, tuple[int, ...]] = {}
+            for request in requests:
+                if bool(request.steering) is steered:
+                    alone |= texts_of(self.backend, [request])
+            yield self.same_texts(
+                f"{'steered' if steered else 'unsteered'} rows of a mixed batch answer as they do "
+                f"alone{how}",
+                alone,
+                texts,
+                detail=f" in a batch of {len(requests)}",
+            )
+
+    def same_texts(self, name: str, texts: Texts, others: Texts, *, detail: str = "") -> Check:
+        """Return the check that greedy answers are the same as ``others``.
 
         In half precision a batch of another shape rounds differently, so greedy texts may
         diverge: up to half of the answers may.
         """
-        allowed = 0.0 if self.dtype == "float32" else float(total // 2)
-        return self.check(name, different, detail, unit="answers that differ", allowed=allowed)
+        different = sum(others[key] != text for key, text in texts.items())
+        allowed = 0.0 if self.dtype == "float32" else float(len(texts) // 2)
+        detail, unit = f"{len(texts)} answers{detail}", "answers that differ"
+        return self.check(name, different, detail, unit=unit, allowed=allowed)

@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pvec.backends.session import ModelSession, Notify, open_backend
-from pvec.evaluation.verify.inputs import POSITIONS, Check, VerifyInputs
+from pvec.evaluation.verify.inputs import POSITIONS, Check, VerifyInputs, texts_of
 from pvec.models.chat import spans_from_ids
 from pvec.models.decoder import describe_layer
 from pvec.settings import Settings
-from pvec.types import Instruction, Positions, Request, SpanMeans, TokenSpans
+from pvec.types import Instruction, Positions, SpanMeans, TokenSpans
 
 if TYPE_CHECKING:
     from pvec.backends.base import Backend
 
-Texts = Mapping[str, tuple[int, ...]]
 Means = Mapping[str, SpanMeans]
 
 
@@ -41,9 +40,8 @@ class EngineBench(VerifyInputs):
         super().__init__(session.backend, steering, thinking=session.thinking)
         self.session = session
         self.settings = settings
-        self.backend = session.backend
         self.requests = self.mixed_requests()
-        self.texts = _texts(self.backend, self.requests)
+        self.texts = texts_of(self.backend, self.requests)
         self.sequences = self._sequences()
         self.means = _means(self.backend, self.sequences)
         self.plain = self.means["plain"]
@@ -80,14 +78,11 @@ def engine_checks(
         yield from _change_checks(bench, positions)
     yield _zero_is_identity(bench)
     yield _later_layers_change(bench)
-    yield from _alone(bench)
+    from_cache = ", their prompts read from the cache"
+    yield from bench.alone_checks(bench.requests, bench.texts, how=from_cache)
     session.close()
     yield _other_cache(bench, notify=notify)
     yield from _as_in_transformers(bench, notify=notify)
-
-
-def _texts(backend: Backend, requests: Sequence[Request]) -> Texts:
-    return {answer.id: answer.token_ids for answer in backend.generate(requests)}
 
 
 def _means(backend: Backend, sequences: Sequence[TokenSpans]) -> Means:
@@ -127,8 +122,8 @@ def _zero_is_identity(bench: EngineBench) -> Check:
     """Coefficient 0 runs through the steering code and must change neither means nor text."""
     worst = max(_gap(bench.steered("zero", i), bench.plain) for i in bench.steering)
     zeros = [bench.request(n, replace(i, coef=0.0), prompt=1) for n, i in enumerate(bench.steering)]
-    (text,) = _texts(bench.backend, [bench.request(len(zeros), prompt=1)]).values()
-    different = sum(answer != text for answer in _texts(bench.backend, zeros).values())
+    (text,) = texts_of(bench.backend, [bench.request(len(zeros), prompt=1)]).values()
+    different = sum(answer != text for answer in texts_of(bench.backend, zeros).values())
     check = bench.check(
         "coefficient 0 is the identity", worst, f"{different} of {len(zeros)} texts differ"
     )
@@ -151,20 +146,6 @@ def _later_layers_change(bench: EngineBench) -> Check:
     return bench.check(name, len(unchanged), unit="layers that did not", allowed=0)
 
 
-def _alone(bench: EngineBench) -> Iterator[Check]:
-    """In one batch every row carries other steering; each answer must be what it is alone."""
-    for steered in (False, True):
-        chosen = [request for request in bench.requests if bool(request.steering) is steered]
-        different = sum(_texts(bench.backend, [r])[r.id] != bench.texts[r.id] for r in chosen)
-        yield bench.check_texts(
-            f"{'steered' if steered else 'unsteered'} rows of a mixed batch answer as they do "
-            f"alone, their prompts read from the cache",
-            different=different,
-            total=len(chosen),
-            detail=f"{len(chosen)} answers in a batch of {len(bench.requests)}",
-        )
-
-
 def _other_cache(bench: EngineBench, *, notify: Notify) -> Check:
     """Run the same requests in an engine with the prefix cache the other way."""
     settings, session = bench.settings, bench.session
@@ -176,8 +157,8 @@ def _other_cache(bench: EngineBench, *, notify: Notify) -> Check:
     with open_backend(
         "vllm", session.spec, changed, metadata=session.metadata, notify=notify
     ) as other:
-        texts = _texts(other, bench.requests)
-    return _same_texts(bench, "prefix cache on and off give the same texts", texts)
+        texts = texts_of(other, bench.requests)
+    return bench.same_texts("prefix cache on and off give the same texts", bench.texts, texts)
 
 
 def _as_in_transformers(bench: EngineBench, *, notify: Notify) -> Iterator[Check]:
@@ -186,21 +167,12 @@ def _as_in_transformers(bench: EngineBench, *, notify: Notify) -> Iterator[Check
     with open_backend(
         "hf", session.spec, bench.settings, metadata=session.metadata, notify=notify
     ) as backend:
-        texts, means = _texts(backend, bench.requests), _means(backend, bench.sequences)
+        texts, means = texts_of(backend, bench.requests), _means(backend, bench.sequences)
     worst = max(_gap(bench.means[name], means[name]) for name in means)
     yield bench.check(
         "mean activations equal those in transformers", worst, f"{len(means)} sequences"
     )
-    yield _same_texts(bench, "greedy texts equal those of transformers", texts)
-
-
-def _same_texts(bench: EngineBench, name: str, texts: Texts) -> Check:
-    return bench.check_texts(
-        name,
-        different=sum(texts[key] != text for key, text in bench.texts.items()),
-        total=len(texts),
-        detail=f"{len(texts)} answers",
-    )
+    yield bench.same_texts("greedy texts equal those of transformers", bench.texts, texts)
 
 
 def _gap(means: SpanMeans, others: SpanMeans) -> float:
