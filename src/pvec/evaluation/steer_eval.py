@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pvec.backends.session import ModelSession, Notify, ignore, open_session
@@ -178,7 +178,7 @@ def run(  # noqa: PLR0913 (what to evaluate: each is an option)
         if tasks:
             with run.store.stage("tasks"):
                 scores = _capability(setup, tasks, result.numbers)
-            run.store.update_manifest(capability=[score.describe() for score in scores])
+            run.store.update_manifest(capability=[asdict(score) for score in scores])
             result = replace(result, capability=scores)
         return result
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pvec.backends.session import require_this_process
@@ -32,10 +32,6 @@ class TaskScore:
     score: float
     stderr: float | None
     n: int | None
-
-    def describe(self) -> dict[str, str | float | int | None]:
-        """Return the JSON form kept in the run's manifest."""
-        return asdict(self)
 
 
 def check_tasks(tasks: Sequence[str], settings: Settings) -> None:

@@ -128,8 +128,11 @@ def run(
             scorer = stack.enter_context(ResponseScorer.of(session))
             session.kept_means = stack.enter_context(KeptMeans())
             scorer.check(metrics_of(*loaded), extraction=True)
-        runs = [stack.enter_context(_open_run(trait, session, out=out)) for trait in loaded]
-        jobs = [_Job(run, trait, scorer) for run, trait in zip(runs, loaded, strict=True)]
+        jobs = []
+        for trait in loaded:
+            folder, identity = run_folder(settings, trait, out=out), _identity(trait, session)
+            run = RunSession(session, folder, kind=KIND, identity=identity, traits=[trait])
+            jobs.append(_Job(stack.enter_context(run), trait, scorer))
         for job in jobs:
             job.generate()
         return _finish(jobs)
@@ -165,7 +168,6 @@ class _Job:
         self.run = run
         self.trait = trait
         self.scorer = scorer
-        use_run_date(run.session, run.store.path)  # of several runs, each has its own
         self.planned = planned_responses(trait, run.session)
         self.generated = 0
         session = run.session
@@ -270,16 +272,6 @@ def load_traits(
                 f"judging (--no-judge)."
             )
     return traits
-
-
-def _open_run(trait: Trait, session: ModelSession, *, out: Path | None) -> RunSession:
-    return RunSession(
-        session,
-        run_folder(session.settings, trait, out=out),
-        kind=KIND,
-        identity=_identity(trait, session),
-        traits=[trait],
-    )
 
 
 def _identity(trait: Trait, session: ModelSession) -> dict[str, Json]:

@@ -230,9 +230,7 @@ def _captured_vector(
     writer: ActivationWriter | None,
 ) -> PersonaVector:
     """Capture the responses into ``writer`` and return their mean difference."""
-    accumulator = VectorAccumulator(
-        questions=[r.answer.question for r in contributions]
-    )
+    accumulator = VectorAccumulator(questions=[r.answer.question for r in contributions])
     share = session.processes.share(
         contributions, cost=lambda response: len(response.spans.token_ids)
     )

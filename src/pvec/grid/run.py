@@ -16,7 +16,7 @@ from pvec.grid.commands import COMMANDS, GridCommand, Job
 from pvec.grid.file import read_grid_file
 from pvec.judges.plan import RunPlan
 from pvec.judges.scoring import ResponseScorer
-from pvec.runs.files import WriterLock, os_error_sentence, probe_writable
+from pvec.runs.files import os_error_sentence, probe_writable, writer_lock
 from pvec.runs.grid import GridCell, GridFolder, read_grid
 from pvec.settings import Settings
 from pvec.types import Progress
@@ -198,7 +198,7 @@ def run(
         if grid.command.needs_vectors:
             _require_vectors(grid.command)
         probe_writable(grid.folder.path)
-        stack.enter_context(WriterLock(grid.folder.path / ".lock"))
+        stack.enter_context(writer_lock(grid.folder.path / ".lock"))
         grid.folder = read_grid(grid.folder.path)  # as the lock's last owner left it
         for note in (*grid.command.notes, *_forget_others(grid)):
             notify(note)

@@ -21,7 +21,7 @@ from pvec.judges.cost import Budget, known_price
 from pvec.judges.pacing import Patience
 from pvec.judges.server import Server
 from pvec.traits.check import INSTRUCTION_PAIRS, QUESTIONS_PER_SET
-from pvec.traits.trait import InstructionPair, Trait
+from pvec.traits.trait import InstructionPair, Trait, folded
 from pvec.types import Message
 
 QUESTIONS = 2 * QUESTIONS_PER_SET
@@ -166,20 +166,18 @@ class Author(Closing):
             # No token limit: a model that thinks first would be cut at any that we chose.
             reply = self._endpoint.submit(self._endpoint.ask(messages, max_tokens=None)).result()
         except GaveUp as error:
-            msg = (
+            raise JudgeError(
                 f"The author at {self._endpoint.server.place} cannot be used: {error}; "
                 "nothing was written. Check --author-url and the server, or run the same command "
                 "again later."
-            )
-            raise JudgeError(msg) from error
+            ) from error
         if reply.refusal is not None or reply.finish_reason == "content_filter":
             reason = reply.refusal or "stopped by the server's content filter"
-            msg = (
+            raise ModelError(
                 f"{self.model} refused to write the trait "
                 f"({self._endpoint.server.redact(reason)}); nothing was written. Say in "
                 "--description what it is for, or choose another --author-model."
             )
-            raise ModelError(msg)
         return reply.text
 
     def close(self) -> None:
@@ -279,15 +277,11 @@ def _sentence_of(text: str) -> str:
 
 def _distinct(items: list[Any]) -> list[Any]:
     """Return ``items`` without repetitions, as ``trait check`` tells them apart."""
-    seen: set[str] = set()
-    kept = []
+    distinct: dict[str, Any] = {}
     for item in items:
         texts = item.values() if isinstance(item, dict) else [item]
-        key = "|".join(" ".join(str(text).casefold().split()) for text in texts)
-        if key not in seen:
-            seen.add(key)
-            kept.append(item)
-    return kept
+        distinct.setdefault("|".join(folded(str(text)) for text in texts), item)
+    return list(distinct.values())
 
 
 def _sentence(error: Any) -> str:

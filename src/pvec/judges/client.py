@@ -164,11 +164,10 @@ class Endpoint(Closing):
     async def _wait_for_rate_limit(self, trouble: _Trouble, *, waited: float) -> float:
         pause = self._patience.wait(1) if trouble.pause is None else trouble.pause
         if pause > self._patience.rate_limit:
-            msg = (
+            raise JudgeError(
                 f"The {self._role.name} at {self.server.host} asks to wait {pause / 60:.0f} "
                 f"minutes: run the same command again later, {self._role.kept}."
-            )
-            raise JudgeError(msg) from trouble
+            ) from trouble
         if waited + pause > self._patience.rate_limit:
             msg = f"{trouble} (still rate limited after {waited:.0f} s)"
             raise GaveUp(msg) from trouble
@@ -231,11 +230,10 @@ class Endpoint(Closing):
         ):
             return _Trouble(reason, adapted=True)
         if status == 402 or (status == 429 and "insufficient_quota" in error.text):
-            msg = (
+            raise JudgeError(
                 f"The account at {self.server.host} has no credit left: add credit and run the "
                 f"same command again, {self._role.kept}."
-            )
-            raise JudgeError(msg) from None
+            ) from None
         # A key or model that has worked is not what a 403 or 404 is about.
         if status == 401 or (status in (403, 404) and not self._answered):
             raise JudgeError(self._fatal(status, reason)) from None

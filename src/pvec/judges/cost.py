@@ -96,11 +96,10 @@ def parse_price(text: str) -> Price:
     except ValueError:
         prompt = completion = -1.0
     if not (0 <= prompt < float("inf") and 0 <= completion < float("inf")):
-        msg = (
+        raise InputError(
             f"{text!r} is not a valid price: "
             "give dollars per million tokens as PROMPT,COMPLETION, such as 0.40,1.60."
         )
-        raise InputError(msg)
     return Price(prompt=prompt, completion=completion)
 
 
@@ -159,11 +158,10 @@ class Budget:
 
     def __init__(self, *, limit: float | None, price: Price | None) -> None:
         if limit is not None and price is None:
-            msg = (
+            raise InputError(
                 "A cost limit needs a price and this judge's is unknown: "
                 "give --price PROMPT,COMPLETION in dollars per million tokens."
             )
-            raise InputError(msg)
         self.limit = limit
         self.spent = 0.0
         self.prompt_tokens = 0

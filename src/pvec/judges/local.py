@@ -177,9 +177,8 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, word: str) -> li
         ids for ids in dict.fromkeys(encodings) if str(tokenizer.decode(list(ids))).strip() == word
     ]
     if not good:
-        msg = (
+        raise ModelError(
             f"The tokenizer of {tokenizer.name_or_path or 'the judge'} cannot write {word!r}: "
             "use another model as judge."
         )
-        raise ModelError(msg)
     return good

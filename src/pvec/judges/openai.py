@@ -248,12 +248,11 @@ class OpenAIJudge(Judge):
             msg = "The judge was closed while it was being checked: open it again."
             raise JudgeError(msg) from error
         except GaveUp as error:
-            msg = (
+            raise JudgeError(
                 f"The judge at {self._endpoint.server.place} cannot be used: {error}; "
                 "check --judge-url and the server, or use another judge "
                 "(--judge-model local:MODEL, --no-judge)."
-            )
-            raise JudgeError(msg) from error
+            ) from error
 
     def _choose_reading(self, reply: Reply) -> None:
         reason = _why_text(reply)
@@ -265,11 +264,10 @@ class OpenAIJudge(Judge):
                 )
             return
         if self._require_logprobs:
-            msg = (
+            raise JudgeError(
                 f"The judge {self.name} cannot be read from logprobs, because {reason}: "
                 "choose another judge or allow reading its text."
             )
-            raise JudgeError(msg)
         self._reads, self._reason_for_text = "text", reason
         if self.repeats > 1:
             self._endpoint.dialect.vary()
@@ -279,11 +277,10 @@ class OpenAIJudge(Judge):
     def _allow_thinking(self) -> None:
         reply = self._probe(max_tokens=MOST_TOKENS)
         if reply is not None and read_text(reply.text, scale="0-100").score is None:
-            msg = (
+            raise JudgeError(
                 f"The judge {self.name} wrote no number within {MOST_TOKENS} tokens when "
                 "asked for one: choose a judge that can be asked for a number (--judge-model)."
             )
-            raise JudgeError(msg)
         self._text_tokens = MOST_TOKENS
 
 

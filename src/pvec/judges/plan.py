@@ -19,8 +19,6 @@ from pvec.models.costs import Work
 from pvec.models.files import ModelSpec
 from pvec.runs.responses import Json
 from pvec.runs.store import Run
-from pvec.settings import Settings
-from pvec.settings.commands import JudgeSettings
 from pvec.vectors.vector import PersonaVector
 
 
@@ -84,7 +82,7 @@ def plan_run(  # noqa: PLR0913 (what a run is, and what it does)
         scorer = ResponseScorer.of(session, vectors=vectors, need_key=False)
         if scorer.choice.kind == "contrast":
             scorer.check(metrics, extraction=kind == "extract")
-        judging = _judging(scorer, session.settings, run, planned, metrics)
+        judging = _judging(scorer, run, planned, metrics)
     needs = None
     if left or further_tokens or (judging.model is not None and judging.work != Work()):
         needs = resources(session, work, judge=judging.model, judged=judging.work)
@@ -103,7 +101,6 @@ def plan_run(  # noqa: PLR0913 (what a run is, and what it does)
 
 def _judging(
     scorer: ResponseScorer,
-    settings: Settings,
     run: Run | None,
     planned: Sequence[PlannedResponse],
     metrics: Sequence[Metric],
@@ -112,15 +109,15 @@ def _judging(
     choice = scorer.choice
     model = None
     if choice.kind not in ("openai", "litellm"):
-        model = loaded_spec(choice, spec=judge_spec(choice.model, settings))
+        model = loaded_spec(choice, spec=judge_spec(choice.model, scorer.settings))
     if choice.kind == "contrast":
-        passes, work = _forward_passes(scorer, settings.judge, run, planned, metrics)
+        passes, work = _forward_passes(scorer, run, planned, metrics)
         text = (
             f"{passes:,} forward passes of an answer, at most {work.scored:,} tokens and the "
             f"prompts they share, on this machine; no key, no cost"
         )
         return _Judging(judge=f"contrast:{choice.model}", judging=text, model=model, work=work)
-    cost = _estimate(scorer, settings.judge, run, planned, metrics)
+    cost = _estimate(scorer, run, planned, metrics)
     return _Judging(
         judge=choice.model,
         judging=str(cost),
@@ -133,7 +130,6 @@ def _judging(
 
 def _estimate(
     scorer: ResponseScorer,
-    settings: JudgeSettings,
     run: Run | None,
     planned: Sequence[PlannedResponse],
     metrics: Sequence[Metric],
@@ -143,7 +139,7 @@ def _estimate(
     An answer that is still to be generated is taken to be as long as its limit allows, at four
     characters a token. ``run`` is None for one that has not begun. Loads and asks nothing.
     """
-    metrics = [scaled(metric, settings.scale) for metric in metrics]
+    metrics = [scaled(metric, scorer.settings.judge.scale) for metric in metrics]
     identities = {response.id for response in planned}
     records = [] if run is None else [r for r in run.responses() if r.id in identities]
     answered = {record.id for record in records}
@@ -172,7 +168,6 @@ def _estimate(
 
 def _forward_passes(
     scorer: ResponseScorer,
-    settings: JudgeSettings,
     run: Run | None,
     planned: Sequence[PlannedResponse],
     metrics: Sequence[Metric],
@@ -182,7 +177,8 @@ def _forward_passes(
     """
     records = {} if run is None else {record.id: record for record in run.responses()}
     known = set() if run is None else run.scored_ids()
-    name, most = scorer.expected_name, settings.contrast_pairs
+    name, settings = scorer.expected_name, scorer.settings.judge
+    most = settings.contrast_pairs
     passes = tokens = 0
     for response in planned:
         record = records.get(response.id)

@@ -73,7 +73,7 @@ class ResponseScorer(Closing):
         self.choice = choose_judge(
             settings.judge, bundled=bundled, studied=studied, need_key=need_key
         )
-        self._settings = settings
+        self.settings = settings
         self._vectors = tuple(vectors)
         self._calibration: Calibration | None = None
         self._session = session
@@ -108,8 +108,8 @@ class ResponseScorer(Closing):
                 loaded = session.backend
             self._judge = open_judge(
                 self.choice,
-                self._settings.judge,
-                load=lambda name: load_judge_model(name, self._settings, notify=self._notify),
+                self.settings.judge,
+                load=lambda name: load_judge_model(name, self.settings, notify=self._notify),
                 loaded=loaded,
                 itself=self._judges_itself,
             )
@@ -131,14 +131,14 @@ class ResponseScorer(Closing):
         """
         if self.choice.kind == "contrast":
             return self.expected_name
-        scale = self._settings.judge.scale
+        scale = self.settings.judge.scale
         return self.judge.name if scale == "0-100" else f"{self.judge.name} ({scale})"
 
     @property
     def expected_name(self) -> str:
         """The judge's own name, without loading or asking it."""
-        spec = judge_spec(self.choice.model, self._settings)
-        return judge_name(self.choice, self._settings.judge, spec=spec)
+        spec = judge_spec(self.choice.model, self.settings)
+        return judge_name(self.choice, self.settings.judge, spec=spec)
 
     def check(
         self,
@@ -157,15 +157,15 @@ class ResponseScorer(Closing):
             self.judge.check()
         if self.choice.kind != "contrast":
             return
-        if self._settings.judge.scale != "0-100":
+        if self.settings.judge.scale != "0-100":
             raise InputError(
                 "The contrast judge reads no rubric and replies with nothing: omit --judge-scale."
             )
         require_pairs(metrics)
         if extraction:
-            require_questions(metrics, limit=self._settings.extract.limit)
+            require_questions(metrics, limit=self.settings.extract.limit)
         else:
-            settings = self._settings
+            settings = self.settings
             self._calibration = find_calibration(
                 self.name,
                 metrics,
@@ -194,7 +194,7 @@ class ResponseScorer(Closing):
         if isinstance(self.judge, ContrastJudge):
             report = self._score_by_contrast(run, self.judge, records, metrics, on_progress)
         else:
-            scale = self._settings.judge.scale
+            scale = self.settings.judge.scale
             self.judge.work_in(run.path, name=self.name, notify=self._notify)
             report = score_responses(
                 records,

@@ -22,7 +22,7 @@ from pvec.errors import InputError, PvecError, StoreError
 from pvec.models.token_text import TokenTexts
 from pvec.projection.inputs import Source
 from pvec.projection.projector import AnswerTokens, LoadedVectors
-from pvec.runs.files import WriterLock, atomic_write, probe_target
+from pvec.runs.files import atomic_write, probe_target, writer_lock
 from pvec.runs.jsonl import read_jsonl
 from pvec.runs.manifest import read_manifest
 from pvec.runs.store import Run
@@ -128,7 +128,7 @@ def open_workplace(target: Path) -> Iterator[Path]:
     real = target.resolve()  # the output is moved from here, which takes the same disk
     folder = real.with_name(f".{real.name}.pvec")
     folder.mkdir(exist_ok=True)
-    with WriterLock(folder / ".lock"):
+    with writer_lock(folder / ".lock"):
         for torn in folder.glob("*.tmp"):
             torn.unlink()
         try:

@@ -11,7 +11,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from pvec.errors import StoreError
 
@@ -126,52 +126,36 @@ def atomic_write(
             os.close(lock)
 
 
-class WriterLock:
-    """At most one process writes what this lock guards; the lock goes when its process ends.
+@contextlib.contextmanager
+def writer_lock(path: Path) -> Iterator[None]:
+    """Let at most one process write what this lock guards; it goes when its process ends.
 
-    The file at ``path`` holds the owner's process id, for the message that the second one gets.
+    The file at ``path`` holds the owner's process id, for the message that the second one gets. It
+    stays: removing it would race with the next owner. Raises ``StoreError`` naming the process that
+    holds the lock.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor: int | None = None
-
-    def acquire(self) -> Self:
-        """Take the lock. Raises ``StoreError`` naming the process that holds it."""
-        try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as exc:
-            raise store_error(self.path, exc) from exc
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as exc:
+        raise store_error(path, exc) from exc
+    try:
         try:
             if fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
             owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(descriptor)
             raise StoreError(
-                f"{self.path.parent} is being written by another pvec process (pid {owner}); "
+                f"{path.parent} is being written by another pvec process (pid {owner}); "
                 "wait for it to finish or stop it, then run the same command again."
             ) from exc
         try:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         except OSError as exc:
-            os.close(descriptor)
-            raise store_error(self.path, exc) from exc
-        self._descriptor = descriptor
-        return self
-
-    def release(self) -> None:
-        """Give the lock back. The file stays: removing it would race with the next owner."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def __enter__(self) -> Self:
-        return self.acquire()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.release()
+            raise store_error(path, exc) from exc
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _begin_file(target: Path, folder: Path) -> tuple[int, Path, int | None]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pvec.closing import Closing
 from pvec.documents import misfit, read_record
 from pvec.errors import InputError, StoreError, did_you_mean
-from pvec.runs.files import WriterLock, atomic_write, probe_writable
+from pvec.runs.files import atomic_write, probe_writable, writer_lock
 from pvec.runs.jsonl import JsonlLog, read_jsonl
 from pvec.runs.manifest import (
     TRAITS,
@@ -76,7 +76,7 @@ class Run(Closing):
         refuse_foreign(folder)
         probe_writable(folder)
         with ExitStack() as resources:
-            resources.enter_context(WriterLock(folder / _LOCK))
+            resources.enter_context(writer_lock(folder / _LOCK))
             manifest = manifest_to_continue(folder, identity)
             if manifest is None:
                 write_manifest(folder, new_manifest(kind=kind, identity=identity))

@@ -191,11 +191,21 @@ def name_or_path(trait: Trait) -> str:
     return trait.name if file is not None and str(file) == trait.source else trait.source
 
 
-def check_name(name: str) -> None:
-    """Raise ``InputError`` if ``name`` cannot name a trait, its files and its columns."""
-    problem = _name_problem(name)
-    if problem is not None:
-        raise InputError(f"A trait cannot be called {name!r}: {problem}.")
+def check_name(name: str, *, file: Path | None = None) -> str:
+    """Return ``name`` if it can name a trait, its files and its columns. Raises ``InputError``
+    otherwise, which says the ``file`` that calls its trait so.
+    """
+    if not re.fullmatch(r"\w[\w .+-]*", name):
+        problem = (
+            "a trait's name goes into file names, so it is made of letters, digits, spaces and "
+            ". + - _ alone"
+        )
+    elif name in _RESERVED:
+        problem = "that is a column of its own in every table: give the trait another name"
+    else:
+        return name
+    what = f"{file} calls its trait {name!r};" if file else f"A trait cannot be called {name!r}:"
+    raise InputError(f"{what} {problem}.")
 
 
 def folded(text: str) -> str:
@@ -229,7 +239,7 @@ def _read_trait(path: Path) -> Trait:
 def _own_format(file: TraitFile) -> Trait:
     file.refuse_unknown_keys()
     questions = file.mapping("questions")
-    name = _usable_name(file.path, file.text("name"))
+    name = check_name(file.text("name"), file=file.path)
     names = file.mapping("assistant_names", optional=True)
     return Trait(
         name=name,
@@ -247,7 +257,7 @@ def _own_format(file: TraitFile) -> Trait:
 def _reference_format(file: TraitFile) -> Trait:
     """Read one or both of the reference's files; it names the assistants by the trait itself."""
     stem, question_set = _reference_name(file.path)
-    name = _usable_name(file.path, stem)
+    name = check_name(stem, file=file.path)
     sibling_path = _sibling(file.path, question_set)
     sibling = TraitFile.read(sibling_path) if sibling_path else None
     extract, evaluate = (file, sibling) if question_set == "extract" else (sibling, file)
@@ -295,25 +305,6 @@ def _pairs(file: TraitFile) -> tuple[InstructionPair, ...]:
         InstructionPair(pos=file.text("pos", inside=pair), neg=file.text("neg", inside=pair))
         for pair in file.mappings("instruction")
     )
-
-
-def _usable_name(path: Path, name: str) -> str:
-    """Return ``name`` if it can name files and columns. Raises ``InputError`` otherwise."""
-    problem = _name_problem(name)
-    if problem is not None:
-        raise InputError(f"{path} calls its trait {name!r}; {problem}.")
-    return name
-
-
-def _name_problem(name: str) -> str | None:
-    if not re.fullmatch(r"\w[\w .+-]*", name):
-        return (
-            "a trait's name goes into file names, so it is made of letters, digits, spaces and "
-            ". + - _ alone"
-        )
-    if name in _RESERVED:
-        return "that is a column of its own in every table: give the trait another name"
-    return None
 
 
 def _reference_name(path: Path) -> tuple[str, QuestionSet]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from pvec.backends.hf.backend import HFBackend
+    from pvec.backends.base import Backend
 
 
 _NO_EMBEDDING_STATE = frozenset(("mamba", "mamba2", "falcon_mamba"))
@@ -30,7 +30,7 @@ class Bench(VerifyInputs):
 
     def __init__(
         self,
-        backend: HFBackend,
+        backend: Backend,
         steering: Sequence[Instruction],
         *,
         thinking: bool,
@@ -39,9 +39,11 @@ class Bench(VerifyInputs):
     ) -> None:
         import torch
 
+        from pvec.backends.hf.backend import HFBackend
         from pvec.models.decoder import find_decoder, module_after
 
         super().__init__(backend, steering, thinking=thinking, thorough=thorough)
+        assert isinstance(backend, HFBackend), "vLLM has checks of its own"
         assert backend.model is not None
         self.folder = folder  # of the checkpoint; None: its weights were changed since
         self.model: Any = backend.model

@@ -161,7 +161,11 @@ def _checks(
 
         return engine_checks(session, settings, steering, notify=notify)
 
-    return _here(session.backend, steering, session.thinking, thorough, folder)
+    return all_checks(
+        Bench(
+            session.backend, steering, thinking=session.thinking, thorough=thorough, folder=folder
+        )
+    )
 
 
 def checks_of(
@@ -172,21 +176,8 @@ def checks_of(
     folder: Path | None,
 ) -> list[Check]:
     """Return every check of the model in this process: what ``verify`` asks of a worker."""
-    return list(_here(backend, steering, thinking, thorough, folder))
-
-
-def _here(
-    backend: Backend,
-    steering: Sequence[Instruction],
-    thinking: bool,
-    thorough: bool,
-    folder: Path | None,
-) -> Iterator[Check]:
-    from pvec.backends.hf.backend import HFBackend
-
-    assert isinstance(backend, HFBackend), "vLLM has checks of its own"
     bench = Bench(backend, steering, thinking=thinking, thorough=thorough, folder=folder)
-    return all_checks(bench)
+    return list(all_checks(bench))
 
 
 def _of_workers(answers: Sequence[tuple[str, Sequence[Check]]]) -> Iterator[Check]:
