@@ -41,7 +41,7 @@ def talk(vector: Path) -> Iterator[Chat]:
         generation=GenerationSettings(temperature=0.0, max_tokens=10),
     )
     with ModelSession(settings) as session:
-        yield Chat(settings, session, load_steering_vectors(settings, session, [vector]))
+        yield Chat(session, load_steering_vectors(session, [vector]))
 
 
 def answers(talk: Chat, text: str) -> dict[str, str]:

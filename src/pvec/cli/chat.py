@@ -61,10 +61,10 @@ def chat(ctx: typer.Context, vector: Vectors = None, url: Url = None) -> None:
 
     with console.progress() as on_progress:
         session = ModelSession(settings, notify=console.note, on_progress=on_progress)
-        vectors = load_steering_vectors(settings, session, vector or [])
+        vectors = load_steering_vectors(session, vector or [])
     with session:
         _ = session.backend  # load before the first question, not after it
-        _converse(console, Chat(settings, session, vectors))
+        _converse(console, Chat(session, vectors))
 
 
 def _served(ctx: typer.Context, url: str, vectors: list[Path]) -> Conversation:

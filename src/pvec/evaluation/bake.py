@@ -99,7 +99,7 @@ def run(
         raise InputError(f"{out} exists already: give another --out.")
     require_this_process(settings, "Baking a vector into a model")
     session = ModelSession(on_backend(settings, "hf"), notify=notify)
-    steering = _single_addition(settings, session, vectors)
+    steering = _single_addition(session, vectors)
     spec = replace(model_spec(settings), merge_adapter=True)
     loaded = load_model(spec, metadata=session.metadata)
     if getattr(loaded.model.config, "quantization_config", None) is not None:
@@ -242,14 +242,12 @@ def _width(module: Any) -> int:
     return int(getattr(module, "out_features", None) or module.nf)
 
 
-def _single_addition(
-    settings: Settings, session: ModelSession, paths: Sequence[Path]
-) -> tuple[Instruction, ...]:
+def _single_addition(session: ModelSession, paths: Sequence[Path]) -> tuple[Instruction, ...]:
     """Return the instructions of the one condition that the settings describe."""
-    steer = settings.steer.model_copy(
+    steer = session.settings.steer.model_copy(
         update={"operator": "add", "positions": "all", "together": True}
     )
-    vectors = load_steering_vectors(settings, session, paths)
+    vectors = load_steering_vectors(session, paths)
     conditions = steered_conditions(vectors, steer, num_layers=session.metadata.num_layers)
     if len(conditions) != 1:
         raise InputError(

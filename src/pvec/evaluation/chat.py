@@ -16,7 +16,6 @@ from pvec.evaluation.conversation import MAIN, AnswerProjection, AnswerText, Con
 from pvec.models.chat import prompt_ids, spans_from_ids
 from pvec.models.decoder import check_layer
 from pvec.models.reasoning import answer_text, think_length
-from pvec.settings import Settings
 from pvec.steering.instructions import SteeringVector, steering_vector
 from pvec.types import Dose, Generation, Instruction, Message, Request
 from pvec.vectors.find import load_vectors
@@ -26,12 +25,10 @@ from pvec.vectors.projection import project
 class Chat(Conversation):
     """A conversation with a session's model. ``vectors`` have one name each."""
 
-    def __init__(
-        self, settings: Settings, session: ModelSession, vectors: Sequence[SteeringVector]
-    ) -> None:
+    def __init__(self, session: ModelSession, vectors: Sequence[SteeringVector]) -> None:
         super().__init__([vector.label for vector in vectors])
-        self._settings = settings
         self._session = session
+        self._settings = session.settings
         self._vectors = {vector.label: vector for vector in vectors}
 
     @property
@@ -133,18 +130,14 @@ class Chat(Conversation):
         )
 
 
-def load_steering_vectors(
-    settings: Settings, session: ModelSession, paths: Sequence[Path]
-) -> list[SteeringVector]:
-    """Return the vectors to chat with, by trait. Raises ``InputError`` for two of one name."""
+def load_steering_vectors(session: ModelSession, paths: Sequence[Path]) -> list[SteeringVector]:
+    """Return the vectors to steer with, by trait. Raises ``InputError`` for two of one name."""
     session.check_positions()
+    steer = session.settings.steer
     loaded = load_vectors(
-        paths,
-        model=session.metadata,
-        layer=single_layer(settings.steer),
-        notify=session.notify,
-    ).values()
-    vectors = [steering_vector(vector, kind=settings.steer.kind) for vector in loaded]
+        paths, model=session.metadata, layer=single_layer(steer), notify=session.notify
+    )
+    vectors = [steering_vector(vector, kind=steer.kind) for vector in loaded.values()]
     names = [vector.label for vector in vectors]
     twice = [name for name in names if names.count(name) > 1]
     if twice:

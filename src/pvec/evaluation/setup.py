@@ -91,7 +91,14 @@ class SteerSetup:
         elif self.steer.search_positions != SteerSettings().search_positions:
             raise InputError("--search-positions has no effect without --search N: add it.")
         self.metrics = _metrics([self.trait, *self.also])
-        self.folder = out or self._default_folder()
+        settings, model = session.settings, session.settings.model
+        name = run_name(
+            "steer" if self.loaded else "eval",
+            self.trait.name,
+            model=model.id,
+            adapter=model.adapter,
+        )
+        self.folder = out or settings.paths.runs / name
         use_run_date(session, self.folder)
         self._prompts = PromptCache(session)
         self.planned = self._planned()
@@ -156,12 +163,6 @@ class SteerSetup:
             identity=self.identity,
             traits=[self.trait, *self.also],
         )
-
-    def _default_folder(self) -> Path:
-        settings = self.session.settings
-        model, kind = settings.model, "steer" if self.loaded else "eval"
-        name = run_name(kind, self.trait.name, model=model.id, adapter=model.adapter)
-        return settings.paths.runs / name
 
     def plan(
         self, conditions: Sequence[Condition], *, half: Half | None = None

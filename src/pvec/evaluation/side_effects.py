@@ -36,7 +36,7 @@ from pvec.models.chat import encode_pair, spans_from_ids
 from pvec.runs.jsonl import JsonlLog, read_jsonl
 from pvec.runs.responses import ResponseRecord, stable_hash
 from pvec.runs.store import Run
-from pvec.types import Divergence, Instruction, Message, Progress, TokenSpans
+from pvec.types import Divergence, Message, Progress, TokenSpans
 
 KIND = "side-effects"
 
@@ -163,7 +163,9 @@ class SideEffectSetup:
                 names = {spans.id: name for spans, name in own}
                 todo = [spans for spans, _ in own if spans.id not in known]
                 if todo:
-                    reference = _spans("the unsteered text", text, text.prompt_ids)
+                    reference = spans_from_ids(
+                        "unsteered", prompt_ids=text.prompt_ids, answer_ids=text.answer_ids
+                    )
                     for result in self._session.backend.divergences(reference, todo):
                         known[result.id] = _reading(result, names[result.id], number)
                         log.append(known[result.id])
@@ -213,7 +215,12 @@ class SideEffectSetup:
                 "steering": [instruction.fingerprint for instruction in condition.steering],
             }
         )
-        return _spans(identity, text, prompt_ids, condition.steering)
+        return spans_from_ids(
+            identity,
+            prompt_ids=prompt_ids,
+            answer_ids=text.answer_ids,
+            steering=condition.steering,
+        )
 
     def _question(
         self, condition: Condition, kind: str, number: int, question: str
@@ -224,17 +231,6 @@ class SideEffectSetup:
         )  # fmt: skip
         most = min(planned.sampling.max_tokens, _MOST_TOKENS)
         return replace(planned, sampling=replace(planned.sampling, max_tokens=most))
-
-
-def _spans(
-    identity: str,
-    text: _Text,
-    prompt_ids: tuple[int, ...],
-    steering: tuple[Instruction, ...] = (),
-) -> TokenSpans:
-    return spans_from_ids(
-        identity, prompt_ids=prompt_ids, answer_ids=text.answer_ids, steering=steering
-    )
 
 
 def _reading(result: Divergence, condition: str, number: int) -> dict[str, Any]:

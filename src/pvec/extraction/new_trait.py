@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from pvec.backends.session import Notify, ignore
 from pvec.errors import InputError, JudgeError, ModelError
@@ -169,10 +170,6 @@ def _next(settings: Settings, trait: str) -> tuple[str, ...]:
     # The bundled model speaks of its own seven traits only: a new one needs a real model.
     model = settings.model.id if settings.model.id != "tiny" else "Qwen/Qwen2.5-7B-Instruct"
     return (
-        f"pvec trait show {_quoted(trait)}",
-        f"pvec extract --trait {_quoted(trait)} --model {model} --dry-run",
+        f"pvec trait show {quote(trait)}",
+        f"pvec extract --trait {quote(trait)} --model {model} --dry-run",
     )
-
-
-def _quoted(text: str) -> str:
-    return f"'{text}'" if " " in text else text

@@ -177,7 +177,8 @@ class Budget:
 
         ``cautious`` is for requests of which many are sent before one comes back.
         """
-        tokens = characters * max(self._tokens_per_character(), _MOST_DENSE if cautious else 0.0)
+        density = self._counted / self._characters if self._characters else _MOST_DENSE
+        tokens = characters * max(density, _MOST_DENSE if cautious else 0.0)
         amount = self._price.cost(prompt_tokens=tokens, completion_tokens=completion_tokens)
         if self.limit is not None and self.spent + self._reserved + amount > self.limit:
             return None
@@ -210,8 +211,3 @@ class Budget:
         self._reserved -= reserved
         if billed:
             self.spent += reserved
-
-    def _tokens_per_character(self) -> float:
-        if not self._characters:
-            return _MOST_DENSE
-        return self._counted / self._characters

@@ -204,7 +204,11 @@ class OpenAIJudge(Judge):
                     self._failed_in_a_row = 0
                     return
         self._endpoint.halt("the judge fails")
-        raise JudgeError(self._hopeless(str(failure))) from failure
+        raise JudgeError(
+            f"The judge at {self._endpoint.server.host} failed {_HOPELESS} requests in a row "
+            f"({failure}): run the same command again when it is well, everything scored so far is "
+            "kept."
+        ) from failure
 
     def _in_text(self, scale: JudgeScale) -> bool:
         return self._reads == "text" or scale == "binary-text"
@@ -227,13 +231,6 @@ class OpenAIJudge(Judge):
         reading = read_text(reply.text, scale=scale)
         detail = "; ".join(filter(None, (reading.detail, "read as text, no logprobs")))
         return Reading(score=reading.score, status=reading.status, detail=detail)
-
-    def _hopeless(self, last: str) -> str:
-        return (
-            f"The judge at {self._endpoint.server.host} failed {_HOPELESS} requests in a row "
-            f"({last}): run the same command again when it is well, everything scored so far is "
-            "kept."
-        )
 
     # -- the probe ------------------------------------------------------------------------------
 

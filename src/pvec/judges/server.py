@@ -130,10 +130,10 @@ class Server:
 
     async def post(self, messages: Sequence[Message], sent: dict[str, Any]) -> dict[str, Any]:
         """Send one request and return the body of its reply; raises ``Rejection`` for an error."""
-        from openai import APIStatusError
+        from openai import APIStatusError, AsyncOpenAI
 
         if self._client is None:
-            self._client = self._open_client()
+            self._client = AsyncOpenAI(**self.access(), max_retries=0, http_client=bounded_client())
         chat: Any = sendable(messages)
         try:
             # The client's time-out is per read; a server that drips bytes must not hold a slot.
@@ -150,11 +150,6 @@ class Server:
             reply = parse_error(content)
             raise Rejection(reply.code or 502, reply, headers=response.headers, sent=sent)
         return body
-
-    def _open_client(self) -> AsyncOpenAI:
-        from openai import AsyncOpenAI
-
-        return AsyncOpenAI(**self.access(), max_retries=0, http_client=bounded_client())
 
     def access(self) -> dict[str, Any]:
         """Return the arguments with which the ``openai`` package reaches this server."""

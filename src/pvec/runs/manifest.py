@@ -106,26 +106,6 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         stream.write(text + "\n")
 
 
-def _refuse_other_identity(
-    folder: Path, *, recorded: Mapping[str, Any], current: Mapping[str, Any]
-) -> None:
-    """Raise ``StoreError`` when the run in ``folder`` was made with another configuration.
-
-    The message names what differs (the first three of it), old and new.
-    """
-    differences = list(_differences(recorded, without_secrets(json.loads(json.dumps(current)))))
-    if not differences:
-        return
-    examples = "; ".join(
-        f"{key}: {_shown(old)} → {_shown(new)}" for key, old, new in differences[:3]
-    )
-    more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-    raise StoreError(
-        f"{folder} holds a run of another configuration ({examples}{more}); "
-        "choose another run folder, or go back to the old setting to continue this one."
-    )
-
-
 def refuse_foreign(folder: Path) -> None:
     """Raise ``StoreError`` for a folder that holds something and no run.
 
@@ -143,19 +123,27 @@ def refuse_foreign(folder: Path) -> None:
 def manifest_to_continue(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the manifest of the run in ``folder``, or None where one has still to begin.
 
-    A run of another identity is refused once there is something in it: one whose command failed
-    before it made anything does not stand in the way of the corrected command.
+    A run of another identity is refused once there is something in it, with a ``StoreError`` that
+    names what differs (the first three of it), old and new: one whose command failed before it made
+    anything does not stand in the way of the corrected command.
     """
     if not (folder / FILE_NAME).exists():
         return None
     manifest = read_manifest(folder)
-    try:
-        _refuse_other_identity(folder, recorded=manifest["identity"], current=identity)
-    except StoreError:
-        if _holds_results(folder):
-            raise
+    current = without_secrets(json.loads(json.dumps(identity)))
+    differences = list(_differences(manifest["identity"], current))
+    if not differences:
+        return manifest
+    if not _holds_results(folder):
         return None
-    return manifest
+    examples = "; ".join(
+        f"{key}: {_shown(old)} → {_shown(new)}" for key, old, new in differences[:3]
+    )
+    more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+    raise StoreError(
+        f"{folder} holds a run of another configuration ({examples}{more}); "
+        "choose another run folder, or go back to the old setting to continue this one."
+    )
 
 
 def _holds_results(folder: Path) -> bool:

@@ -74,13 +74,13 @@ def verify(
                 "pvec verify looks into transformers workers only: use --backend hf, or verify "
                 "vLLM without --workers."
             )
-        direction = load_direction(settings, vector, session, notify=notify)
-        steering = _steering(settings, direction, num_layers=session.metadata.num_layers)
+        direction = _direction(session, vector)
+        steering = _steering(session, direction)
         if not thorough and settings.steer.layer.strip() == "auto":
             steering = steering[:: max((len(steering) - 1) // 2, 1)]
         dtype = session.backend.info.dtype
         checks: list[Check] = []
-        for done, check in enumerate(_checks(session, settings, steering, thorough, notify)):
+        for done, check in enumerate(_checks(session, steering, thorough)):
             on_progress(Progress(stage="verify", done=done, total=None, unit="checks"))
             checks.append(check)
     return VerifyResult(
@@ -95,9 +95,7 @@ def verify(
     )
 
 
-def load_direction(
-    settings: Settings, vector: Path | None, session: ModelSession, *, notify: Notify = ignore
-) -> SteeringVector:
+def _direction(session: ModelSession, vector: Path | None) -> SteeringVector:
     """Return the vector file's rows, checked against the model; a random direction without a file.
 
     The random direction has norm 1 at every layer and is meant for trying a model before there is
@@ -105,24 +103,22 @@ def load_direction(
     """
     from pvec.vectors.find import load_vectors
 
-    metadata = session.metadata
+    metadata, settings = session.metadata, session.settings
     if vector is None:
         shape = (metadata.num_layers + 1, metadata.hidden_size)
         rows = np.random.default_rng(settings.generation.seed).standard_normal(shape)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         return SteeringVector(label="random direction", rows=rows.astype(np.float32))
     (loaded,) = load_vectors(
-        [vector], model=metadata, layer=single_layer(settings.steer), notify=notify
+        [vector], model=metadata, layer=single_layer(settings.steer), notify=session.notify
     ).values()
     return steering_vector(loaded, kind=settings.steer.kind)
 
 
-def _steering(
-    settings: Settings, direction: SteeringVector, *, num_layers: int
-) -> tuple[Instruction, ...]:
+def _steering(session: ModelSession, direction: SteeringVector) -> tuple[Instruction, ...]:
     """Return one addition per layer of the settings, with the largest of the coefficients."""
-    steer = settings.steer
-    choices = parse_layers(steer.layer, num_layers=num_layers)
+    steer = session.settings.steer
+    choices = parse_layers(steer.layer, num_layers=session.metadata.num_layers)
     layers = sorted({layer for choice in choices for layer in choice})
     if steer.layer.strip() == "all":
         layers = [layer for layer in layers if direction.has(layer)]
@@ -140,12 +136,9 @@ def _steering(
 
 
 def _checks(
-    session: ModelSession,
-    settings: Settings,
-    steering: Sequence[Instruction],
-    thorough: bool,
-    notify: Notify,
+    session: ModelSession, steering: Sequence[Instruction], thorough: bool
 ) -> Iterator[Check]:
+    settings = session.settings
     files = session.metadata.files
     folder = None if settings.model.merge_adapter or files.gguf else files.folder
     if settings.pool.workers:
@@ -159,7 +152,7 @@ def _checks(
     if session.choice.name == "vllm":
         from pvec.evaluation.verify.vllm import engine_checks
 
-        return engine_checks(session, settings, steering, notify=notify)
+        return engine_checks(session, steering)
 
     return all_checks(
         Bench(

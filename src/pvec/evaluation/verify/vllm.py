@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pvec.backends.session import ModelSession, Notify, open_backend
+from pvec.backends.session import ModelSession, open_backend
 from pvec.evaluation.verify.inputs import POSITIONS, Check, VerifyInputs, texts_of
 from pvec.models.chat import spans_from_ids
 from pvec.models.decoder import describe_layer
-from pvec.settings import Settings
 from pvec.types import Instruction, Positions, SpanMeans, TokenSpans
 
 if TYPE_CHECKING:
@@ -34,12 +33,9 @@ class EngineBench(VerifyInputs):
     position; ``texts`` and ``means`` are by id.
     """
 
-    def __init__(
-        self, session: ModelSession, settings: Settings, steering: Sequence[Instruction]
-    ) -> None:
+    def __init__(self, session: ModelSession, steering: Sequence[Instruction]) -> None:
         super().__init__(session.backend, steering, thinking=session.thinking)
         self.session = session
-        self.settings = settings
         self.requests = self.mixed_requests()
         self.texts = texts_of(self.backend, self.requests)
         self.sequences = self._sequences()
@@ -66,14 +62,12 @@ class EngineBench(VerifyInputs):
         return [plain, *steered, *zero]
 
 
-def engine_checks(
-    session: ModelSession, settings: Settings, steering: Sequence[Instruction], *, notify: Notify
-) -> Iterator[Check]:
+def engine_checks(session: ModelSession, steering: Sequence[Instruction]) -> Iterator[Check]:
     """Yield every check as it is done; a failed check is a result, not an exception.
 
     Starts the engine a second time with the prefix cache the other way, then transformers.
     """
-    bench = EngineBench(session, settings, steering)
+    bench = EngineBench(session, steering)
     for positions in POSITIONS:
         yield from _change_checks(bench, positions)
     yield _zero_is_identity(bench)
@@ -81,8 +75,8 @@ def engine_checks(
     from_cache = ", their prompts read from the cache"
     yield from bench.alone_checks(bench.requests, bench.texts, how=from_cache)
     session.close()
-    yield _other_cache(bench, notify=notify)
-    yield from _as_in_transformers(bench, notify=notify)
+    yield _other_cache(bench)
+    yield from _as_in_transformers(bench)
 
 
 def _means(backend: Backend, sequences: Sequence[TokenSpans]) -> Means:
@@ -146,26 +140,26 @@ def _later_layers_change(bench: EngineBench) -> Check:
     return bench.check(name, len(unchanged), unit="layers that did not", allowed=0)
 
 
-def _other_cache(bench: EngineBench, *, notify: Notify) -> Check:
+def _other_cache(bench: EngineBench) -> Check:
     """Run the same requests in an engine with the prefix cache the other way."""
-    settings, session = bench.settings, bench.session
+    session, settings = bench.session, bench.session.settings
     on = not settings.backend.vllm.enable_prefix_caching
     options = settings.backend.vllm.model_copy(update={"enable_prefix_caching": on})
     backend = settings.backend.model_copy(update={"vllm": options})
     changed = settings.model_copy(update={"backend": backend})
-    notify(f"starting the engine again with its prefix cache {'on' if on else 'off'}")
+    session.notify(f"starting the engine again with its prefix cache {'on' if on else 'off'}")
     with open_backend(
-        "vllm", session.spec, changed, metadata=session.metadata, notify=notify
+        "vllm", session.spec, changed, metadata=session.metadata, notify=session.notify
     ) as other:
         texts = texts_of(other, bench.requests)
     return bench.same_texts("prefix cache on and off give the same texts", bench.texts, texts)
 
 
-def _as_in_transformers(bench: EngineBench, *, notify: Notify) -> Iterator[Check]:
-    notify("loading the same weights in transformers")
+def _as_in_transformers(bench: EngineBench) -> Iterator[Check]:
     session = bench.session
+    session.notify("loading the same weights in transformers")
     with open_backend(
-        "hf", session.spec, bench.settings, metadata=session.metadata, notify=notify
+        "hf", session.spec, session.settings, metadata=session.metadata, notify=session.notify
     ) as backend:
         texts, means = texts_of(backend, bench.requests), _means(backend, bench.sequences)
     worst = max(_gap(bench.means[name], means[name]) for name in means)
