@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
-import math
 import random
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-
-from anyio import CapacityLimiter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,8 @@ class Pacer:
     def __init__(self, *, start: int = 8, most: int = 64) -> None:
         self.limit = float(max(1, min(start, most)))
         self.most = most
-        self._turns = CapacityLimiter(int(self.limit))
+        self._in_flight = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self._resume_at = 0.0
         self._last_cut = 0.0
         self._stopped = asyncio.Event()
@@ -81,7 +80,10 @@ class Pacer:
     def stop(self) -> None:
         """End every wait at once, for good: nothing more is going to be sent."""
         self._stopped.set()
-        self._turns.total_tokens = math.inf
+        for turn in self._waiting:
+            if not turn.done():
+                turn.set_result(None)
+        self._waiting.clear()
 
     async def sleep(self, seconds: float) -> None:
         """Sleep for ``seconds``, or until ``stop``."""
@@ -92,14 +94,17 @@ class Pacer:
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[float]:
         """Wait for a turn and hold it; yields the time at which it began."""
-        async with self._turns:
-            while (pause := self._resume_at - time.monotonic()) > 0 and not self._stopped.is_set():
-                await self.sleep(pause)
+        await self._enter()
+        try:
             yield time.monotonic()
+        finally:
+            self._in_flight -= 1
+            self._wake()
 
     def succeeded(self) -> None:
         """Note a reply: the limit grows by one per ``limit`` replies."""
-        self._set_limit(min(float(self.most), self.limit + 1.0 / self.limit))
+        self.limit = min(float(self.most), self.limit + 1.0 / self.limit)
+        self._wake()
 
     def overloaded(self, *, began: float, pause: float) -> None:
         """Note a 429 for a request that ``began`` then: slow down, and send nothing for ``pause``.
@@ -108,11 +113,27 @@ class Pacer:
         """
         now = time.monotonic()
         if began >= self._last_cut:
-            self._set_limit(max(1.0, self.limit / 2.0))
+            self.limit = max(1.0, self.limit / 2.0)
             self._last_cut = now
         self._resume_at = max(self._resume_at, now + pause)
 
-    def _set_limit(self, limit: float) -> None:
-        self.limit = limit
-        if not self._stopped.is_set():
-            self._turns.total_tokens = int(limit)
+    async def _enter(self) -> None:
+        while not self._stopped.is_set():
+            pause = self._resume_at - time.monotonic()
+            if pause > 0:
+                await self.sleep(pause)
+            elif self._in_flight >= int(self.limit):
+                turn = asyncio.get_running_loop().create_future()
+                self._waiting.append(turn)
+                await turn
+            else:
+                break
+        self._in_flight += 1
+
+    def _wake(self) -> None:
+        room = int(self.limit) - self._in_flight
+        while room > 0 and self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():  # a cancelled one needs no turn
+                turn.set_result(None)
+                room -= 1
