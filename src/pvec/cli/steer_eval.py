@@ -16,7 +16,7 @@ from pvec.cli.render import interval, render_judge, render_next, render_plan
 from pvec.errors import InputError
 
 if TYPE_CHECKING:
-    from pvec.evaluation.condition import Place
+    from pvec.evaluation.conditions import Place
     from pvec.evaluation.effect_numbers import SideEffects
     from pvec.evaluation.steer_eval import SteerEvalPlan, SteerEvalResult
     from pvec.evaluation.summary import Pick, Point, SweepSummary
