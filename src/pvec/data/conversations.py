@@ -86,6 +86,11 @@ class Chat:
         """Whether it ends with an answer."""
         return self.messages[-1]["role"] == "assistant"
 
+    @property
+    def answer_places(self) -> list[int]:
+        """The places of the assistant's messages."""
+        return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:

@@ -137,8 +137,7 @@ class SpanMaker:
         if isinstance(conversation, Pair):
             yield conversation.prompt, conversation.answer
             return
-        messages = conversation.messages
-        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        messages, places = conversation.messages, conversation.answer_places
         if self.turns == "last":
             places = places[-1:] if conversation.answered else []
         for place in places:

@@ -225,11 +225,6 @@ class Samples:
     answered: tuple[bool, ...]
     distinct: dict[str, Prompt]
 
-    @property
-    def count(self) -> int:
-        """How many samples there are."""
-        return len(self.prompts)
-
     def conversations(self) -> Iterator[Conversation]:
         """Yield the samples' conversations."""
         return (conversation for _, conversation in self.source.rows())

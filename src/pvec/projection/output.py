@@ -213,8 +213,7 @@ class TokenOutput:
             if isinstance(conversation, Pair):
                 return conversation.prompt
             return str(self._tokenizer.decode(list(conversation.prompt_ids)))
-        messages = conversation.messages
-        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        messages, places = conversation.messages, conversation.answer_places
         place = places[turn if self._turns == "each" else -1] if places else len(messages)
         return messages[place - 1]["content"] if place else ""
 

@@ -250,7 +250,7 @@ class _Screening:
             reference=self.sets["reference"].source.path if targets else None,
             model=self.session.metadata.id,
             natural=self.base.source,
-            rows=data.count,
+            rows=len(data.prompts),
             prompts=len(self.base.prompts),
             generated=self.base.generated,
             unanswered=data.answered.count(False),

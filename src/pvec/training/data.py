@@ -149,9 +149,9 @@ def _chat(row: Row) -> Chat:
     if not isinstance(chat, Chat):
         raise InputError("has a prompt and its answer as text: write them as a list of messages")
     answers = [
-        message["content"]
-        for place, message in enumerate(chat.messages)
-        if message["role"] == "assistant" and place not in chat.without_loss
+        chat.messages[place]["content"]
+        for place in chat.answer_places
+        if place not in chat.without_loss
     ]
     if not answers:
         raise InputError("has no assistant turn" + (" to learn" if chat.without_loss else ""))
