@@ -24,8 +24,8 @@ from transformers import LlamaConfig, Qwen2Config
 
 from pvec.activations.capture import capture_means
 from pvec.backends.hf.backend import HFBackend
+from pvec.judges.choice import DEFAULT_MODEL
 from pvec.judges.cost import estimate, known_price
-from pvec.judges.openai import DEFAULT_MODEL
 from pvec.judges.prompts import fill, metrics_of
 from pvec.models.costs import TENSOR_SHARE, Estimate, Machine, ModelSize, Work, model_size
 from pvec.models.machine import measure_machine

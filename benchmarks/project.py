@@ -167,7 +167,7 @@ def memory(counts: Sequence[int], *, tokens: bool = False) -> None:
 
 
 def _random_vector(folder: Path) -> Path:
-    from pvec.vectors.formats import save_vector
+    from pvec.vectors.files import save_vector
     from pvec.vectors.vector import PersonaVector
 
     config = json.loads((TINY / "config.json").read_text())

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pvec.training.train import TrainResult
     from pvec.traits.trait import Trait, load_trait
     from pvec.types import Instruction, Request, Sampling, TokenSpans
-    from pvec.vectors.formats import load_vector, save_vector
+    from pvec.vectors.files import load_vector, save_vector
     from pvec.vectors.vector import PersonaVector
 
 _HOMES = {
@@ -55,11 +55,11 @@ _HOMES = {
     "evaluate": "pvec.library",
     "extract": "pvec.library",
     "load_trait": "pvec.traits.trait",
-    "load_vector": "pvec.vectors.formats",
+    "load_vector": "pvec.vectors.files",
     "monitor": "pvec.projection.tokens",
     "project": "pvec.projection.tokens",
     "record_activations": "pvec.activations.record",
-    "save_vector": "pvec.vectors.formats",
+    "save_vector": "pvec.vectors.files",
     "screen": "pvec.library",
     "steer": "pvec.steering.hooks",
     "train": "pvec.library",

@@ -135,7 +135,8 @@ def _device() -> Iterator[HealthCheck]:
     try:
         import torch
 
-        from pvec.models.load import choose_device, choose_dtype
+        from pvec.models.load import choose_device
+        from pvec.models.precision import choose_dtype
     except (ImportError, OSError) as error:
         text = f"torch cannot be imported: {error}"
         yield HealthCheck("device", "broken", text, "reinstall torch")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pvec.backends.session import Notify, ignore
 from pvec.errors import InputError
 from pvec.settings import Settings
 from pvec.settings.resolve import load_dotenv, override, resolve
@@ -22,13 +23,8 @@ if TYPE_CHECKING:
     from pvec.projection.screen import ScreenResult
     from pvec.training.train import TrainResult
 
-Notify = Callable[[str], None]
 OnProgress = Callable[[Progress], None]
 PathLike = str | Path
-
-
-def _ignore(_: object) -> None:
-    """Take notes and progress and show nothing."""
 
 
 def extract(
@@ -43,8 +39,8 @@ def extract(
     seed: int | None = None,
     out: PathLike | None = None,
     settings: Settings | None = None,
-    notify: Notify = _ignore,
-    on_progress: OnProgress = _ignore,
+    notify: Notify = ignore,
+    on_progress: OnProgress = ignore,
 ) -> ExtractResult:
     """Make the persona vector of a trait: generate, judge, filter, average (``pvec extract``).
 
@@ -106,8 +102,8 @@ def evaluate(
     seed: int | None = None,
     out: PathLike | None = None,
     settings: Settings | None = None,
-    notify: Notify = _ignore,
-    on_progress: OnProgress = _ignore,
+    notify: Notify = ignore,
+    on_progress: OnProgress = ignore,
 ) -> SteerEvalResult:
     """Evaluate a model on a trait, steered at every layer and coefficient (``pvec steer-eval``).
 
@@ -175,8 +171,8 @@ def screen(
     skip_bad: bool = False,
     out: PathLike | None = None,
     settings: Settings | None = None,
-    notify: Notify = _ignore,
-    on_progress: OnProgress = _ignore,
+    notify: Notify = ignore,
+    on_progress: OnProgress = ignore,
 ) -> ScreenResult:
     """Screen training data by how far its answers point along vectors (``pvec screen``).
 
@@ -240,8 +236,8 @@ def train(
     *,
     changes: Mapping[str, Any] | None = None,
     out: PathLike | None = None,
-    notify: Notify = _ignore,
-    on_progress: OnProgress = _ignore,
+    notify: Notify = ignore,
+    on_progress: OnProgress = ignore,
 ) -> TrainResult:
     """Finetune a model with LoRA, optionally with steering (``pvec train``).
 

@@ -120,8 +120,13 @@ class Instruction:
 
     def __post_init__(self) -> None:
         """Check the fields and convert the vector."""
-        _check_choice("operator", self.operator, get_args(Operator))
-        _check_choice("positions", self.positions, get_args(Positions))
+        for field_name, kind in (("operator", Operator), ("positions", Positions)):
+            value, choices = getattr(self, field_name), get_args(kind)
+            if value not in choices:
+                raise InputError(
+                    f"Steering has no {field_name} {value!r}: use {', '.join(choices[:-1])} or "
+                    f"{choices[-1]}."
+                )
         if isinstance(self.layer, bool) or not hasattr(self.layer, "__index__"):
             raise InputError(f"The layer {self.layer!r} is not a whole number: use for example 20.")
         object.__setattr__(self, "vector", _as_row(self.vector))
@@ -135,14 +140,8 @@ class Instruction:
 
     def describe(self) -> dict[str, Any]:
         """Return the JSON form kept in run stores (the vector by fingerprint, not by value)."""
-        return {
-            "name": self.name,
-            "layer": self.layer,
-            "coef": self.coef,
-            "positions": self.positions,
-            "operator": self.operator,
-            "fingerprint": self.fingerprint,
-        }
+        names = ("name", "layer", "coef", "positions", "operator", "fingerprint")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,13 +173,6 @@ class Percentile:
 
 Dose = float | Percentile
 """A coefficient, or for ``cap`` and ``floor`` a percentile that stands for one at each layer."""
-
-
-def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(
-            f"Steering has no {field} {value!r}: use {', '.join(choices[:-1])} or {choices[-1]}."
-        )
 
 
 def _as_row(vector: Any) -> np.ndarray:

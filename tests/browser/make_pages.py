@@ -21,7 +21,7 @@ from pvec.runs.jsonl import encode_line
 from pvec.runs.store import Run
 from pvec.runs.summary import BROWSED, DIFF_KIND, TOKENS_KIND, write_summary
 from pvec.runs.tokens import TokenRecord, write_tokens
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import PersonaVector
 
 OLD_RUNS = Path(__file__).parents[1] / "data" / "runs-0.1"

@@ -21,7 +21,7 @@ from pvec.models.chat import prompt_ids
 from pvec.settings import Settings
 from pvec.settings.sections import GenerationSettings, ModelSettings
 from pvec.types import StreamChunk
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.projection import quantiles_of
 from pvec.vectors.vector import PersonaVector
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model

@@ -18,7 +18,7 @@ from helpers.shell import Done, pvec
 from transformers import AutoModelForCausalLM
 
 from pvec.runs.store import Run
-from pvec.vectors.formats import load_vector
+from pvec.vectors.files import load_vector
 from pvec.vectors.quality import summarize
 
 LIMIT, ROLLOUTS, PAIRS = 4, 3, 5

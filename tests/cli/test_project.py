@@ -13,7 +13,7 @@ from helpers.models import saved_model
 from helpers.shell import Done, pvec
 
 from pvec.projection import project as workflow
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import PersonaVector
 
 COLUMN = "{model}_evil_proj_layer2"

@@ -13,7 +13,7 @@ import pytest
 from helpers.models import save_adapter, saved_model
 from helpers.shell import Done, pvec
 
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import PersonaVector
 
 pytest.importorskip("matplotlib")

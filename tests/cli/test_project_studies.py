@@ -19,7 +19,7 @@ from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pvec.runs.store import Run
-from pvec.vectors.formats import load_vector, save_vector
+from pvec.vectors.files import load_vector, save_vector
 from pvec.vectors.vector import PersonaVector
 
 Call = Callable[..., Done]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from pvec.models.token_text import TokenTexts
 from pvec.projection import project as workflow
 from pvec.runs.tokens import read_tokens
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import PersonaVector
 
 Call = Callable[..., Done]

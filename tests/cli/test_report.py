@@ -15,7 +15,7 @@ from pvec.cli.app import main
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.types import Sampling, Score
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import PersonaVector
 
 HOSTILE = "</script><script>alert(1)</script>"

@@ -20,7 +20,7 @@ from pvec.evaluation.tasks import TaskScore
 from pvec.judges.scoring import JudgeReport
 from pvec.stats import Interval
 from pvec.types import Progress
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import PersonaVector
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model
 
@@ -186,7 +186,7 @@ def test_without_a_key_for_the_judge_nothing_is_generated(
 def test_increments_are_not_taken_twice(
     vector: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from pvec.vectors.formats import load_vector, save_vector
+    from pvec.vectors.files import load_vector, save_vector
 
     whole = load_vector(vector)
     increments = replace(whole, metadata={**whole.metadata, "incremental": "true"})

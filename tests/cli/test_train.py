@@ -12,7 +12,7 @@ from helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model, tiny_model, tin
 
 from pvec.cli.app import main
 from pvec.training import trainer
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import PersonaVector
 
 

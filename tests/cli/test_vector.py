@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import save_file
 
 from pvec.cli.app import main
-from pvec.vectors.formats import load_vector
+from pvec.vectors.files import load_vector
 from tests.helpers.models import saved_model
 from tests.helpers.vectors import judged_rows, saved_vector, write_csv
 

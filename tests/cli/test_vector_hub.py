@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pvec.vectors.formats import load_vector, save_vector
+from pvec.vectors.files import load_vector, save_vector
 from pvec.vectors.vector import PersonaVector
 from tests.helpers.hub_server import Hub, HubServer
 

@@ -29,7 +29,7 @@ from pvec.settings import Settings
 from pvec.settings.commands import JudgeSettings, SteerSettings
 from pvec.settings.sections import GenerationSettings, ModelSettings
 from pvec.types import Generation
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import PersonaVector
 from tests.helpers.judge_server import JudgeServer, Said
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, save_adapter, saved_model

@@ -26,7 +26,7 @@ from pvec.models.load import load_model
 from pvec.report import report
 from pvec.runs.summary import read_log
 from pvec.training import train, trainer
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import PersonaVector
 
 WORDS = "bread soup friends evening money walk travel plan dinner learn talk".split()  # noqa: SIM905

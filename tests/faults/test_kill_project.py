@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.models import saved_model
 
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import PersonaVector
 
 KILLS = 25

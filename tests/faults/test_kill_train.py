@@ -19,7 +19,7 @@ from helpers.killed import KilledCommand, run_chains
 from helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model
 
 from pvec.runs.summary import read_log
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import PersonaVector
 
 KILLS = int(os.environ.get("KILLS", "9"))

@@ -25,7 +25,7 @@ from pvec.evaluation.verify.verify import verify
 from pvec.settings import Settings
 from pvec.settings.commands import SteerSettings
 from pvec.settings.sections import BackendSettings, GenerationSettings, ModelSettings
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import PersonaVector
 from tests.helpers.models import save_model, tiny_tokenizer
 

@@ -14,7 +14,7 @@ from pvec.data.blocks import Block
 from pvec.projection import project
 from pvec.projection.ray import BlockJob, BlockWorker
 from pvec.settings import Settings
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import PersonaVector
 
 COLUMN = "qwen2-0_evil_proj_layer2"

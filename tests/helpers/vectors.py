@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import KINDS, PersonaVector
 from tests.helpers.models import tiny_tokenizer
 

@@ -15,7 +15,7 @@ from helpers.shell import pvec
 from transformers import AutoModelForCausalLM
 
 import pvec as library
-from pvec.vectors.formats import save_pt, save_vector
+from pvec.vectors.files import save_pt, save_vector
 from pvec.vectors.vector import PersonaVector
 
 LAYERS = (1, 2)

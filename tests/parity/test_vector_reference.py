@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pvec.extraction.compute import from_csv
 from pvec.settings import resolve
-from pvec.vectors.formats import load_vector
+from pvec.vectors.files import load_vector
 from pvec.vectors.vector import KINDS
 from tests.helpers.models import saved_model
 from tests.helpers.vectors import judged_rows, write_csv

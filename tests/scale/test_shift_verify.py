@@ -18,7 +18,7 @@ from pvec.projection import checkpoints, shift
 from pvec.projection.shift import ShiftResult
 from pvec.settings import Settings
 from pvec.types import OutputOptions, Progress
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import PersonaVector
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from pvec.runs.summary import read_log
 from pvec.training import train
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import PersonaVector
 
 CONFIG_FILE = Path(__file__).parents[2] / "examples" / "accelerate" / "two_machines.yaml"

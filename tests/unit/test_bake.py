@@ -17,7 +17,7 @@ from pvec.errors import InputError, ModelError
 from pvec.evaluation import bake
 from pvec.settings import Settings
 from pvec.types import Instruction
-from pvec.vectors.formats import load_vector
+from pvec.vectors.files import load_vector
 from tests.helpers.models import save_adapter, save_model, saved_model, tiny_model
 from tests.helpers.vectors import saved_vector
 

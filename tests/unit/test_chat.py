@@ -10,7 +10,7 @@ from pvec.data.conversations import Chat, Pair
 from pvec.data.spans import SpanMaker
 from pvec.errors import InputError
 from pvec.models import chat
-from pvec.models.reasoning import think_length
+from pvec.models.chat import think_length
 from pvec.models.template import chat_format
 from pvec.types import Message
 

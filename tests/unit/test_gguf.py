@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from pvec.errors import InputError, ModelError
-from pvec.vectors.find import check_fits
-from pvec.vectors.formats import load_vector, save_vector
+from pvec.vectors.files import check_fits, load_vector, save_vector
 from pvec.vectors.gguf import gguf_notes, save_gguf
 from pvec.vectors.vector import PersonaVector
 

@@ -23,7 +23,7 @@ from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.traits.trait import load_trait
 from pvec.types import Progress
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.quality import suggest_layer
 from pvec.vectors.vector import PersonaVector
 

@@ -19,8 +19,7 @@ from pvec.settings import Settings, resolve
 from pvec.traits.trait import load_trait
 from pvec.types import METHODS, Method, SpanMeans
 from pvec.vectors.estimators import ClassActivations, estimate
-from pvec.vectors.find import labels
-from pvec.vectors.formats import load_vector
+from pvec.vectors.files import labels, load_vector
 from tests.helpers.models import saved_model
 from tests.helpers.runs import judged_run
 from tests.helpers.vectors import judged_rows, write_csv

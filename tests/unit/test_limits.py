@@ -26,7 +26,7 @@ from pvec.steering.proof import due_state
 from pvec.steering.steerer import Steerer
 from pvec.training.config import SteeringPart
 from pvec.types import Instruction, Operator, Percentile
-from pvec.vectors.formats import load_vector, save_vector
+from pvec.vectors.files import load_vector, save_vector
 from pvec.vectors.projection import QUANTILES, quantiles_of
 from pvec.vectors.vector import PersonaVector
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model, tiny_model

@@ -19,7 +19,7 @@ from pvec.models import load as loading
 from pvec.models.files import ModelSpec, locate_model
 from pvec.models.fingerprint import model_fingerprint
 from pvec.models.load import inspect_model, load_model
-from pvec.models.precision import bfloat16_speed
+from pvec.models.precision import bfloat16_speed, choose_dtype
 
 
 def copied(folder: Path) -> Path:
@@ -82,7 +82,7 @@ def test_the_dtype_follows_the_device(
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     device, reason = loading.choose_device("auto")
     assert (device, reason) == (("cuda:0", "A GPU") if cuda else ("cpu", "no accelerator found"))
-    assert str(loading.choose_dtype("auto", device)[0]) == f"torch.{dtype}"
+    assert str(choose_dtype("auto", device)[0]) == f"torch.{dtype}"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pvec.errors import InputError
 from pvec.evaluation.verify.verify import VerifyResult, verify
 from pvec.models.files import ModelSpec
 from pvec.models.load import load_model
-from pvec.models.quantise import check_quantise, quantise_config
+from pvec.models.precision import check_quantise, quantise_config
 from pvec.settings import Settings
 from pvec.settings.commands import SteerSettings
 from pvec.settings.sections import BackendSettings, ModelSettings

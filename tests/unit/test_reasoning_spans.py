@@ -21,14 +21,13 @@ from pvec.backends.hf.backend import HFBackend
 from pvec.backends.hf.rows import admit_all
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError
-from pvec.models.chat import spans_from_ids
-from pvec.models.reasoning import ThinkTracker
+from pvec.models.chat import ThinkTracker, spans_from_ids
 from pvec.runs.tokens import read_tokens
 from pvec.settings import Settings
 from pvec.steering.hooks import steer
 from pvec.steering.tables import plan_rows
 from pvec.types import Generation, Instruction, Positions, Request, Sampling
-from pvec.vectors.formats import load_vector
+from pvec.vectors.files import load_vector
 from tests.helpers.models import saved_model, tiny_model, tiny_tokenizer
 from tests.helpers.shell import pvec
 from tests.helpers.vectors import saved_vector

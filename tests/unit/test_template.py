@@ -15,7 +15,7 @@ from pvec.backends.run_session import RunSession
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError
 from pvec.extraction.extract import run as extract
-from pvec.models.reasoning import answer_text, think_length
+from pvec.models.chat import answer_text, think_length
 from pvec.models.template import chat_format, end_of_turn, render_prompt, set_date
 from pvec.runs.store import Run
 from pvec.settings import Settings

@@ -16,7 +16,7 @@ from pvec.settings import Settings, resolve
 from pvec.traits.trait import Trait, load_trait
 from pvec.types import SpanMeans
 from pvec.vectors.accumulate import VectorAccumulator
-from pvec.vectors.formats import load_vector
+from pvec.vectors.files import load_vector
 from tests.helpers.models import save_model, saved_model, tiny_model
 from tests.helpers.runs import judged_run
 from tests.helpers.vectors import COLUMNS, judged_rows, write_csv

@@ -13,8 +13,7 @@ import torch
 
 from pvec.errors import InputError
 from pvec.vectors.edit import combine, convert, parse_expression
-from pvec.vectors.find import find_vector
-from pvec.vectors.formats import load_vector, save_vector
+from pvec.vectors.files import find_vector, load_vector, save_vector
 from pvec.vectors.vector import KINDS, with_metadata
 from tests.helpers.vectors import make_vector, saved_vector
 

@@ -21,8 +21,7 @@ from pvec.errors import InputError, ModelError
 from pvec.models.load import ModelMetadata
 from pvec.projection.tokens import project
 from pvec.vectors.edit import combine, convert
-from pvec.vectors.find import find_vector, load_vectors
-from pvec.vectors.formats import load_vector, output_path, save_vector
+from pvec.vectors.files import find_vector, load_vector, load_vectors, output_path, save_vector
 from pvec.vectors.vector import PersonaVector
 from tests.helpers.models import tiny_model, tiny_tokenizer
 from tests.helpers.shell import pvec

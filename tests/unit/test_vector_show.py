@@ -12,8 +12,7 @@ import torch
 from pvec.errors import InputError
 from pvec.models.files import ModelSpec
 from pvec.models.load import load_model
-from pvec.vectors.find import load_vectors
-from pvec.vectors.formats import load_vector, save_pt, save_vector
+from pvec.vectors.files import load_vector, load_vectors, save_pt, save_vector
 from pvec.vectors.lens import lens, unembed
 from pvec.vectors.show import compare, describe
 from tests.helpers.models import ARCHITECTURES, HIDDEN_SIZE, saved_model, tiny_model

@@ -19,8 +19,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from pvec.errors import InputError, ModelError
-from pvec.vectors.find import check_fits
-from pvec.vectors.formats import load_vector, save_pt, save_vector
+from pvec.vectors.files import check_fits, load_vector, save_pt, save_vector
 from pvec.vectors.vector import KINDS, PersonaVector, with_metadata
 
 DATA = os.environ.get("PVEC_TEST_DATA")

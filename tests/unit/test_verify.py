@@ -21,7 +21,7 @@ from pvec.settings import Settings
 from pvec.settings.commands import SteerSettings
 from pvec.settings.sections import GenerationSettings, ModelSettings
 from pvec.steering.proof import record_residual_stream
-from pvec.vectors.formats import save_vector
+from pvec.vectors.files import save_vector
 from pvec.vectors.vector import PersonaVector
 from tests.helpers.models import HIDDEN_SIZE, NUM_LAYERS, saved_model, tiny_model
 

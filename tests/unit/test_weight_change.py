@@ -15,7 +15,7 @@ from pvec.evaluation import bake
 from pvec.projection import weight_change
 from pvec.projection.weight_change import Weights, search, shares
 from pvec.settings import Settings
-from pvec.vectors.formats import load_vector
+from pvec.vectors.files import load_vector
 from tests.helpers.models import save_adapter, save_model, saved_model, tiny_model
 from tests.helpers.vectors import saved_vector
 

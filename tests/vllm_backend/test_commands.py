@@ -12,7 +12,7 @@ import pytest
 
 from pvec.cli.app import main
 from pvec.runs.store import Run
-from pvec.vectors.formats import load_vector
+from pvec.vectors.files import load_vector
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,7 @@ from functools import cached_property
 from pvec.backends.kept_means import answers
 from pvec.backends.session import ModelSession
 from pvec.errors import ModelError
-from pvec.models.chat import encode_prompt
-from pvec.models.reasoning import answer_text, think_length
+from pvec.models.chat import answer_text, encode_prompt, think_length
 from pvec.models.template import render_prompt
 from pvec.runs.responses import Json, ResponseRecord, response_id
 from pvec.runs.store import Run

@@ -61,7 +61,7 @@ class ModelSession(Closing):
         from pvec.backends.registry import choose_backend
         from pvec.models.files import read_config
         from pvec.models.load import choose_device, inspect_model
-        from pvec.models.quantise import check_quantise
+        from pvec.models.precision import check_quantise
         from pvec.models.weights import check_quantisation
 
         self.settings = settings
@@ -122,7 +122,8 @@ class ModelSession(Closing):
     @cached_property
     def dtype(self) -> str:
         """The number format that the model runs in, chosen where it runs."""
-        from pvec.models.load import choose_device, choose_dtype
+        from pvec.models.load import choose_device
+        from pvec.models.precision import choose_dtype
 
         if self._lender is not None:
             return self._lender.dtype

@@ -152,7 +152,7 @@ def show(
     svg: Svg = None,
 ) -> None:
     """Show norms, separation and stability of vectors by layer, and the suggested layer."""
-    from pvec.vectors.find import labels, load_vectors
+    from pvec.vectors.files import labels, load_vectors
     from pvec.vectors.show import describe
 
     vectors = load_vectors(files, num_layers=num_layers, layer=layer)
@@ -195,7 +195,7 @@ def compare(
     and its cosine to the mean difference.
     """
     from pvec.vectors import show
-    from pvec.vectors.find import load_all_kinds, load_vectors
+    from pvec.vectors.files import load_all_kinds, load_vectors
 
     if methods:
         if len(files) != 1 or by != "file" or png or svg:
@@ -270,7 +270,7 @@ def lens(
     from pvec.extraction.calibrate import with_model_of_vector
     from pvec.models.load import load_model
     from pvec.vectors import lens
-    from pvec.vectors.find import load_vectors
+    from pvec.vectors.files import load_vectors
 
     settings, console = settings_from(ctx), console_from(ctx)
     (vector,) = load_vectors([file], layer=layer).values()

@@ -15,7 +15,6 @@ from pvec.cli.render import (
     render_next,
     render_notes,
 )
-from pvec.vectors.card import PROVENANCE
 
 if TYPE_CHECKING:
     from pvec.extraction.calibrate import CalibrateResult
@@ -179,6 +178,8 @@ def _render_thinking(console: Console, thinking: Thinking) -> None:
 
 
 def _provenance(metadata: Mapping[str, str]) -> list[str]:
+    from pvec.vectors.hub import PROVENANCE
+
     lines = []
     if metadata.get("kept_pos"):
         dropped = [metadata.get(f"dropped_{sign}", "?") for sign in ("pos", "neg")]

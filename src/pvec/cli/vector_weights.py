@@ -127,7 +127,7 @@ def decompose(
     """
     from pvec.vectors.decompose import decompose as decompose_vector
     from pvec.vectors.decompose import open_autoencoder
-    from pvec.vectors.find import load_vectors
+    from pvec.vectors.files import load_vectors
 
     console = console_from(ctx)
     (vector,) = load_vectors([file], layer=layer, notify=console.note).values()

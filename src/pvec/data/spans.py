@@ -14,8 +14,7 @@ import numpy as np
 
 from pvec.data.conversations import Chat, Conversation, Ids, Pair
 from pvec.errors import InputError
-from pvec.models.chat import encode_pairs, spans_from_ids
-from pvec.models.reasoning import may_reason, think_length
+from pvec.models.chat import encode_pairs, may_reason, spans_from_ids, think_length
 from pvec.models.template import render_prompt
 from pvec.types import Message, SpanMeans, SpanName, TokenSpans
 

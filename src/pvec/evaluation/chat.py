@@ -13,12 +13,11 @@ from pvec.backends.session import ModelSession
 from pvec.errors import InputError
 from pvec.evaluation.conditions import parse_layers, single_layer
 from pvec.evaluation.conversation import MAIN, AnswerProjection, AnswerText, Conversation
-from pvec.models.chat import prompt_ids, spans_from_ids
+from pvec.models.chat import answer_text, prompt_ids, spans_from_ids, think_length
 from pvec.models.decoder import check_layer
-from pvec.models.reasoning import answer_text, think_length
 from pvec.steering.instructions import SteeringVector, steering_vector
 from pvec.types import Dose, Generation, Instruction, Message, Request
-from pvec.vectors.find import load_vectors
+from pvec.vectors.files import load_vectors
 from pvec.vectors.projection import project
 
 

@@ -27,7 +27,7 @@ from pvec.steering.instructions import steering_vector
 from pvec.traits.check import require_usable
 from pvec.traits.trait import Trait, load_trait
 from pvec.types import LIMITS, Percentile, Sign
-from pvec.vectors.find import labels, load_vectors
+from pvec.vectors.files import labels, load_vectors
 
 KIND = "steer-eval"
 

@@ -15,14 +15,12 @@ import numpy as np
 from pvec.backends.planned import PromptCache, derive_seed, question_messages
 from pvec.backends.session import ModelSession, Notify, ignore
 from pvec.errors import InputError
-from pvec.models.chat import spans_from_ids
-from pvec.models.reasoning import think_length
+from pvec.models.chat import spans_from_ids, think_length
 from pvec.notebook import HtmlResult
 from pvec.settings import Settings
 from pvec.traits.trait import Trait, load_trait
 from pvec.types import Progress, Request, TokenSpans
-from pvec.vectors.find import find_vector, load_vectors
-from pvec.vectors.formats import load_vector, output_path, save_vector
+from pvec.vectors.files import find_vector, load_vector, load_vectors, output_path, save_vector
 from pvec.vectors.projection import project_layers, quantiles_of
 from pvec.vectors.show import Percentiles, percentiles_of
 from pvec.vectors.vector import DEFAULT_KIND, PersonaVector, with_metadata

@@ -24,16 +24,15 @@ from pvec.extraction.vector import (
     method_path,
     vector_of_run,
 )
-from pvec.models.chat import encode_pair, spans_from_ids
-from pvec.models.reasoning import think_length
+from pvec.models.chat import encode_pair, spans_from_ids, think_length
 from pvec.notebook import HtmlResult
 from pvec.runs.names import run_name
 from pvec.runs.store import Run
 from pvec.settings import Settings
 from pvec.types import MEAN_DIFF, Method, Progress, Sign
 from pvec.vectors.estimators import require_methods
+from pvec.vectors.files import output_path, save_vector
 from pvec.vectors.filter import FilterResult, Reason, ScoredResponse, filter_responses
-from pvec.vectors.formats import output_path, save_vector
 from pvec.vectors.quality import VectorSummary, summarize
 
 

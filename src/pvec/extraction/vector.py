@@ -32,8 +32,8 @@ from pvec.settings.commands import FilterSettings
 from pvec.traits.trait import Trait
 from pvec.types import MEAN_DIFF, SIGNS, Method, Progress, Sign, TokenSpans
 from pvec.vectors.accumulate import VectorAccumulator, VectorSet
+from pvec.vectors.files import load_vector, save_vector
 from pvec.vectors.filter import REASONS, FilterResult, Reason
-from pvec.vectors.formats import load_vector, save_vector
 from pvec.vectors.quality import VectorSummary, stat_arrays, summarize
 from pvec.vectors.vector import PersonaVector
 

@@ -21,7 +21,7 @@ from pvec.settings.resolve import override
 from pvec.traits.check import require_usable
 from pvec.traits.trait import QuestionSet, Trait, load_trait, name_or_path
 from pvec.types import OutputOptions
-from pvec.vectors.formats import load_vector
+from pvec.vectors.files import load_vector
 
 _NO_EFFECT = {"paths", "pool"}
 """Sections of the settings that change nothing in a run but its place and its speed."""

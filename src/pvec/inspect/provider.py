@@ -26,8 +26,7 @@ from pvec.backends.planned import derive_seed
 from pvec.backends.session import ModelSession
 from pvec.errors import InputError, ModelError
 from pvec.inspect.bridge import Batches, prerequisites, settings_of, spoken, texts
-from pvec.models.chat import prompt_ids, spans_from_ids
-from pvec.models.reasoning import answer_text, think_length
+from pvec.models.chat import answer_text, prompt_ids, spans_from_ids, think_length
 from pvec.serve.rules import PvecBody, make_rules, sentence
 from pvec.serve.service import described
 from pvec.serve.vectors import load_served_vectors

@@ -26,8 +26,7 @@ from pvec.judges.prompts import Metric
 from pvec.runs.responses import ResponseRecord
 from pvec.runs.store import Run
 from pvec.types import Progress, Score
-from pvec.vectors.find import find_vector
-from pvec.vectors.formats import load_vector
+from pvec.vectors.files import find_vector, load_vector
 from pvec.vectors.vector import PersonaVector
 
 FEWEST_PAIRS = 2

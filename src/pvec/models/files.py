@@ -16,7 +16,7 @@ from pvec.errors import InputError, ModelError, did_you_mean
 from pvec.models.gguf import transformers_folder
 from pvec.models.gguf_header import GGUFHeader, is_gguf, read_gguf_header
 from pvec.models.hub import download, gguf_files, gguf_inside
-from pvec.models.quantise import Quantisation
+from pvec.models.precision import Quantisation
 
 BUNDLED = "tiny"
 """The word for the model that ships with pvec; its own judge, if it has one, is ``tiny/judge``."""

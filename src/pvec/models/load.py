@@ -16,8 +16,7 @@ from pvec.models.decoder import check_supported
 from pvec.models.files import ModelFiles, ModelSpec, locate_model, read_config
 from pvec.models.fingerprint import chat_fingerprint, model_fingerprint
 from pvec.models.libraries import explained, quiet_transformers
-from pvec.models.precision import cpu_dtype, stored_dtype
-from pvec.models.quantise import check_quantise, quantise_config
+from pvec.models.precision import check_quantise, choose_dtype, quantise_config, stored_dtype
 from pvec.models.template import chat_format, end_of_turn
 from pvec.models.weights import load_weights, model_config
 from pvec.types import ModelInfo, Progress
@@ -255,23 +254,6 @@ def choose_device(name: str) -> tuple[str, str]:
     if missing:
         raise ModelError(f"The device {name!r} is not available here: use --device auto or cpu.")
     return name, "as set"
-
-
-def choose_dtype(name: str, device: str, *, stored: str = "float32") -> tuple[torch.dtype, str]:
-    """Return the dtype to run in and the reason for it.
-
-    On a CPU it depends on the number format in which the weights are ``stored``.
-    """
-    import torch
-
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype, "as set"
-    if device == "cpu":
-        return cpu_dtype(stored)
-    if device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16, "this GPU has no bfloat16"
-    return torch.bfloat16, "the usual dtype on a GPU"
 
 
 def load_tokenizer(spec: ModelSpec, files: ModelFiles) -> PreTrainedTokenizerBase:

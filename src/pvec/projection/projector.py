@@ -20,7 +20,7 @@ from pvec.data.spans import Counts, SpanMaker, Turns, pool_turns
 from pvec.errors import InputError
 from pvec.models.decoder import describe_layer
 from pvec.types import SIGNS, Progress, SpanMeans, TokenSpans, VectorKind
-from pvec.vectors.find import find_vector, load_vectors, vector_name
+from pvec.vectors.files import find_vector, load_vectors, vector_name
 from pvec.vectors.projection import ProjectionPlan
 from pvec.vectors.quality import suggest_layer, suggest_prompt_layer
 from pvec.vectors.vector import PersonaVector

@@ -19,8 +19,7 @@ from pvec.models.chat import prompt_ids
 from pvec.models.decoder import find_decoder
 from pvec.projection.projector import LoadedVectors, Projector, suggested_layer
 from pvec.types import Message, ProjectionKind, Request, Sampling, VectorKind
-from pvec.vectors.find import check_fits, find_vector, vector_name
-from pvec.vectors.formats import load_vector
+from pvec.vectors.files import check_fits, find_vector, load_vector, vector_name
 from pvec.vectors.projection import ProjectionPlan
 from pvec.vectors.vector import PersonaVector
 

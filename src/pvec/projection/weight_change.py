@@ -26,7 +26,7 @@ from pvec.models.files import ModelSpec
 from pvec.projection.shift import on_base, whole_model
 from pvec.settings import Settings
 from pvec.types import VectorKind
-from pvec.vectors.find import labels, load_vectors
+from pvec.vectors.files import labels, load_vectors
 
 if TYPE_CHECKING:
     import torch

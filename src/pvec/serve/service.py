@@ -17,7 +17,7 @@ import numpy as np
 from pvec.backends.session import ModelSession
 from pvec.closing import Closing
 from pvec.errors import InputError, PvecError
-from pvec.models.reasoning import think_length
+from pvec.models.chat import think_length
 from pvec.runs.files import os_error_sentence
 from pvec.serve.answers import Answer, Delta, Outcome
 from pvec.serve.metrics import Metrics

@@ -13,7 +13,7 @@ from pvec.backends.session import ModelSession
 from pvec.errors import InputError
 from pvec.steering.instructions import SteeringVector, steering_vector
 from pvec.types import SIGNS, Sign, VectorKind
-from pvec.vectors.find import find_vector, load_vectors, vector_name
+from pvec.vectors.files import find_vector, load_vectors, vector_name
 from pvec.vectors.projection import QUANTILES, stored_quantiles
 from pvec.vectors.quality import best_layer
 from pvec.vectors.vector import PersonaVector

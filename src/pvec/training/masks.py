@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from pvec.errors import InputError
-from pvec.models.reasoning import THINK
+from pvec.models.chat import THINK
 from pvec.models.template import render_prompt
 from pvec.steering.positions import IGNORED_LABEL
 from pvec.types import Message

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pvec.backends.session import Notify, ignore
 from pvec.errors import InputError, install_command
 from pvec.models.files import ModelFiles
-from pvec.models.quantise import quantise_config
+from pvec.models.precision import quantise_config
 from pvec.models.weights import load_weights
 from pvec.training.config import TrainConfig
 from pvec.types import Progress

@@ -20,7 +20,8 @@ from pvec.backends.processes import Processes
 from pvec.documents import read_text
 from pvec.errors import InputError, ModelError, PvecError
 from pvec.models.files import ModelSpec, read_config
-from pvec.models.load import ModelMetadata, choose_device, choose_dtype, inspect_model
+from pvec.models.load import ModelMetadata, choose_device, inspect_model
+from pvec.models.precision import choose_dtype
 from pvec.models.weights import check_quantisation
 from pvec.runs.responses import stable_hash
 from pvec.training.adapter import AdapterPlan, plan_adapter
@@ -37,7 +38,7 @@ from pvec.training.steering import (
     single_layer,
 )
 from pvec.traits.trait import load_trait
-from pvec.vectors.find import load_vectors
+from pvec.vectors.files import load_vectors
 from pvec.vectors.vector import PersonaVector
 
 Checked = TypeVar("Checked")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +40,24 @@ _RESIDUAL = re.compile(
 class Autoencoder:
     """What is needed of a sparse autoencoder: ``decoder`` float32 ``[features, H]``.
 
-    ``layer`` is the layer whose residual stream it was trained on, where its files say so.
-    ``labels`` are texts by feature number, ``page`` its place on Neuronpedia.
+    ``labels`` are texts by feature number, ``neuronpedia_id`` its name there.
     """
 
     name: str
     decoder: np.ndarray
-    layer: int | None = None
     hook: str = ""
-    labels: Mapping[int, str] | None = None
-    page: str = ""
+    labels: Mapping[int, str] = field(default_factory=dict)
+    neuronpedia_id: str = ""
+
+    @property
+    def layer(self) -> int | None:
+        """The layer whose residual stream it was trained on, where its files say so."""
+        return residual_layer(self.hook)
+
+    @property
+    def page(self) -> str:
+        """Its place on Neuronpedia."""
+        return f"https://neuronpedia.org/{self.neuronpedia_id}" if self.neuronpedia_id else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +141,6 @@ def decompose(
     left = row - basis @ weights
     draws = np.random.default_rng(seed).standard_normal((_DRAWS, len(row)))
     draws /= np.linalg.norm(draws, axis=1, keepdims=True)
-    texts = sae.labels or {}
     return Decomposition(
         trait=vector.trait,
         kind=kind,
@@ -141,7 +148,7 @@ def decompose(
         where=describe_layer(at),
         sae=sae.name,
         features=tuple(
-            Feature(number=int(n), cosine=float(cosines[n]), label=texts.get(int(n), ""))
+            Feature(number=int(n), cosine=float(cosines[n]), label=sae.labels.get(int(n), ""))
             for n in order
         ),
         of=len(units),
@@ -187,12 +194,12 @@ def _from_folder(folder: Path, *, labels: Path, needed: bool) -> Autoencoder:
             f"{CONFIG} and {WEIGHTS} in it."
         ) from None
     metadata = config.get("metadata") or config  # before SAELens 6 all settings stood together
-    return _autoencoder(
-        str(folder),
-        decoder,
+    return Autoencoder(
+        name=str(folder),
+        decoder=decoder,
         hook=str(metadata.get("hook_name") or metadata.get("hook_point") or ""),
-        page=str(metadata.get("neuronpedia_id") or ""),
-        labels=read_labels(labels) if needed or labels.exists() else None,
+        labels=read_labels(labels) if needed or labels.exists() else {},
+        neuronpedia_id=str(metadata.get("neuronpedia_id") or ""),
     )
 
 
@@ -213,25 +220,12 @@ def _pretrained(release: str, identity: str, *, labels: Path | None) -> Autoenco
             f"name in its table of pretrained autoencoders."
         ) from error
     metadata = sae.cfg.metadata
-    return _autoencoder(
-        f"{release}:{identity}",
-        sae.W_dec.detach().float().cpu().numpy(),
-        hook=str(metadata.hook_name or ""),
-        page=str(metadata.neuronpedia_id or ""),
-        labels=read_labels(labels) if labels is not None else None,
-    )
-
-
-def _autoencoder(
-    name: str, decoder: np.ndarray, *, hook: str, page: str, labels: Mapping[int, str] | None
-) -> Autoencoder:
     return Autoencoder(
-        name=name,
-        decoder=decoder,
-        layer=residual_layer(hook),
-        hook=hook,
-        labels=labels,
-        page=f"https://neuronpedia.org/{page}" if page else "",
+        name=f"{release}:{identity}",
+        decoder=sae.W_dec.detach().float().cpu().numpy(),
+        hook=str(metadata.hook_name or ""),
+        labels=read_labels(labels) if labels is not None else {},
+        neuronpedia_id=str(metadata.neuronpedia_id or ""),
     )
 
 

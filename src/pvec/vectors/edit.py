@@ -12,8 +12,15 @@ import numpy as np
 from pvec import __version__
 from pvec.errors import InputError
 from pvec.types import VectorKind
-from pvec.vectors.find import find_vector, load_all_kinds, load_vectors, require_one_model
-from pvec.vectors.formats import output_path, save_pt, save_vector, written_kind
+from pvec.vectors.files import (
+    find_vector,
+    load_all_kinds,
+    load_vectors,
+    output_path,
+    save_pt,
+    save_vector,
+    written_kind,
+)
 from pvec.vectors.gguf import gguf_notes
 from pvec.vectors.vector import (
     BLOCK_OUTPUT,
@@ -57,7 +64,7 @@ def combine(
     others = [find_vector(path) for path in orthogonal_to]
     notes: list[str] = []
     vectors = load_vectors([*names, *others], notify=notes.append)
-    require_one_model(vectors)
+    _require_one_model(vectors)
     kinds = [kind for kind in KINDS if all(kind in vector.kinds for vector in vectors.values())]
     if not kinds:
         raise InputError("These files have no kind of vector in common: convert them first.")
@@ -182,6 +189,38 @@ def _term(chunk: str, sign: float, whole: str) -> tuple[float, str]:
         )
     weight = float(match[2] or 1.0) * (-1.0 if match[1] == "-" else 1.0)
     return sign * weight, match[3].strip()
+
+
+def _require_one_model(vectors: Mapping[Path, PersonaVector]) -> None:
+    """Raise ``InputError``, naming both, when two vectors are of different models.
+
+    Files that do not say their model (a ``.pt``) are taken at their shape.
+    """
+    (first, left), *others = vectors.items()
+    for second, right in others:
+        if _model(left) and _model(right) and _fingerprint(left) != _fingerprint(right):
+            raise InputError(
+                f"{first} was made with {_model(left)} and {second} with {_model(right)}: vectors "
+                f"of different models have no direction in common, so use vectors of one model."
+            )
+        if (left.num_layers, left.hidden_size) != (
+            right.num_layers,
+            right.hidden_size,
+        ):
+            raise InputError(
+                f"{first} has {left.num_layers} layers of width {left.hidden_size} and {second} "
+                f"{right.num_layers} of width {right.hidden_size}: use vectors of one model."
+            )
+
+
+def _model(vector: PersonaVector) -> str:
+    name = vector.metadata.get("model_id", "")
+    adapter = vector.metadata.get("adapter", "")
+    return f"{name} with {adapter}" if adapter else name
+
+
+def _fingerprint(vector: PersonaVector) -> str:
+    return vector.metadata.get("model_fingerprint") or _model(vector)
 
 
 def _incremental(vector: PersonaVector, notes: list[str]) -> PersonaVector:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pvec.errors import InputError
 from pvec.types import AnswerClass, VectorKind
-from pvec.vectors.find import labels
+from pvec.vectors.files import labels
 from pvec.vectors.projection import QUANTILES, stored_quantiles
 from pvec.vectors.quality import VectorSummary, best_layer, middle_layer, summarize
 from pvec.vectors.vector import DEFAULT_KIND, PersonaVector

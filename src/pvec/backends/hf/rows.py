@@ -10,7 +10,7 @@ import numpy as np
 
 from pvec.backends.hf.forward import CausalModel
 from pvec.errors import ModelError, ModelMemoryError
-from pvec.models.reasoning import ThinkTracker
+from pvec.models.chat import ThinkTracker
 from pvec.types import BY_SPAN, Request
 
 

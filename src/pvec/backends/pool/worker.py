@@ -78,7 +78,8 @@ class Worker:
 
     def dtype(self, order: ModelOrder) -> str | PvecError:
         """Return the number format that this worker would choose, without loading the model."""
-        from pvec.models.load import choose_device, choose_dtype, inspect_model
+        from pvec.models.load import choose_device, inspect_model
+        from pvec.models.precision import choose_dtype
 
         try:
             stored = inspect_model(order.spec).stored_dtype if order.backend == "hf" else "float32"

@@ -37,7 +37,8 @@ from pvec.backends.vllm.weights import check_served_adapter
 from pvec.errors import InputError, SteeringError
 from pvec.models.decoder import recorded_layers
 from pvec.models.files import ModelSpec
-from pvec.models.load import ModelMetadata, choose_dtype, inspect_model
+from pvec.models.load import ModelMetadata, inspect_model
+from pvec.models.precision import choose_dtype
 from pvec.models.weights import check_checkpoint
 from pvec.settings.sections import VLLMSettings
 from pvec.settings.tree import Settings

@@ -101,7 +101,7 @@ def _direction(session: ModelSession, vector: Path | None) -> SteeringVector:
     The random direction has norm 1 at every layer and is meant for trying a model before there is
     a vector for it.
     """
-    from pvec.vectors.find import load_vectors
+    from pvec.vectors.files import load_vectors
 
     metadata, settings = session.metadata, session.settings
     if vector is None:

@@ -24,8 +24,8 @@ from pvec.report.vectors import layer_figure
 from pvec.runs.responses import ResponseRecord
 from pvec.settings.commands import FilterSettings
 from pvec.types import Sign
+from pvec.vectors.files import load_vector
 from pvec.vectors.filter import REASONS
-from pvec.vectors.formats import load_vector
 from pvec.vectors.quality import suggest_layer
 from pvec.vectors.vector import PersonaVector
 

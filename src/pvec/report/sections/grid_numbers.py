@@ -32,7 +32,7 @@ from pvec.runs.store import Run
 from pvec.runs.summary import read_summary
 from pvec.stats import SCORES, Interval, grouped_mean
 from pvec.types import SIGNS, Sign
-from pvec.vectors.formats import load_vector
+from pvec.vectors.files import load_vector
 from pvec.vectors.quality import suggest_layer, summarize
 from pvec.vectors.show import cosine_matrix
 from pvec.vectors.vector import PersonaVector

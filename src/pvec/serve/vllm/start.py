@@ -36,7 +36,7 @@ from pvec.backends.vllm.start import (
 )
 from pvec.backends.vllm.weights import check_served_adapter
 from pvec.errors import InputError, ModelError
-from pvec.models.load import choose_dtype
+from pvec.models.precision import choose_dtype
 from pvec.models.template import chat_format
 from pvec.models.weights import check_checkpoint
 from pvec.serve.rules import Rules
