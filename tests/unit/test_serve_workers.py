@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +23,7 @@ from pvec.backends.pool.pool import Pool
 from pvec.errors import ModelError
 from pvec.models.files import ModelSpec
 from pvec.models.load import inspect_model
-from pvec.serve.answers import Answer, AnswerText, Delta, InternalError, Outcome
+from pvec.serve.answers import Answer, Delta, InternalError, Outcome
 from pvec.serve.engine import Engine
 from pvec.serve.pool_engine import PoolEngine
 from pvec.serve.rules import Alarm
@@ -59,7 +61,7 @@ class Inbox:
             assert self.arrived.wait_for(until, 30)
 
 
-def answers(tokenizer: Any, *, number: int = 8, limit: int = LIMIT) -> list[Answer]:
+def answers(*, number: int = 8, limit: int = LIMIT) -> list[Answer]:
     """Every other one streams, a third is steered, one is capped by an alarm."""
     draw = random.Random(1)
     steering = (Instruction(vector=VECTOR, layer=2, coef=0.5),)
@@ -73,7 +75,6 @@ def answers(tokenizer: Any, *, number: int = 8, limit: int = LIMIT) -> list[Answ
                 steering=steering if i % 3 == 0 else (),
             ),
             limit=limit,
-            text=AnswerText(tokenizer),
             stream=i % 2 == 0,
             index=i,
             alarms=[(0, Alarm(vector="v", level=-9.0, cap=cap))] if i == 4 else [],
@@ -109,7 +110,7 @@ def alone() -> dict[str, Outcome]:
     with HFBackend(str(saved_model("qwen2"))) as backend:
         batch, tokenizer = backend.live(DIRECTIONS), backend.tokenizer
         with Engine(batch, tokenizer, deliver=inbox) as engine:
-            engine.submit(answers(tokenizer))
+            engine.submit(answers())
             inbox.wait(lambda: len(inbox.outcomes) == 8)
     assert inbox.outcomes["a4"].capped == ("v",)
     return inbox.outcomes
@@ -129,10 +130,10 @@ def check(inbox: Inbox, expected: dict[str, Outcome]) -> None:
 def test_answers_are_those_of_one_engine(alone: dict[str, Outcome]) -> None:
     inbox, notes = Inbox(), []  # type: ignore[var-annotated]
     with pool_engine(inbox, notes=notes) as engine:
-        engine.submit(answers(engine.tokenizer))
+        engine.submit(answers())
         inbox.wait(lambda: len(inbox.outcomes) == 8)
         assert 1 <= engine.workers <= 2
-        (unfit,) = answers(engine.tokenizer, number=1)
+        (unfit,) = answers(number=1)
         engine.submit([replace(unfit, request=replace(unfit.request, id="b", prompt_ids=()))])
         inbox.wait(lambda: "b" in inbox.outcomes)
     error = inbox.outcomes.pop("b").error
@@ -151,7 +152,7 @@ def test_a_death_changes_nothing_of_what_clients_get(alone: dict[str, Outcome]) 
         return False
 
     with pool_engine(inbox, dies=dies, notes=notes) as engine:
-        engine.submit(answers(engine.tokenizer))
+        engine.submit(answers())
         inbox.wait(lambda: len(inbox.outcomes) == 8)
     assert len([note for note in notes if "died" in note and "goes to another" in note]) == 2
     assert all(5 < count < len(alone["a0"].pieces) for count in delivered)
@@ -170,7 +171,7 @@ def test_a_stream_that_would_go_on_otherwise_ends_with_an_error() -> None:
         return False
 
     with pool_engine(inbox, dies=dies) as engine:
-        engine.submit(answers(engine.tokenizer, number=1))
+        engine.submit(answers(number=1))
         inbox.wait(lambda: inbox.outcomes)
     assert inbox.outcomes["a0"].reason == "error"
     assert "another gave other tokens" in str(inbox.outcomes["a0"].error)
@@ -183,7 +184,7 @@ def test_an_answer_that_no_worker_survives_ends_alone(alone: dict[str, Outcome])
 
     inbox = Inbox()
     with pool_engine(inbox, size=1, dies=dies, retries=2) as engine:
-        engine.submit(answers(engine.tokenizer, number=4))
+        engine.submit(answers(number=4))
         inbox.wait(lambda: len(inbox.outcomes) == 4)
     error = inbox.outcomes.pop("a1").error
     assert isinstance(error, InternalError)
@@ -194,7 +195,7 @@ def test_an_answer_that_no_worker_survives_ends_alone(alone: dict[str, Outcome])
 def test_answers_are_cancelled_wherever_they_are() -> None:
     inbox = Inbox()
     with pool_engine(inbox) as engine:
-        running, other = answers(engine.tokenizer, number=2, limit=4000)
+        running, other = answers(number=2, limit=4000)
         engine.submit([running, other])
         inbox.wait(lambda: inbox.pieces)
         engine.cancel(running)
@@ -209,11 +210,24 @@ def test_workers_that_all_die_end_the_server(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("pvec.backends.pool.pool._BARREN", 1)
     inbox = Inbox()
     with pool_engine(inbox, size=1, dies=lambda method, _: method == "ask") as engine:
-        engine.submit(answers(engine.tokenizer, number=2))
+        engine.submit(answers(number=2))
         inbox.wait(lambda: len(inbox.outcomes) == 2)
         assert "died one after the other" in str(engine.failure)
-        (late,) = answers(engine.tokenizer, number=1)
+        (late,) = answers(number=1)
         engine.submit([replace(late, request=replace(late.request, id="c"))])
         inbox.wait(lambda: "c" in inbox.outcomes)
     errors = {str(outcome.error) for outcome in inbox.outcomes.values()}
     assert errors == {"The server failed: see its log."}
+
+
+def test_an_answer_is_as_old_in_another_process_whose_clock_is_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (answer,) = answers(number=1)
+    answer.created -= 5
+    sent = pickle.dumps(answer)
+    now = time.monotonic() + 1000
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    arrived = pickle.loads(sent)
+    assert now - arrived.created == pytest.approx(5, abs=1)
+    assert arrived.request.prompt_ids == answer.request.prompt_ids

@@ -65,12 +65,14 @@ class Answer:
     """One answer that somebody waits for. ``request`` asks for one token more than ``limit``: the
     last token is to be run and measured too.
 
-    ``alarms`` watch one direction each.
+    ``stops`` are the texts that end it; ``alarms`` watch one direction each. ``text`` is begun by
+    the engine that runs it.
     """
 
     request: Request
     limit: int
-    text: AnswerText
+    stops: Sequence[str] = ()
+    text: AnswerText = field(init=False, repr=False)
     alarms: Sequence[tuple[int, Alarm]] = ()
     stream: bool = False
     index: int = 0
@@ -78,6 +80,13 @@ class Answer:
     capped: tuple[str, ...] = ()
     created: float = field(default_factory=time.monotonic)
     first_token: float | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tell another process, whose clock is another, how long ago the answer was created."""
+        return {**vars(self), "created": time.monotonic() - self.created}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, created=time.monotonic() - state["created"])
 
 
 class AnswerText:

@@ -23,7 +23,7 @@ from pvec.backends.hf.live import LiveBatch
 from pvec.backends.hf.rows import Row
 from pvec.closing import Closing
 from pvec.errors import ModelError, PvecError
-from pvec.serve.answers import Answer, Delta, InternalError, Outcome, Reason
+from pvec.serve.answers import Answer, AnswerText, Delta, InternalError, Outcome, Reason
 from pvec.serve.rules import ALARM_WINDOW, Alarm
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ class Engine(EngineThread):
     def submit(self, answers: Sequence[Answer]) -> None:
         """Start answers; any thread. Raises ``ModelError`` when one does not fit the model."""
         rows = [self._batch.row(answer.request) for answer in answers]
+        for answer in answers:
+            answer.text = AnswerText(self.tokenizer, stops=answer.stops)
         self._inbox.put(partial(self._start, rows, list(answers)))
 
     def _run(self) -> None:

@@ -1,8 +1,7 @@
-"""An engine in a worker's process: orders come in, and what happens to their answers goes out."""
+"""An engine in a worker's process: answers come in, and what happens to them goes out."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Condition
@@ -11,36 +10,8 @@ from typing import Any
 from pvec.backends.hf.backend import HFBackend
 from pvec.backends.hf.probe import Direction
 from pvec.errors import PvecError
-from pvec.serve.answers import Answer, AnswerText, Delta, Outcome
+from pvec.serve.answers import Answer, Delta, Outcome
 from pvec.serve.engine import Engine
-from pvec.serve.rules import Alarm
-from pvec.types import Request
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """What a worker needs to know of an ``Answer``; ``age``: seconds since it was created."""
-
-    request: Request
-    limit: int
-    stops: Sequence[str]
-    alarms: Sequence[tuple[int, Alarm]]
-    stream: bool
-    capped: tuple[str, ...]
-    age: float
-
-    @classmethod
-    def of(cls, answer: Answer) -> Order:
-        """Return the order of an answer that begins now."""
-        return cls(
-            request=answer.request,
-            limit=answer.limit,
-            stops=answer.text.stops,
-            alarms=answer.alarms,
-            stream=answer.stream,
-            capped=answer.capped,
-            age=time.monotonic() - answer.created,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +46,13 @@ class EngineHost:
         backend.on_note = self._note
         self._engine = Engine(backend.live(directions), backend.tokenizer, deliver=self._deliver)
 
-    def exchange(self, orders: Sequence[Order], cancelled: Sequence[str], wait: float) -> News:
+    def exchange(self, begun: Sequence[Answer], cancelled: Sequence[str], wait: float) -> News:
         """Begin answers and end others; return what has happened, at most after ``wait`` seconds.
 
         An answer that does not fit the model has an ``Outcome`` with the error.
         """
-        for order in orders:
-            self._begin(order)
+        for answer in begun:
+            self._begin(answer)
         for identity in cancelled:
             if identity in self._answers:
                 self._engine.cancel(self._answers[identity])
@@ -98,17 +69,8 @@ class EngineHost:
         """End every answer."""
         self._engine.close()
 
-    def _begin(self, order: Order) -> None:
-        answer = Answer(
-            request=order.request,
-            limit=order.limit,
-            text=AnswerText(self._engine.tokenizer, stops=order.stops),
-            alarms=order.alarms,
-            stream=order.stream,
-            capped=order.capped,
-            created=time.monotonic() - order.age,
-        )
-        self._answers[order.request.id] = answer
+    def _begin(self, answer: Answer) -> None:
+        self._answers[answer.request.id] = answer
         try:
             self._engine.submit([answer])
         except PvecError as error:

@@ -15,7 +15,7 @@ from pvec.backends.session import ModelSession
 from pvec.errors import InputError, PvecError
 from pvec.models.chat import encode_prompt
 from pvec.models.template import render_prompt
-from pvec.serve.answers import Answer, AnswerText, Delta, Outcome
+from pvec.serve.answers import Answer, Delta, Outcome
 from pvec.serve.engine import Engine, EngineThread
 from pvec.serve.pool_engine import PoolEngine
 from pvec.serve.protocol import ApiError, Body, ChatBody, CompletionBody
@@ -221,7 +221,7 @@ class HFService(Service):
                         steering=plan.steering,
                     ),
                     limit=limit,
-                    text=AnswerText(self._engine.tokenizer, stops=body.stops),
+                    stops=body.stops,
                     alarms=alarms,
                     stream=body.stream,
                     index=number,

@@ -23,7 +23,7 @@ from pvec.backends.pool.members import Handle, Held, Member, WorkerDied
 from pvec.errors import PvecError
 from pvec.serve.answers import Answer, Delta, InternalError, Outcome
 from pvec.serve.engine import SERVER_FAILED, EngineThread
-from pvec.serve.engine_host import EngineHost, News, Order
+from pvec.serve.engine_host import EngineHost, News
 
 _log = logging.getLogger("pvec.serve")
 
@@ -174,9 +174,9 @@ class PoolEngine(EngineThread):
         now = time.monotonic()
         for part in self._parts.values():
             if not part.asked and (part.held or part.cancelled or now > part.last_heard + _IDLE):
-                orders = [Order.of(item.answer) for item in part.begun]
+                begun = [replace(item.answer) for item in part.begun]  # the worker writes in it
                 patience = _WAIT if part.held else 0.0
-                self._call(part, "ask", _NAME, "exchange", orders, part.cancelled, patience)
+                self._call(part, "ask", _NAME, "exchange", begun, part.cancelled, patience)
                 part.begun, part.cancelled = [], []
 
     def _has_room(self, part: _Part, item: _Item) -> bool:

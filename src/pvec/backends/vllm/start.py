@@ -236,11 +236,10 @@ def refuse(config: Any) -> None:
         "dual-batch overlap (half a batch would be steered by the other half's rows)": bool(
             getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False)
         ),
-        "context parallelism (a rank does not see every token)": _product(
-            getattr(parallel, "prefill_context_parallel_size", 1),
-            getattr(parallel, "decode_context_parallel_size", 1),
-        )
-        > 1,
+        "context parallelism (a rank does not see every token)": any(
+            (getattr(parallel, f"{part}_context_parallel_size", 1) or 1) > 1
+            for part in ("prefill", "decode")
+        ),
         "sequence parallelism (the residual stream is split)": bool(
             getattr(passes, "enable_sp", False)
         ),
@@ -314,10 +313,3 @@ def _version(distribution: str) -> str | None:
 
 def _dotted(numbers: tuple[int, ...]) -> str:
     return ".".join(map(str, numbers))
-
-
-def _product(*sizes: int | None) -> int:
-    total = 1
-    for size in sizes:
-        total *= size or 1
-    return total

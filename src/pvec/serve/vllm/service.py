@@ -196,11 +196,12 @@ class VLLMService(Service):
                     steering=job.plan.steering,
                 ),
                 limit=min(params.max_tokens, most),
-                text=AnswerText(self._builder.tokenizer, stops=job.stops),
+                stops=job.stops,
                 index=number,
                 seed=job.seed + index,
                 capped=job.plan.capped,
             )
+            answer.text = AnswerText(self._builder.tokenizer, stops=answer.stops)
             job.answers.append(answer)
             hold = job.tokens or bool(params.stop)
             job.tracked.append(TrackedAnswer(answer=answer, hold=hold))
