@@ -41,6 +41,15 @@ def test_the_tree_has_a_line_for_every_folder_and_no_other() -> None:
     assert all((ROOT / top).is_dir() for top in tops), tops
 
 
+def test_files_that_contributing_names_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    named = re.findall(r"`([\w./]+/[a-z_.]+\.[a-z]+)`", text)
+    folders = (ROOT, ROOT / "src" / "pvec")
+    missing = [name for name in named if not any((folder / name).is_file() for folder in folders)]
+    assert len(named) > 10
+    assert not missing
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_a_workflow_calls_targets_that_exist(path: Path) -> None:
     jobs = yaml.safe_load(path.read_text("utf-8"))["jobs"]
