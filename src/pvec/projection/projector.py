@@ -39,7 +39,6 @@ _AT_ONCE = 64
 Values = tuple[float | None, ...]
 """One row's projections in the order of the plan's columns; None where there is no token."""
 
-
 Suggest = Callable[..., int]
 """Chooses the layer of a vector, and a ``kind`` of it, where none was asked for."""
 
